@@ -1,0 +1,71 @@
+"""Packaging: folder engine/ is imported as ``cdpo.engine``, folder kernels/ as ``cdpo.kernels``.
+
+The prefix is there because diffusers and transformers import PyPI's ``kernels``; a top-level
+package of that name would shadow it. ``cdpo`` itself is a namespace (PEP 420) with no folder.
+"""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+FOLDERS = {"cdpo.engine": "engine", "cdpo.kernels": "kernels"}
+
+
+def packages() -> list[str]:
+    """Every package under the mapped folders, with and without an ``__init__.py``."""
+    return [
+        name
+        for package, folder in FOLDERS.items()
+        for name in (
+            package,
+            *(
+                f"{package}.{inner}"
+                for inner in find_namespace_packages(
+                    where=str(HERE / folder), exclude=("*__pycache__*", "*.templates*")
+                )
+            ),
+        )
+    ]
+
+
+def long_description() -> str:
+    """The README, when there is one (an unpacked wheel build may lack it)."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="cdpo",
+    version="0.1.0",
+    description="Curriculum Direct Preference Optimization for text-to-image diffusion models",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    package_dir=FOLDERS,
+    packages=packages(),
+    package_data={"cdpo.engine": ["py.typed", "*/templates/*"], "cdpo.kernels": ["py.typed"]},
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "accelerate>=1.0,<2",
+        "deepspeed>=0.19,<0.20",
+        "diffusers>=0.42,<0.43",
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.9,<4",
+        "numpy>=2.0,<3",
+        "omegaconf>=2.3,<3",
+        "peft>=0.21,<0.22",
+        "pillow>=11,<14",
+        "pyarrow>=18",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6.0.1,<7",
+        "rich>=13.9",
+        "safetensors>=0.5,<1",
+        "transformers>=5.20,<6",
+        "webdataset>=1.0.2,<2",
+    ],
+)
