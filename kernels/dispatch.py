@@ -1,0 +1,126 @@
+"""Which implementation runs: Triton kernel, Triton interpreter or PyTorch reference.
+
+`auto` (the default) takes Triton for CUDA tensors and PyTorch for CPU tensors. If the process was
+started with TRITON_INTERPRET=1, CPU tensors go through the Triton interpreter: exact, slow, made
+for tests. float64 always takes PyTorch in `auto`, for the kernels compute in float32. Triton is
+optional; without it `auto` means PyTorch everywhere, and says so once if there is a GPU.
+"""
+
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+try:
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
+
+    HAS_TRITON = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)  # fixed when the kernels are decorated
+except ImportError:
+    triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=int)
+    HAS_TRITON = INTERPRETED = False
+
+MODES = ("auto", "triton", "torch")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Launch option: no contraction of a·b + c to one rounding. The kernels wait for memory anyway, and
+# results then follow the source, not the compiler: alike in kernels that share a formula, in the
+# interpreter, and across Triton versions, whose default changes with 3.10.
+NO_FUSION = {"enable_fp_fusion": False}
+_mode = "auto"
+_warned = False
+
+
+class CompileSpec(NamedTuple):
+    """One specialisation of a kernel, as `benchmarks/compile_report.py` compiles it."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # argument -> Triton type; arguments in `constants` are left out
+    constants: dict[str, Any]
+    num_warps: int
+
+
+class use:
+    """Force an implementation: `use("torch")` from now on, `with use("torch"):` for a block.
+
+    The setting holds for the whole process, because autograd runs CUDA backwards in threads of
+    its own.
+    """
+
+    def __init__(self, mode: str) -> None:
+        global _mode
+        if mode not in MODES:
+            raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
+        if mode == "triton" and not HAS_TRITON:
+            raise RuntimeError("kernels: triton was asked for but is not installed; use auto")
+        self._previous, _mode = _mode, mode
+
+    def __enter__(self) -> "use":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _mode
+        _mode = self._previous
+
+
+def takes_triton(*tensors: Tensor) -> bool:
+    """True if these tensors go to Triton, False if they go to PyTorch; an error if forced wrong."""
+    global _warned
+    on_gpu = tensors[0].is_cuda
+    half_or_single = all(t.dtype in FLOATS or not t.is_floating_point() for t in tensors)
+    if _mode == "torch":
+        return False
+    if _mode == "triton":
+        if not (on_gpu or INTERPRETED):
+            raise RuntimeError(
+                f"kernels: triton was forced, but the tensors are on {tensors[0].device}: move "
+                "them to CUDA, start with TRITON_INTERPRET=1, or use auto"
+            )
+        if not half_or_single:
+            raise TypeError("kernels: triton was forced, but float64 is taken by torch only")
+        return True
+    if on_gpu and not HAS_TRITON and not _warned:
+        _warned = True
+        warnings.warn("triton is not installed: kernels take slow PyTorch paths", stacklevel=3)
+    return HAS_TRITON and half_or_single and (on_gpu or INTERPRETED)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Refuse integer, complex and eight-bit tensors."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*FLOATS, torch.float64):
+            raise TypeError(
+                f"{name} is {tensor.dtype}; taken are bfloat16, float16, float32 (and float64)"
+            )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Refuse tensors spread over devices."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        given = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device; given {given}")
+
+
+def check_positive(**scalars: float) -> None:
+    """Refuse zero, negative, infinite and NaN scalars."""
+    for name, value in scalars.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be positive and finite")
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make that the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

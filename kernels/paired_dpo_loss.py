@@ -1,0 +1,646 @@
+"""Paired DPO loss: both errors, the logit, the log-sigmoid and the mean in one launch each way.
+
+For B pairs, winners first, x = prediction − target and n elements in a sample:
+
+    e(x)   = 1/n Σ x²                                        distance "mse"
+    e(x)   = 1/n Σ √(x² + c²) − c                            distance "pseudo_huber"
+    logit  = −scale · [(e_w^policy − e_w^ref) − (e_l^policy − e_l^ref)]
+    loss   = −1/B Σ log σ(logit)
+    ∂loss/∂policy_w = + scale · σ(−logit) · e'(x_w) / B      (minus for the loser)
+
+If the reference is given as predictions r, the policy-minus-reference difference is accumulated
+itself: Σ (p − r)(p + r − 2t) for MSE, the same over √(x_p² + c²) + √(x_r² + c²) for pseudo-Huber.
+Identical networks then give logit 0 and loss log 2 exactly; subtracting two rounded means gives
+logits up to 2.2 at β = 5000 in fp16. The pseudo-Huber error is evaluated as x²/(√(x² + c²) + c),
+the same number without the cancellation.
+
+Layout: a program reduces one chunk of one pair, winner and loser together, so that a shared target
+is read once. It stores its sums and draws a ticket; the program that draws the last one adds the
+chunks in a fixed order (no float atomics: bitwise deterministic) and writes all results. The chunk
+size depends on n alone, so a pair's logit does not depend on the batch it is in. Sums are kept in
+float32, by lanes and then as a tree; only the mean over pairs is in float64, which makes B equal
+losses average to that loss exactly. The backward needs the logits, nothing else of the forward.
+Samples are walked in memory order, so NCHW and channels_last are both read as they lie.
+
+Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs  (Triton functions have no Python types)
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import (
+    NO_FUSION,
+    CompileSpec,
+    check_floating,
+    check_positive,
+    check_same_device,
+    device_of,
+    takes_triton,
+    tl,
+    triton,
+)
+from .layout import empty_samples, match_samples, sample_strides
+
+DISTANCES = ("mse", "pseudo_huber")
+MAX_BLOCK = 2048  # 8 warps, 8 elements a thread: one 16-byte load for half-precision inputs
+FINISH_TILE = 512  # (pairs, chunks) added at a time by the last program
+
+
+class PairedLoss(NamedTuple):
+    """What `paired_dpo_loss` returns; float32, unless an input was float64."""
+
+    loss: Tensor  # (), differentiable in policy
+    logits: Tensor  # (B,), detached, as are the next two
+    policy_error: Tensor  # (2B,)
+    reference_error: Tensor  # (2B,)
+
+
+# ---------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _error_terms(x, c, HUBER: tl.constexpr):
+    """Per element: the error, and the root that the difference and the gradient divide by."""
+    if HUBER:
+        root = tl.sqrt(x * x + c * c)
+        return x * x / (root + c), root
+    else:
+        return x * x, x
+
+
+@triton.jit
+def _difference_terms(p, r, t, c, HUBER: tl.constexpr):
+    """Per element: policy error, reference error, and their difference without cancellation."""
+    policy_term, policy_root = _error_terms(p - t, c, HUBER)
+    reference_term, reference_root = _error_terms(r - t, c, HUBER)
+    difference = (p - r) * ((p - t) + (r - t))
+    if HUBER:
+        difference = difference / (policy_root + reference_root)
+    return policy_term, reference_term, difference
+
+
+@triton.jit
+def _negative_log_sigmoid(x):
+    """max(−x, 0) + log1p(e), e = exp(−|x|), with log1p(e) = 2 artanh(s), s = e/(2 + e) ≤ 1/3.
+
+    Eleven terms of the artanh series reach float32 precision, for tiny e as well, where log(1 + e)
+    rounds to 0.
+    """
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    square = s * s
+    series = 1.0 / 21.0
+    for term in tl.static_range(1, 11):
+        series = series * square + 1.0 / (21 - 2 * term)
+    return tl.maximum(-x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _forward_kernel(
+    policy_ptr,
+    reference_ptr,
+    target_ptr,
+    partials_ptr,  # (2 or 5, num_pairs, num_chunks)
+    ticket_ptr,
+    loss_ptr,
+    logits_ptr,
+    policy_error_ptr,
+    reference_error_ptr,
+    scale,
+    huber_c,
+    num_elements,
+    policy_stride,
+    reference_stride,
+    target_stride,
+    HUBER: tl.constexpr,
+    CACHED: tl.constexpr,  # the reference is (2B,) errors, not predictions
+    SHARED: tl.constexpr,  # one target for winner and loser
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    chunk = tl.program_id(1)
+    num_pairs = tl.num_programs(0)
+    num_chunks = tl.num_programs(1)
+    winner = pair.to(tl.int64)
+    loser = winner + num_pairs
+    start = chunk.to(tl.int64) * (BLOCK * STEPS)
+    remaining = tl.minimum(num_elements - start, BLOCK * STEPS).to(tl.int32)
+
+    policy_w = tl.zeros([BLOCK], tl.float32)
+    policy_l = tl.zeros([BLOCK], tl.float32)
+    reference_w = tl.zeros([BLOCK], tl.float32)
+    reference_l = tl.zeros([BLOCK], tl.float32)
+    margin = tl.zeros([BLOCK], tl.float32)  # winner's minus loser's difference
+    for step in range(STEPS):
+        lane = step * BLOCK + tl.arange(0, BLOCK)
+        mask = lane < remaining
+        offset = start + lane
+        p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
+        p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
+        t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
+        if SHARED:
+            t_l = t_w
+        else:
+            t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
+        if CACHED:
+            term_w, _ = _error_terms(p_w - t_w, huber_c, HUBER)
+            term_l, _ = _error_terms(p_l - t_l, huber_c, HUBER)
+        else:
+            r_ptr = reference_ptr + offset
+            r_w = tl.load(r_ptr + winner * reference_stride, mask, 0.0).to(tl.float32)
+            r_l = tl.load(r_ptr + loser * reference_stride, mask, 0.0).to(tl.float32)
+            term_w, r_term_w, d_w = _difference_terms(p_w, r_w, t_w, huber_c, HUBER)
+            term_l, r_term_l, d_l = _difference_terms(p_l, r_l, t_l, huber_c, HUBER)
+            reference_w += r_term_w
+            reference_l += r_term_l
+            margin += d_w - d_l
+        policy_w += term_w
+        policy_l += term_l
+
+    plane = num_pairs.to(tl.int64) * num_chunks
+    partial = partials_ptr + winner * num_chunks + chunk
+    tl.store(partial, tl.sum(policy_w))
+    tl.store(partial + plane, tl.sum(policy_l))
+    if not CACHED:
+        tl.store(partial + 2 * plane, tl.sum(reference_w))
+        tl.store(partial + 3 * plane, tl.sum(reference_l))
+        tl.store(partial + 4 * plane, tl.sum(margin))
+    tl.debug_barrier()  # the sums of all threads come before the ticket, which publishes them
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    if ticket == num_pairs * num_chunks - 1:
+        tl.store(ticket_ptr, 0)  # for the next launch
+        _finish(
+            reference_ptr,
+            partials_ptr,
+            loss_ptr,
+            logits_ptr,
+            policy_error_ptr,
+            reference_error_ptr,
+            scale,
+            num_pairs,
+            num_elements,
+            num_chunks,
+            CACHED,
+            PAIRS,
+            CHUNKS,
+        )
+
+
+@triton.jit
+def _finish(
+    reference_ptr,
+    partials_ptr,
+    loss_ptr,
+    logits_ptr,
+    policy_error_ptr,
+    reference_error_ptr,
+    scale,
+    num_pairs,
+    num_elements,
+    num_chunks,
+    CACHED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Errors, logits and the mean loss from the chunks' sums; run by one program."""
+    plane = num_pairs.to(tl.int64) * num_chunks
+    losses = tl.zeros([PAIRS], tl.float64)
+    for first in range(0, num_pairs, PAIRS):
+        pair = first + tl.arange(0, PAIRS)
+        live = pair < num_pairs
+        base = partials_ptr + pair.to(tl.int64)[:, None] * num_chunks
+        policy_w = _add_chunks(base, live, num_chunks, PAIRS, CHUNKS) / num_elements
+        policy_l = _add_chunks(base + plane, live, num_chunks, PAIRS, CHUNKS) / num_elements
+        if CACHED:
+            reference_w = tl.load(reference_ptr + pair, live, 0.0)
+            reference_l = tl.load(reference_ptr + num_pairs + pair, live, 0.0)
+            margin = (policy_w - reference_w) - (policy_l - reference_l)
+        else:
+            reference_w = _add_chunks(base + 2 * plane, live, num_chunks, PAIRS, CHUNKS)
+            reference_l = _add_chunks(base + 3 * plane, live, num_chunks, PAIRS, CHUNKS)
+            margin = _add_chunks(base + 4 * plane, live, num_chunks, PAIRS, CHUNKS)
+            reference_w, reference_l = reference_w / num_elements, reference_l / num_elements
+            margin = margin / num_elements
+        logit = -scale * margin
+        tl.store(logits_ptr + pair, logit, live)
+        tl.store(policy_error_ptr + pair, policy_w, live)
+        tl.store(policy_error_ptr + num_pairs + pair, policy_l, live)
+        tl.store(reference_error_ptr + pair, reference_w, live)
+        tl.store(reference_error_ptr + num_pairs + pair, reference_l, live)
+        losses += tl.where(live, _negative_log_sigmoid(logit), 0.0).to(tl.float64)
+    tl.store(loss_ptr, (tl.sum(losses) / num_pairs).to(tl.float32))
+
+
+@triton.jit
+def _add_chunks(base, live, num_chunks, PAIRS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums over the chunks of PAIRS pairs; .cg reads past L1, where nothing stale can be met."""
+    sums = tl.zeros([PAIRS, CHUNKS], tl.float32)
+    for start in range(0, num_chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        mask = live[:, None] & (chunk < num_chunks)[None, :]
+        sums += tl.load(base + chunk[None, :], mask, 0.0, cache_modifier=".cg")
+    return tl.sum(sums, axis=1)
+
+
+# --------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _backward_kernel(
+    grad_loss_ptr,
+    logits_ptr,
+    policy_ptr,
+    target_ptr,
+    grad_ptr,
+    scale,
+    huber_c,
+    num_elements,
+    policy_stride,
+    target_stride,
+    grad_stride,
+    HUBER: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    winner = tl.program_id(0).to(tl.int64)
+    num_pairs = tl.num_programs(0)
+    loser = winner + num_pairs
+    offset = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < num_elements
+    logit = tl.load(logits_ptr + winner)
+    weight = tl.load(grad_loss_ptr).to(tl.float32) * scale / (1.0 + tl.exp(logit))
+    weight = weight / num_pairs / num_elements
+
+    p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
+    p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
+    t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
+    if SHARED:
+        t_l = t_w
+    else:
+        t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
+    x_w = p_w - t_w
+    x_l = p_l - t_l
+    if HUBER:
+        grad_w = weight * (x_w / tl.sqrt(x_w * x_w + huber_c * huber_c))
+        grad_l = -weight * (x_l / tl.sqrt(x_l * x_l + huber_c * huber_c))
+    else:
+        grad_w = 2.0 * weight * x_w
+        grad_l = -2.0 * weight * x_l
+    tl.store(grad_ptr + winner * grad_stride + offset, grad_w, mask)
+    tl.store(grad_ptr + loser * grad_stride + offset, grad_l, mask)
+
+
+# --------------------------------------------------------------------------------------- launcher
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def _ticket(like: Tensor) -> Tensor:
+    """A zero that the kernel leaves zero. One a stream, as kernels of one stream never overlap."""
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
+    key = (like.get_device(), torch.cuda.current_stream(like.device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
+    return _tickets[key]
+
+
+def _block(num_elements: int) -> int:
+    return int(min(max(triton.next_power_of_2(num_elements), 128), MAX_BLOCK))
+
+
+def _num_warps(block: int) -> int:
+    return max(block // 256, 1)
+
+
+def _forward_constants(num_elements: int) -> dict[str, int]:
+    block = _block(num_elements)
+    steps = 1 if num_elements <= 32768 else 2
+    num_chunks = triton.cdiv(num_elements, block * steps)
+    chunks = min(triton.next_power_of_2(num_chunks), 64)
+    return {"BLOCK": block, "STEPS": steps, "CHUNKS": chunks, "PAIRS": FINISH_TILE // chunks}
+
+
+def _forward_triton(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cached = reference.ndim == 1
+    if cached:
+        policy, target = match_samples(policy, target)
+        reference = reference.contiguous()
+    else:
+        policy, reference, target = match_samples(policy, reference, target)
+    num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
+    constants = _forward_constants(num_elements)
+    num_chunks = triton.cdiv(num_elements, constants["BLOCK"] * constants["STEPS"])
+    partials = policy.new_empty((2 if cached else 5, num_pairs, num_chunks), dtype=torch.float32)
+    outputs = _empty_outputs(policy, torch.float32)
+    with device_of(policy):
+        _forward_kernel[(num_pairs, num_chunks)](
+            policy,
+            reference,
+            target,
+            partials,
+            _ticket(policy),
+            *outputs,
+            scale,
+            huber_c,
+            num_elements,
+            policy.stride(0),
+            reference.stride(0),
+            target.stride(0),
+            HUBER=distance == "pseudo_huber",
+            CACHED=cached,
+            SHARED=target.shape[0] == num_pairs,
+            **constants,
+            num_warps=_num_warps(constants["BLOCK"]),
+            **NO_FUSION,
+        )
+    return outputs
+
+
+def _backward_triton(
+    grad_loss: Tensor,
+    logits: Tensor,
+    policy: Tensor,
+    target: Tensor,
+    scale: float,
+    distance: str,
+    huber_c: float,
+) -> Tensor:
+    grad = torch.empty_like(policy)
+    policy, target = match_samples(policy, target)
+    direct = sample_strides(grad) == sample_strides(policy)
+    written = grad if direct else empty_samples(grad, policy)
+    num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
+    block = _block(num_elements)
+    with device_of(policy):
+        _backward_kernel[(num_pairs, triton.cdiv(num_elements, block))](
+            grad_loss,
+            logits,
+            policy,
+            target,
+            written,
+            scale,
+            huber_c,
+            num_elements,
+            policy.stride(0),
+            target.stride(0),
+            written.stride(0),
+            HUBER=distance == "pseudo_huber",
+            SHARED=target.shape[0] == num_pairs,
+            BLOCK=block,
+            num_warps=_num_warps(block),
+            **NO_FUSION,
+        )
+    return grad if direct else grad.copy_(written)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The specialisations that `benchmarks/compile_report.py` compiles without a GPU."""
+    specs = []
+    scalars = {"scale": "fp32", "huber_c": "fp32", "num_elements": "i32"}
+    results = ("loss", "logits", "policy_error", "reference_error", "partials")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for huber in (False, True):
+            distance = "huber" if huber else "mse"
+            for cached in (False, True):
+                specs.append(
+                    CompileSpec(
+                        f"paired_dpo_loss forward {distance}{' cached' * cached} {dtype}",
+                        _forward_kernel,
+                        {
+                            **dict.fromkeys(("policy_ptr", "target_ptr"), f"*{dtype}"),
+                            "reference_ptr": "*fp32" if cached else f"*{dtype}",
+                            **{f"{name}_ptr": "*fp32" for name in results},
+                            "ticket_ptr": "*i32",
+                            **scalars,
+                            **dict.fromkeys(_strides("policy", "reference", "target"), "i32"),
+                        },
+                        {"HUBER": huber, "CACHED": cached, "SHARED": False}
+                        | _forward_constants(4 * 128 * 128),
+                        _num_warps(MAX_BLOCK),
+                    )
+                )
+            specs.append(
+                CompileSpec(
+                    f"paired_dpo_loss backward {distance} {dtype}",
+                    _backward_kernel,
+                    {
+                        **dict.fromkeys(("grad_loss_ptr", "logits_ptr"), "*fp32"),
+                        **dict.fromkeys(("policy_ptr", "target_ptr", "grad_ptr"), f"*{dtype}"),
+                        **scalars,
+                        **dict.fromkeys(_strides("policy", "target", "grad"), "i32"),
+                    },
+                    {"HUBER": huber, "SHARED": False, "BLOCK": MAX_BLOCK},
+                    _num_warps(MAX_BLOCK),
+                )
+            )
+    return specs
+
+
+def _strides(*names: str) -> list[str]:
+    return [f"{name}_stride" for name in names]
+
+
+# ------------------------------------------------------------------------------------ torch.library
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = policy.shape[0]
+    loss = policy.new_empty((), dtype=dtype)
+    logits = policy.new_empty((batch // 2,), dtype=dtype)
+    return loss, logits, policy.new_empty((batch,), dtype=dtype), logits.new_empty((batch,))
+
+
+def _float32(value: float) -> float:
+    """The scalar as the kernel sees it, so that every implementation computes with the same one."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+@torch.library.custom_op("cdpo::paired_dpo_loss", mutates_args=())
+def _op(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale, huber_c = _float32(scale), _float32(huber_c)
+    if takes_triton(policy, reference, target):
+        return _forward_triton(policy, reference, target, scale, distance, huber_c)
+    result = _ref(policy, reference, target, scale, distance, huber_c)
+    return result.loss, result.logits, result.policy_error, result.reference_error
+
+
+@_op.register_fake
+def _(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(policy, _compute_dtype(policy, reference, target))
+
+
+@torch.library.custom_op("cdpo::paired_dpo_loss_backward", mutates_args=())
+def _backward_op(
+    grad_loss: Tensor,
+    logits: Tensor,
+    policy: Tensor,
+    target: Tensor,
+    scale: float,
+    distance: str,
+    huber_c: float,
+) -> Tensor:
+    scale, huber_c = _float32(scale), _float32(huber_c)
+    if takes_triton(policy, target, logits):
+        return _backward_triton(grad_loss, logits, policy, target, scale, distance, huber_c)
+    return _backward_torch(grad_loss, logits, policy, target, scale, distance, huber_c)
+
+
+@_backward_op.register_fake
+def _(
+    grad_loss: Tensor,
+    logits: Tensor,
+    policy: Tensor,
+    target: Tensor,
+    scale: float,
+    distance: str,
+    huber_c: float,
+) -> Tensor:
+    return torch.empty_like(policy)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, _, target, *ctx.scalars = inputs
+    _, logits, policy_error, reference_error = output
+    ctx.mark_non_differentiable(logits, policy_error, reference_error)
+    ctx.save_for_backward(logits, policy, target)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 5
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ----------------------------------------------------------------------------------------- public
+
+
+def paired_dpo_loss(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    scale: float,
+    *,
+    distance: str = "mse",
+    huber_c: float = 1e-3,
+) -> PairedLoss:
+    """DPO loss of B pairs of predictions, `[winners; losers]` on the batch axis.
+
+    policy: (2B, ...) predictions of the network in training.
+    reference: (2B, ...) predictions of the frozen network, or its (2B,) float32 errors.
+    target: (B, ...) shared by winner and loser, or (2B, ...).
+    scale: beta/2 for Diffusion-DPO, beta for Consistency-DPO; used as float32.
+    distance: "mse" or "pseudo_huber" with constant huber_c.
+
+    Inputs may be bf16, fp16 or fp32, also mixed. reference and target are constants: no gradient
+    reaches them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
+    """
+    _check(policy, reference, target, scale, distance, huber_c)
+    return PairedLoss(*_op(policy, reference, target, scale, distance, huber_c))
+
+
+def _check(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+) -> None:
+    check_floating(policy=policy, reference=reference, target=target)
+    check_same_device(policy=policy, reference=reference, target=target)
+    check_positive(scale=scale, huber_c=huber_c)
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; taken are {', '.join(DISTANCES)}")
+    batch, sample = policy.shape[:1], policy.shape[1:]
+    if policy.ndim < 2 or policy.numel() == 0 or batch[0] % 2:
+        raise ValueError(
+            f"policy is {tuple(policy.shape)}; it must be (2B, ...): at least one pair, as many "
+            "losers as winners, no empty sample"
+        )
+    if reference.ndim == 1 and reference.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"reference errors are {reference.dtype}; they must be float32")
+    if reference.shape not in (policy.shape, batch):
+        raise ValueError(
+            f"reference is {tuple(reference.shape)}; it must be {tuple(policy.shape)} like policy, "
+            f"or {tuple(batch)} for cached errors"
+        )
+    if target.shape not in (policy.shape, (batch[0] // 2, *sample)):
+        raise ValueError(
+            f"target is {tuple(target.shape)}; it must be {tuple(policy.shape)} like policy, or "
+            f"{(batch[0] // 2, *sample)} shared by winner and loser"
+        )
+
+
+# -------------------------------------------------------------------------------------- reference
+
+
+def paired_dpo_loss_ref(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    scale: float,
+    *,
+    distance: str = "mse",
+    huber_c: float = 1e-3,
+) -> PairedLoss:
+    """The same in plain PyTorch, differentiated by PyTorch."""
+    _check(policy, reference, target, scale, distance, huber_c)
+    return _ref(policy, reference, target, _float32(scale), distance, _float32(huber_c))
+
+
+def _ref(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+) -> PairedLoss:
+    dtype, sample = _compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
+    if target.shape[0] != policy.shape[0]:
+        target = torch.cat([target, target])
+    huber, t, p, r = distance == "pseudo_huber", *(x.to(dtype) for x in (target, policy, reference))
+    x_p = p - t
+    root_p = (x_p * x_p + huber_c * huber_c).sqrt() if huber else x_p
+    policy_error = (x_p * x_p / (root_p + huber_c) if huber else x_p * x_p).mean(sample)
+    if r.ndim == 1:
+        reference_error, difference = r.clone(), policy_error - r
+    else:
+        x_r = r - t
+        root_r = (x_r * x_r + huber_c * huber_c).sqrt() if huber else x_r
+        reference_error = (x_r * x_r / (root_r + huber_c) if huber else x_r * x_r).mean(sample)
+        difference = (p - r) * (x_p + x_r)
+        difference = (difference / (root_p + root_r) if huber else difference).mean(sample)
+    difference_w, difference_l = difference.chunk(2)
+    logits = -scale * (difference_w - difference_l)
+    loss = -F.logsigmoid(logits).double().mean().to(dtype)
+    return PairedLoss(loss, logits.detach(), policy_error.detach(), reference_error.detach())
+
+
+def _backward_torch(
+    grad_loss: Tensor,
+    logits: Tensor,
+    policy: Tensor,
+    target: Tensor,
+    scale: float,
+    distance: str,
+    huber_c: float,
+) -> Tensor:
+    if target.shape[0] != policy.shape[0]:
+        target = torch.cat([target, target])
+    x = policy.to(logits.dtype) - target.to(logits.dtype)
+    slope = x / (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else 2 * x
+    weight = grad_loss * scale * torch.sigmoid(-logits) / logits.numel() / policy[0].numel()
+    weight = torch.cat([weight, -weight]).view(-1, *[1] * (policy.ndim - 1))
+    return torch.empty_like(policy).copy_(weight * slope)
