@@ -1,0 +1,1 @@
+"""Pair shards: webdataset tars written atomically and read strictly, in exact order."""

@@ -1,0 +1,210 @@
+"""manifest.json: every shard of a set, and the model, VAE and reward that made it.
+
+It is written last, so a folder with a manifest is a finished set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import DataError
+from .atomic import atomic_file
+
+FORMAT_VERSION = 1  # of Manifest.format_version
+FILE_NAME = "manifest.json"
+MAX_BYTES = 256 * 2**20
+
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Pixels = tuple[PositiveInt, PositiveInt]
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable, typed strictly, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ShardEntry(Record):
+    """One tar: ``count`` samples of one tier."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}\.tar$")]
+    tier: PositiveInt
+    count: PositiveInt
+    bytes: PositiveInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelSource(Record):
+    """A model that had a part in making the shards; ``fingerprint`` is a hash of its weights."""
+
+    path: str
+    fingerprint: str
+
+
+class VaeSource(ModelSource):
+    """The VAE whose latents the shards hold: a trainer with another one refuses them."""
+
+    scaling_factor: float
+
+
+class RewardSource(ModelSource):
+    """The reward that ranked the candidates."""
+
+    type: str
+
+
+class Statistics(Record):
+    """What went in and what was left out, for `show` and for reports."""
+
+    prompts: Count = 0
+    """Prompts read."""
+    prompts_without_pairs: Count = 0
+    """Prompts that gave no pair, for any reason."""
+    tied_prompts: Count = 0
+    """Prompts whose candidates all had one score."""
+    candidates: Count = 0
+    """Images scored."""
+    dropped_candidates: Count = 0
+    """Images without a finite score."""
+    eligible_pairs: Count = 0
+    """Pairs before the budget."""
+    pairs_by_tier: tuple[Count, ...] = ()
+    """Pairs written, tier 1 first."""
+    dropped_remainder_by_tier: tuple[Count, ...] = ()
+    """Pairs left out so that all shards of a tier hold equally many."""
+
+
+class Manifest(Record):
+    """The table of contents of a set of shards."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["latents"] = "latents"
+    """What a sample holds."""
+    created_by: str
+    """Version of cdpo that wrote the set."""
+    fingerprint: str
+    """Hash of everything that decided the content (recipe parts, prompts): the same hash means
+    that `prepare` has nothing left to do."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    lanes: PositiveInt
+    tiers: PositiveInt
+    resolution: Pixels
+    """Height and width in pixels."""
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    """(C, h, w) of one image's latents."""
+    model: ModelSource
+    vae: VaeSource
+    reward: RewardSource
+    statistics: Statistics = Statistics()
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in the set."""
+        return sum(entry.count for entry in self.shards)
+
+    @model_validator(mode="after")
+    def _shards_fill_the_lanes(self) -> Manifest:
+        names = {entry.name for entry in self.shards}
+        if len(names) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        by_tier = shards_by_tier(self.shards)
+        if unknown := [tier for tier in by_tier if tier > self.tiers]:
+            raise ValueError(f"a shard is of tier {unknown[0]}, but there are {self.tiers} tiers")
+        for tier in range(1, self.tiers + 1):
+            entries = by_tier.get(tier, [])
+            if not entries or len(entries) % self.lanes:
+                raise ValueError(
+                    f"tier {tier} has {len(entries)} shards, not a multiple of {self.lanes} lanes"
+                )
+            counts = {entry.count for entry in entries}
+            if len(counts) > 1:
+                raise ValueError(
+                    f"the shards of tier {tier} hold unequal counts, {min(counts)} to {max(counts)}"
+                )
+        return self
+
+
+def shards_by_tier(shards: Iterable[ShardEntry]) -> dict[int, list[ShardEntry]]:
+    """Shards grouped by tier, in their given order: shard i of a tier belongs to lane i mod L."""
+    groups: dict[int, list[ShardEntry]] = defaultdict(list)
+    for entry in shards:
+        groups[entry.tier].append(entry)
+    return dict(groups)
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read and check ``folder``/manifest.json; DataError in one line says what is wrong with it."""
+    path = Path(folder) / FILE_NAME
+    text = _read_bounded(path)
+    try:
+        found = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); run prepare again") from None
+    if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
+        version = found.get("format_version") if isinstance(found, dict) else None
+        raise DataError(
+            f"{path}: format_version is {version!r}, this version of cdpo reads {FORMAT_VERSION}; "
+            "run prepare again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise DataError(f"{path}: {_one_line(error)}") from None
+
+
+def save_manifest(folder: str | Path, manifest: Manifest) -> Path:
+    """Write ``folder``/manifest.json atomically and return its path."""
+    path = Path(folder) / FILE_NAME
+    with atomic_file(path) as file:
+        file.write(_canonical(manifest, indent=1))
+    return path
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """sha256 of the content, whatever the layout of the file: what checkpoints remember."""
+    return hashlib.sha256(_canonical(manifest)).hexdigest()
+
+
+def _canonical(manifest: Manifest, indent: int | None = None) -> bytes:
+    data = manifest.model_dump(mode="json")
+    return json.dumps(data, indent=indent, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _read_bounded(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        what = "manifest.json is not there" if path.parent.is_dir() else "there is no such folder"
+        raise DataError(f"no shards in {path.parent} ({what}): run prepare first") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(text) > MAX_BYTES:
+        raise DataError(f"{path}: over {MAX_BYTES} bytes, that is no manifest of ours")
+    return text
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} comes up twice")
+    return found
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return (f"{where}: " if where else "") + message + more

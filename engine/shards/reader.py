@@ -1,0 +1,188 @@
+"""Reading samples of local shards at random, strictly.
+
+The first time a run opens a shard its size and sha256 are compared with the manifest and its tar
+headers are scanned into an index; from then on a sample is one positioned read. What is kept in
+memory is bounded by the shards in use, not by the set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from .manifest import Manifest, ShardEntry
+from .sample import (
+    LATENTS,
+    MAX_META_BYTES,
+    MAX_NPY_HEADER,
+    MEMBERS,
+    META,
+    PairSample,
+    decode_latents,
+    decode_meta,
+)
+from .shard_error import ShardError
+from .strict_tar import SampleIndex, index_samples, read_span
+
+_META, _LATENTS = MEMBERS.index(META), MEMBERS.index(LATENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """A verified shard. The file is closed when the last user lets go of it, so that a thread
+    never reads from a descriptor that was reused.
+    """
+
+    file: FileIO
+    index: SampleIndex
+
+
+class ShardReaders:
+    """The shards of one manifest, opened on demand; safe to use from several threads.
+
+    ``max_files`` bounds open files, ``max_indexes`` the shards whose headers stay in memory (about
+    50 bytes a sample): at least as many as are read in turns, or each read scans a shard again.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        max_files: int = 128,
+        max_indexes: int = 1024,
+    ) -> None:
+        self.folder = Path(folder)
+        self.latent_shape = manifest.latent_shape
+        self._max_files, self._max_indexes = max_files, max_indexes
+        self._files: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._indexes: OrderedDict[str, SampleIndex] = OrderedDict()
+        self._verified: dict[str, tuple[int, int, int]] = {}
+        self._locks: dict[str, Lock] = {}
+        self._lock = Lock()
+
+    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+        """Raise ShardError for the first shard that is absent or of the wrong size: cheap enough
+        to run before a model is loaded.
+        """
+        for entry in entries:
+            path = self.folder / entry.name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise _cannot_open(path, error) from None
+            _check_size(entry, size, str(path))
+
+    def read(self, entry: ShardEntry, index: int) -> PairSample:
+        """Sample ``index`` of a shard. Raises ShardError (shard, key, member, reason)."""
+        shard = self._open(entry)
+        name = str(self.folder / entry.name)
+        key = shard.index.keys[index].decode()
+        offsets, sizes = shard.index.offsets[index], shard.index.sizes[index]
+        start = int(offsets.min())
+        span = read_span(shard.file.fileno(), name, start, int((offsets + sizes).max()) - start)
+        meta_start, latents_start = int(offsets[_META]) - start, int(offsets[_LATENTS]) - start
+        meta = decode_meta(span[meta_start : meta_start + int(sizes[_META])], name, key)
+        if meta.tier != entry.tier:
+            reason = f"is of tier {meta.tier}, the manifest puts this shard in tier {entry.tier}"
+            raise ShardError(name, reason, key, META)
+        data = span[latents_start : latents_start + int(sizes[_LATENTS])]
+        return PairSample(meta, decode_latents(data, self.latent_shape, name, key))
+
+    def keys(self, entry: ShardEntry) -> list[str]:
+        """The keys of a shard's samples in order; opening it verifies its checksum."""
+        return [key.decode() for key in self._open(entry).index.keys]
+
+    def close(self) -> None:
+        """Let go of all files."""
+        with self._lock:
+            self._files.clear()
+            self._indexes.clear()
+
+    def _open(self, entry: ShardEntry) -> _OpenShard:
+        with self._lock:
+            shard = self._files.get(entry.name)
+            if shard is not None:
+                self._files.move_to_end(entry.name)
+                return shard
+            opening = self._locks.setdefault(entry.name, Lock())
+        with opening:  # one thread hashes a new shard while others go on reading from open ones
+            with self._lock:
+                shard = self._files.get(entry.name)
+            if shard is None:
+                shard = self._open_checked(entry)
+                self._remember(entry.name, shard)
+            return shard
+
+    def _remember(self, name: str, shard: _OpenShard) -> None:
+        with self._lock:
+            self._files[name] = shard
+            self._indexes[name] = shard.index
+            self._indexes.move_to_end(name)
+            while len(self._files) > self._max_files:
+                self._files.popitem(last=False)
+            while len(self._indexes) > self._max_indexes:
+                self._indexes.popitem(last=False)
+
+    def _open_checked(self, entry: ShardEntry) -> _OpenShard:
+        path = self.folder / entry.name
+        try:
+            file = FileIO(path)
+            state = os.fstat(file.fileno())
+        except OSError as error:
+            raise _cannot_open(path, error) from None
+        identity = (state.st_ino, state.st_size, state.st_mtime_ns)
+        with self._lock:
+            index = self._indexes.get(entry.name)
+            seen = self._verified.get(entry.name)
+        if seen != identity:
+            _verify(file, entry, str(path))
+            index = None
+        if index is None:
+            index = index_samples(file.fileno(), str(path), MEMBERS, entry.count)
+            self._check_sizes(index, str(path))
+        with self._lock:
+            self._verified[entry.name] = identity
+        return _OpenShard(file, index)
+
+    def _check_sizes(self, index: SampleIndex, shard: str) -> None:
+        """Refuse members too large for what they are, before anything is read or allocated."""
+        array = 4 * int(np.prod(self.latent_shape))
+        limits = {META: MAX_META_BYTES, LATENTS: array + MAX_NPY_HEADER}
+        for column, member in enumerate(index.members):
+            too_large = np.flatnonzero(index.sizes[:, column] > limits[member])
+            if len(too_large):
+                size = index.sizes[too_large[0], column]
+                reason = f"{size} bytes, at most {limits[member]} expected"
+                raise ShardError(shard, reason, index.keys[too_large[0]].decode(), member)
+
+
+def _verify(file: FileIO, entry: ShardEntry, shard: str) -> None:
+    _check_size(entry, os.fstat(file.fileno()).st_size, shard)
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry.sha256:
+        reason = f"sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…: damaged"
+        raise ShardError(shard, f"{reason}; copy or prepare it again")
+
+
+def _check_size(entry: ShardEntry, size: int, shard: str) -> None:
+    if size != entry.bytes:
+        what = "truncated" if size < entry.bytes else "too long"
+        raise ShardError(
+            shard,
+            f"{what}: {size} bytes, manifest says {entry.bytes}; copy or prepare it again",
+        )
+
+
+def _cannot_open(path: Path, error: OSError) -> ShardError:
+    if isinstance(error, FileNotFoundError):
+        return ShardError(str(path), "missing; copy it here or run prepare again")
+    return ShardError(str(path), f"cannot be opened: {error.strerror or error}")

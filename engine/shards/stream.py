@@ -1,0 +1,94 @@
+"""Batches of one rank, read ahead of the step that will use them.
+
+Batches are fetched by position, and the trainer asks for the position of its next step, so a
+stage change takes effect at the step it is due, and a batch that was read ahead for a step that
+is then skipped over is simply not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ..curriculum.pacing import Pacing, Position
+from ..errors import DataError
+from .batch import PairBatch
+from .lanes import LanePlan
+from .reader import ShardReaders
+
+DEPTH_PER_WORKER = 2
+
+
+class PairStream:
+    """The pairs of one rank: ``next(step, skips)`` for every optimiser step.
+
+    ``workers`` threads read ahead, two batches each; 0 reads inside ``next``. Whatever a thread
+    raises comes out of the ``next`` whose batch it was. No wait is longer than ``timeout`` seconds.
+    """
+
+    def __init__(
+        self,
+        plan: LanePlan,
+        readers: ShardReaders,
+        pacing: Pacing,
+        *,
+        workers: int = 1,
+        timeout: float = 600.0,
+    ) -> None:
+        plan.check_stages(pacing.stages)
+        self.plan, self.readers, self.pacing = plan, readers, pacing
+        self._timeout = timeout
+        self._depth = DEPTH_PER_WORKER * workers
+        self._pool = ThreadPoolExecutor(workers, "pair-stream") if workers else None
+        self._ahead: dict[Position, Future[PairBatch]] = {}
+
+    def check_present(self) -> None:
+        """Raise ShardError if a shard that this rank will read is absent or of the wrong size."""
+        reached = [stage for stage in self.pacing.stages if stage.num_steps]
+        self.readers.check_present(self.plan.rank_entries(reached))
+
+    def position(self, step: int, skips: Sequence[int]) -> Position:
+        """Where ``step`` reads when ``skips[k]`` batches of stage k were skipped so far."""
+        return self.pacing.position(step, skips, self.plan.passes_begun)
+
+    def next(self, step: int, skips: Sequence[int]) -> PairBatch:
+        """The batch of optimiser step ``step``; then the following steps are read ahead."""
+        wanted = self.position(step, skips)
+        if self._pool is None:
+            return self.fetch(wanted)
+        last = min(step + self._depth, self.pacing.total_steps - 1)
+        self._read_ahead([wanted, *(self.position(s, skips) for s in range(step + 1, last + 1))])
+        try:
+            return self._ahead.pop(wanted).result(self._timeout)
+        except TimeoutError:
+            raise DataError(
+                f"no batch for step {step} within {self._timeout:g} s: is the storage of "
+                f"{self.readers.folder} stalled?"
+            ) from None
+
+    def fetch(self, position: Position) -> PairBatch:
+        """Read the batch at ``position`` now."""
+        places = self.plan.locate(position)
+        samples = [
+            self.readers.read(self.plan.entries[shard], sample)
+            for shard, sample in zip(places.shards.tolist(), places.samples.tolist(), strict=True)
+        ]
+        return PairBatch.collate(samples, places.visits)
+
+    def close(self) -> None:
+        """Stop reading ahead and let go of the files; may be called twice."""
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
+
+    def _read_ahead(self, positions: Sequence[Position]) -> None:
+        """Keep what is on its way and still wanted, drop the rest, start what is missing."""
+        assert self._pool is not None
+        for position in [*self._ahead.keys() - set(positions)]:
+            self._ahead.pop(position).cancel()
+        for position in positions:
+            if position not in self._ahead:
+                self._ahead[position] = self._pool.submit(self.fetch, position)
