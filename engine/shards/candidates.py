@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,35 @@ def read_candidates(
 
     Raises ShardError for a damaged file: remove it to have the prompt sampled again.
     """
+    with _opened(folder, prompt, expected_meta) as stored:
+        if stored is None:
+            return None
+        return [stored.image(row) for row in range(len(stored.index))]
+
+
+def has_candidates(folder: str | Path, prompt: str, expected_meta: Mapping[str, Any]) -> bool:
+    """Whether ``read_candidates`` would find them; an image may still be damaged."""
+    with _opened(folder, prompt, expected_meta) as stored:
+        return stored is not None
+
+
+@contextmanager
+def _opened(
+    folder: str | Path, prompt: str, expected_meta: Mapping[str, Any]
+) -> Iterator[_Stored | None]:
+    """The file of a prompt with its records read and checked, or None as ``read_candidates``."""
     path = candidates_path(folder, prompt)
     try:
         file = path.open("rb", buffering=0)
     except FileNotFoundError:
-        return None
+        yield None
+        return
     except OSError as error:
         raise ShardError(str(path), f"cannot be opened: {error.strerror or error}") from None
     with file:
         index = index_samples(file.fileno(), str(path), (IMAGE, RECORD))
-        records = [_read_record(file.fileno(), path, index, row) for row in range(len(index))]
-        if any(record.get("meta") != _as_json(expected_meta) for record in records):
-            return None
-        _check_complete(path, prompt, index, records)
-        return [
-            _read_image(file.fileno(), path, index, row, record)
-            for row, record in enumerate(records)
-        ]
+        stored = _Stored(file.fileno(), str(path), index)
+        yield stored if stored.made_with(prompt, _as_json(expected_meta)) else None
 
 
 def _as_json(meta: Mapping[str, Any]) -> Any:
@@ -97,53 +110,59 @@ def _encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _member(
-    descriptor: int, path: Path, index: SampleIndex, row: int, column: int, limit: int
-) -> bytes:
-    size = int(index.sizes[row, column])
-    if size > limit:
-        key, member = index.keys[row].decode(), index.members[column]
-        raise ShardError(str(path), f"{size} bytes, at most {limit} expected", key, member)
-    return read_span(descriptor, str(path), int(index.offsets[row, column]), size)
+class _Stored:
+    """The open tar of one prompt."""
 
+    def __init__(self, descriptor: int, name: str, index: SampleIndex) -> None:
+        self.descriptor, self.name, self.index = descriptor, name, index
+        self.records = [self._record(row) for row in range(len(index))]
 
-def _read_record(descriptor: int, path: Path, index: SampleIndex, row: int) -> dict[str, Any]:
-    data = _member(descriptor, path, index, row, 1, MAX_RECORD_BYTES)
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({error})"
-        raise ShardError(str(path), reason, index.keys[row].decode(), RECORD) from None
-    if not isinstance(record, dict):
-        raise ShardError(str(path), "not a JSON object", index.keys[row].decode(), RECORD)
-    return record
+    def made_with(self, prompt: str, meta: Any) -> bool:
+        """Whether all were made with these settings; if so they must be complete, in order."""
+        if any(record.get("meta") != meta for record in self.records):
+            return False
+        for row, record in enumerate(self.records):
+            if self._key(row) != image_id(prompt, row) or record.get("prompt") != prompt:
+                raise self._error(row, RECORD, "is not the next candidate of the prompt")
+            if record.get("num_candidates") != len(self.records):
+                written = record.get("num_candidates")
+                reason = f"{len(self.records)} candidates, {written} were written"
+                raise self._error(row, RECORD, reason)
+        return True
 
+    def image(self, row: int) -> Image.Image:
+        """Decode a candidate, which must be the PNG that was written and of bounded size."""
+        data = self._member(row, IMAGE, MAX_IMAGE_BYTES)
+        if hashlib.sha256(data).hexdigest() != self.records[row].get("sha256"):
+            raise self._error(row, IMAGE, "image does not match its sha256; remove the file")
+        try:
+            image = Image.open(io.BytesIO(data), formats=("PNG",))
+            if image.width * image.height > MAX_PIXELS:  # from the header, nothing is decoded yet
+                size = f"{image.width}x{image.height}"
+                raise self._error(row, IMAGE, f"{size} pixels, at most {MAX_PIXELS} in all")
+            return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise self._error(row, IMAGE, f"not a readable PNG ({error})") from None
 
-def _check_complete(
-    path: Path, prompt: str, index: SampleIndex, records: Sequence[Mapping[str, Any]]
-) -> None:
-    for row, record in enumerate(records):
-        key = index.keys[row].decode()
-        if key != image_id(prompt, row) or record.get("prompt") != prompt:
-            raise ShardError(str(path), "is not the next candidate of the prompt", key, RECORD)
-        if record.get("num_candidates") != len(records):
-            reason = f"{len(records)} candidates, {record.get('num_candidates')} were written"
-            raise ShardError(str(path), reason, key, RECORD)
+    def _record(self, row: int) -> dict[str, Any]:
+        try:
+            record = json.loads(self._member(row, RECORD, MAX_RECORD_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise self._error(row, RECORD, f"not valid JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise self._error(row, RECORD, "not a JSON object")
+        return record
 
+    def _member(self, row: int, member: str, limit: int) -> bytes:
+        column = self.index.members.index(member)
+        size = int(self.index.sizes[row, column])
+        if size > limit:
+            raise self._error(row, member, f"{size} bytes, at most {limit} expected")
+        offset = int(self.index.offsets[row, column])
+        return read_span(self.descriptor, self.name, offset, size)
 
-def _read_image(
-    descriptor: int, path: Path, index: SampleIndex, row: int, record: Mapping[str, Any]
-) -> Image.Image:
-    key = index.keys[row].decode()
-    data = _member(descriptor, path, index, row, 0, MAX_IMAGE_BYTES)
-    if hashlib.sha256(data).hexdigest() != record.get("sha256"):
-        raise ShardError(str(path), "image does not match its sha256; remove the file", key, IMAGE)
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
-        if image.width * image.height > MAX_PIXELS:  # known from the header, nothing decoded yet
-            reason = f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} in all"
-            raise ShardError(str(path), reason, key, IMAGE)
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ShardError(str(path), f"not a readable PNG ({error})", key, IMAGE) from None
-    return image.convert("RGB")
+    def _key(self, row: int) -> str:
+        return self.index.keys[row].decode()
+
+    def _error(self, row: int, member: str, reason: str) -> ShardError:
+        return ShardError(self.name, reason, self._key(row), member)

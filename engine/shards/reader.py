@@ -69,6 +69,10 @@ class ShardReaders:
         self._locks: dict[str, Lock] = {}
         self._lock = Lock()
 
+    def keep_indexes(self, num_shards: int) -> None:
+        """Expect reads to go round ``num_shards`` shards: keep at least so many indexes."""
+        self._max_indexes = max(self._max_indexes, num_shards)
+
     def check_present(self, entries: Iterable[ShardEntry]) -> None:
         """Raise ShardError for the first shard that is absent or of the wrong size: cheap enough
         to run before a model is loaded.

@@ -37,6 +37,7 @@ class PairStream:
     ) -> None:
         plan.check_stages(pacing.stages)
         self.plan, self.readers, self.pacing = plan, readers, pacing
+        readers.keep_indexes(2 * len(plan.lanes) * plan.shuffle_shards)  # this window and the next
         self._timeout = timeout
         self._depth = DEPTH_PER_WORKER * workers
         self._pool = ThreadPoolExecutor(workers, "pair-stream") if workers else None

@@ -1,0 +1,149 @@
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from cdpo.engine.curriculum.pairs import form_pairs
+from cdpo.engine.keyed import content_id
+from cdpo.engine.recipe import Curriculum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+SCORES = hnp.arrays(
+    np.float32,
+    st.integers(0, 14),
+    elements=st.one_of(
+        st.floats(-4, 4, width=16), st.sampled_from([0.5, -0.5, np.nan, np.inf, -np.inf])
+    ),
+)
+CURRICULA = st.builds(
+    Curriculum,
+    tiers=st.integers(1, 6),
+    difficulty=st.sampled_from(["rank_gap", "score_gap"]),
+    binning=st.sampled_from(["equal_width", "quantile"]),
+    min_score_gap=st.sampled_from([0.0, 0.0, 0.5]),
+    pairs_per_prompt_per_tier=st.sampled_from([1, 3, 1000]),
+)
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA)
+def test_the_tiers_partition_the_eligible_pairs(scores, curriculum):
+    unlimited = curriculum.model_copy(update={"pairs_per_prompt_per_tier": 10**6})
+    formed = form_pairs("a dog", scores, unlimited, seed=0)
+    eligible = {
+        (winner, loser)
+        for winner in range(len(scores))
+        for loser in range(len(scores))
+        if np.isfinite(scores[winner])
+        and np.isfinite(scores[loser])
+        and scores[winner] > scores[loser]
+        and float(scores[winner]) - float(scores[loser]) >= curriculum.min_score_gap
+    }
+    found = [(pair.winner, pair.loser) for pair in formed.pairs]
+    assert len(found) == len(set(found)) == formed.num_eligible
+    assert set(found) == eligible
+    assert all(1 <= pair.tier <= curriculum.tiers for pair in formed.pairs)
+    assert formed.dropped_candidates == np.count_nonzero(~np.isfinite(scores))
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA, st.integers(0, 2**32 - 1))
+def test_winner_above_loser_within_the_budget_and_sorted(scores, curriculum, seed):
+    pairs = form_pairs("a cat", scores, curriculum, seed).pairs
+    for pair in pairs:
+        assert pair.winner_score > pair.loser_score
+        assert pair.winner_rank < pair.loser_rank
+        assert (pair.winner_score, pair.loser_score) == (scores[pair.winner], scores[pair.loser])
+        assert pair.pair_id == content_id("a cat", str(pair.winner), str(pair.loser))
+    counts = Counter(pair.tier for pair in pairs)
+    assert max(counts.values(), default=0) <= curriculum.pairs_per_prompt_per_tier
+    order = [(pair.tier, pair.winner_rank, pair.loser_rank) for pair in pairs]
+    assert order == sorted(order)
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA)
+def test_a_larger_budget_keeps_what_a_smaller_one_kept(scores, curriculum):
+    def kept(budget):
+        sized = curriculum.model_copy(update={"pairs_per_prompt_per_tier": budget})
+        return {pair.pair_id for pair in form_pairs("a cat", scores, sized, 3).pairs}
+
+    assert kept(1) <= kept(2) <= kept(5)
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA.filter(lambda c: c.difficulty == "rank_gap" and c.min_score_gap == 0))
+def test_rank_gap_ignores_monotone_changes_of_the_reward(scores, curriculum):
+    def shape(values):
+        return [
+            (p.pair_id, p.tier, p.winner_rank) for p in form_pairs("x", values, curriculum, 0).pairs
+        ]
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        stretched = np.where(np.isfinite(scores), np.exp(scores) + 8 * scores, np.nan)
+    distinct = len(set(scores[np.isfinite(scores)].tolist()))
+    still = len(set(stretched.astype(np.float32)[np.isfinite(stretched)].tolist()))
+    if distinct == still:  # otherwise float32 made a new tie
+        assert shape(scores) == shape(stretched.astype(np.float32))
+
+
+def test_eleven_candidates_by_hand():
+    """M = 11, B = 5: tiers hold rank gaps 9-10, 7-8, 5-6, 3-4, 1-2."""
+    scores = np.linspace(1, 0, 11, dtype=np.float32)
+    unlimited = Curriculum(tiers=5, pairs_per_prompt_per_tier=1000)
+    for pair in form_pairs("a dog", scores, unlimited, 0).pairs:
+        assert pair.tier == 5 - (pair.loser_rank - pair.winner_rank - 1) // 2
+
+
+def test_failed_rewards_are_dropped_before_ranks_are_given():
+    pairs = form_pairs("x", np.array([3, np.nan, 1, np.inf]), Curriculum(tiers=1), 0)
+    assert [(p.winner, p.loser, p.winner_rank, p.loser_rank) for p in pairs.pairs] == [(0, 2, 1, 2)]
+    assert pairs.dropped_candidates == 2
+    assert not pairs.all_tied
+
+
+@pytest.mark.parametrize(
+    ("scores", "all_tied"),
+    [([0.5] * 4, True), ([0.5, 0.5, np.nan], True), ([0.5], False), ([], False)],
+)
+def test_ties_and_too_few(scores, all_tied):
+    formed = form_pairs("x", np.array(scores, dtype=np.float32), Curriculum(), 0)
+    assert formed.pairs == []
+    assert formed.all_tied is all_tied
+
+
+def test_the_budget_is_drawn_by_prompt_and_seed_and_nothing_else():
+    scores = np.random.default_rng(0).normal(size=30).astype(np.float32)
+    curriculum = Curriculum(pairs_per_prompt_per_tier=4)
+    prompts = [f"prompt {number}" for number in range(6)]
+    forward = {p: form_pairs(p, scores, curriculum, 5).pairs for p in prompts}
+    backward = {p: form_pairs(p, scores, curriculum, 5).pairs for p in reversed(prompts)}
+    assert forward == backward
+    drawn = {tuple((p.winner, p.loser) for p in pairs) for pairs in forward.values()}
+    assert len(drawn) == len(prompts)
+    assert form_pairs(prompts[0], scores, curriculum, 6).pairs != forward[prompts[0]]
+
+
+def test_every_pair_of_a_tier_has_the_same_chance():
+    scores = np.arange(8, dtype=np.float32)
+    curriculum = Curriculum(tiers=1, pairs_per_prompt_per_tier=7)
+    counts = Counter(
+        (pair.winner, pair.loser)
+        for seed in range(1200)
+        for pair in form_pairs("x", scores, curriculum, seed).pairs
+    )
+    assert len(counts) == 28
+    statistic = sum((count - 300) ** 2 / (300 * 0.75) for count in counts.values()) * 27 / 28
+    assert statistic < 55.5  # chi-square, 27 degrees, p = 0.001
+
+
+def test_five_hundred_candidates_are_quick():
+    scores = np.random.default_rng(0).normal(size=500).astype(np.float32)
+    form_pairs("warm up", scores, Curriculum(), 0)
+    start = time.perf_counter()
+    formed = form_pairs("a dog", scores, Curriculum(), 0)
+    assert time.perf_counter() - start < 1
+    assert formed.num_eligible == 500 * 499 // 2
+    assert len(formed.pairs) == 5 * 16
