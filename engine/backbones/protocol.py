@@ -1,0 +1,102 @@
+"""What the trainer asks of a model family and of a noise process (one file a family implements it).
+
+Shapes: B pairs; winner and loser ride in one batch ``[winners; losers]`` of 2B images; C, h, w are
+latent channels, height and width; T text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told about each image of a batch."""
+
+    text: Tensor
+    """Token embeddings (N, T, D)."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Further per-image tensors a family needs (SDXL: pooled text and time ids), each (N, ...)."""
+
+    def select(self, rows: Sequence[int] | Tensor) -> Conditioning:
+        """The rows asked for, in that order."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.text.device)
+        return Conditioning(
+            self.text.index_select(0, rows),
+            {name: value.index_select(0, rows) for name, value in self.extras.items()},
+        )
+
+    def for_pairs(self) -> Conditioning:
+        """Conditioning of B prompts repeated for ``[winners; losers]``: (2B, ...)."""
+        return Conditioning(
+            torch.cat([self.text, self.text]),
+            {name: torch.cat([value, value]) for name, value in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of a training example, shared by its winner and loser."""
+
+    timesteps: Tensor
+    """(B,) int64."""
+    noise: Tensor
+    """(B, C, h, w) float32."""
+
+
+class NoiseProcess(Protocol):
+    """How images are corrupted and what the denoiser is asked to predict."""
+
+    num_timesteps: int
+
+    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor, shape: Sequence[int]) -> Draw:
+        """Timestep and noise of each pair, from keys."""
+        ...
+
+    def corrupt(self, latents: Tensor, draw: Draw) -> Tensor:
+        """Noisy latents (2B, C, h, w) of clean ones (2B, C, h, w)."""
+        ...
+
+    def target(self, latents: Tensor, draw: Draw) -> Tensor:
+        """What a perfect denoiser predicts: (B, ...) where winner and loser share it, else (2B, ...)."""
+        ...
+
+
+class Backbone(Protocol):
+    """A family of text-to-image models."""
+
+    denoiser: nn.Module
+    noise: NoiseProcess
+    device: torch.device
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Scaled latents (N, C, h, w) float32 of RGB images."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of N prompts; each distinct prompt is encoded once in a process."""
+        ...
+
+    def predict(
+        self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """What ``net`` (policy or reference) predicts for noisy latents (N, C, h, w)."""
+        ...
+
+    def sample(
+        self,
+        net: nn.Module,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+    ) -> list[Image.Image]:
+        """Images drawn from ``net``, one a prompt, starting from ``noise`` (N, C, h, w)."""
+        ...

@@ -1,0 +1,117 @@
+"""Sampling of candidates: seeded by prompt and index, so every image is the same wherever it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from . import keyed
+from .backbones import Backbone
+from .errors import DataError
+from .failpoints import failpoint
+from .keyed import Stream, content_id
+from .launch import Ranks
+from .recipe import Sampler
+from .reporting.console import Terminal
+from .shards.candidates import has_candidates, read_candidates, write_candidates
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """Images of some prompts in a folder, all made with the same settings."""
+
+    folder: Path
+    meta: Mapping[str, Any]
+
+    def has(self, prompt: str) -> bool:
+        """Whether this prompt's images are there, whole and made with these settings."""
+        return has_candidates(self.folder, prompt, self.meta)
+
+    def read(self, prompt: str) -> list[Image.Image]:
+        """The images of a prompt; DataError if they have gone since they were sampled."""
+        images = read_candidates(self.folder, prompt, self.meta)
+        if images is None:
+            raise DataError(f"{self.folder}: the images of {prompt!r} have gone: start again")
+        return images
+
+    def write(self, prompt: str, images: Sequence[Image.Image]) -> None:
+        """Keep the images of a prompt; they appear when they are whole."""
+        write_candidates(self.folder, prompt, images, self.meta)
+        failpoint("prepare.candidates")
+
+
+class CandidateSampler:
+    """Draws the same ``count`` images a prompt from some network, skipping prompts that are done."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        net: nn.Module,
+        folder: Path,
+        *,
+        seed: int,
+        stream: Stream,
+        count: int,
+        sampler: Sampler,
+        resolution: tuple[int, int],
+        batch_size: int,
+        made_by: Mapping[str, str],
+    ) -> None:
+        self.backbone = backbone
+        self.net = net
+        self.seed = seed
+        self.stream = stream
+        self.count = count
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.shape = backbone.latent_shape(resolution)
+        # What an image is a function of, besides its prompt: kept with it, checked on resume.
+        meta = {
+            **made_by,
+            "seed": seed,
+            "stream": int(stream),
+            "count": count,
+            "steps": sampler.steps,
+            "guidance": sampler.guidance,
+            "resolution": list(resolution),
+        }
+        self.images = CandidateSet(folder, meta)
+
+    def run(self, prompts: Sequence[str], ranks: Ranks, terminal: Terminal, label: str) -> None:
+        """Sample what is missing, a share on each rank; a prompt is on disk whole or not at all."""
+        missing = ranks.on_first(lambda: [p for p in prompts if not self.images.has(p)])
+        total = len(prompts) * self.count
+        done = total - len(missing) * self.count
+        mine = list(ranks.share(missing))
+        group = max(1, self.batch_size // self.count)
+        with terminal.progress(label, total, done, "images") as progress:
+            for start in range(0, len(mine), group):
+                names = mine[start : start + group]
+                images = self._draw([name for name in names for _ in range(self.count)])
+                for index, name in enumerate(names):
+                    own = images[index * self.count : (index + 1) * self.count]
+                    self.images.write(name, own)
+                # Shares differ by at most one prompt, so rank 0 can speak for all.
+                progress.advance(min(len(images) * ranks.world_size, total - progress.done))
+        ranks.barrier()
+
+    def _draw(self, prompts: list[str]) -> list[Image.Image]:
+        """One image a prompt; the n-th repetition of a prompt is its candidate n."""
+        items = [content_id(p, str(row % self.count)) for row, p in enumerate(prompts)]
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            keys = keyed.make_keys(self.seed, self.stream, items[rows])
+            images += self.backbone.sample(
+                self.net,
+                prompts[rows],
+                keyed.normal(keys, self.shape),
+                steps=self.sampler.steps,
+                guidance=self.sampler.guidance,
+            )
+        return images

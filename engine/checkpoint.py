@@ -1,0 +1,270 @@
+"""Committed checkpoints: a folder counts only once its manifest is in place and verifies.
+
+Protocol (all ranks together): files go to ``step-N.tmp/``; every rank fsyncs its own files and
+hashes them; the ranks agree; rank 0 writes ``MANIFEST.json``, fsyncs it and the folder, renames to
+``step-N``, reads it back, and only then drops older checkpoints and replaces ``latest``. A crash at
+any point leaves the previous checkpoint whole. ``latest`` is a hint for people: a resume takes the
+newest folder whose manifest verifies.
+
+DeepSpeed writes and reads its own ZeRO partitions inside; they are pickles, so a checkpoint is as
+trusted as the code that made it: never resume from a stranger's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .curriculum.pacing import Cursor
+from .errors import CheckpointError
+from .failpoints import failpoint
+from .launch import Ranks
+from .recipe import Recipe
+from .recipe_file import diff_identity, save_resolved, training_identity
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+_COMMITTED = re.compile(r"step-(\d+)")
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder, written and read by all ranks together."""
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, recipe: Recipe, data_hash: str, keep: int
+    ) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.recipe = recipe
+        self.data_hash = data_hash
+        self.keep = keep
+
+    def save(self, cursor: Cursor, write: Callable[[Path], None]) -> Path:
+        """Commit ``cursor``; ``write(folder)`` is called on every rank to put its files there.
+
+        Raises CheckpointError on every rank if any rank fails; the previous checkpoint survives.
+        """
+        final = self.folder / f"step-{cursor.step:08d}"
+        temporary = final.with_suffix(".tmp")
+        if self.ranks.on_first(lambda: _is_whole(final)):
+            return final
+        try:
+            self._first(lambda: _fresh_folder(temporary))
+            self.ranks.barrier()
+            files = self._write_own(temporary, write)
+            self._first(lambda: self._commit(temporary, final, cursor, files))
+        except CheckpointError:
+            if self.ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def _write_own(
+        self, temporary: Path, write: Callable[[Path], None]
+    ) -> dict[str, dict[str, Any]]:
+        """Every rank writes, fsyncs and hashes; returns the union of what the ranks wrote."""
+        error: Exception | None = None
+        own: dict[str, dict[str, Any]] = {}
+        try:
+            failpoint("checkpoint.write")
+            write(temporary)
+            if self.ranks.is_first:
+                save_resolved(self.recipe, temporary / "recipe.yaml")
+        except (OSError, RuntimeError) as exc:
+            # torch.save reports a full disk as a RuntimeError of its zip writer.
+            error = self._cannot_write(temporary, exc)
+        self.ranks.agree(error)
+        self.ranks.barrier()
+        try:
+            for path in self._own_files(temporary):
+                own[str(path.relative_to(temporary))] = _sync_and_describe(path)
+            failpoint("checkpoint.hashed")
+        except OSError as exc:
+            error = self._cannot_write(temporary, exc)
+        self.ranks.agree(error)
+        return {name: entry for part in self.ranks.gather(own) for name, entry in part.items()}
+
+    def _own_files(self, folder: Path) -> list[Path]:
+        """Files of this rank: DeepSpeed's carry the rank in their name, the rest is rank 0's."""
+        mine = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            match = re.search(r"pp_rank_(\d+)_", path.name)
+            owner = int(match.group(1)) if match else 0
+            if owner == self.ranks.rank:
+                mine.append(path)
+        return mine
+
+    def _commit(
+        self, temporary: Path, final: Path, cursor: Cursor, files: dict[str, dict[str, Any]]
+    ) -> None:
+        try:
+            manifest = {
+                "format": FORMAT,
+                "version": __version__,
+                "step": cursor.step,
+                "skips": list(cursor.skips),
+                "world_size": self.ranks.world_size,
+                "zero": self.recipe.deepspeed,
+                "identity": training_identity(self.recipe),
+                "data": self.data_hash,
+                "files": files,
+            }
+            _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            for folder in sorted({path.parent for path in temporary.rglob("*")}):
+                _sync_folder(folder)
+            failpoint("checkpoint.before_rename")
+            if final.exists():
+                # Only a folder that does not verify is ever written again: it is in the way.
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(self.folder)
+            failpoint("checkpoint.after_rename")
+            _verify(final)
+            _write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
+            (self.folder / "latest.tmp").rename(self.folder / "latest")
+            failpoint("checkpoint.before_prune")
+            for _, old in self._committed()[self.keep :]:
+                shutil.rmtree(old)
+        except OSError as exc:
+            raise self._cannot_write(temporary, exc) from None
+
+    def load_newest(self, read: Callable[[Path], None]) -> Cursor | None:
+        """Resume from the newest checkpoint that verifies; None if there is none at all.
+
+        ``read(folder)`` is called on every rank. Raises CheckpointError if the checkpoint belongs to
+        another recipe, data set or world size, or if checkpoints exist but none verifies.
+        """
+        folder, manifest = self.ranks.on_first(self._newest)
+        if folder is None:
+            return None
+        self._refuse_strangers(folder, manifest)
+        error: Exception | None = None
+        try:
+            read(folder)
+        except (OSError, RuntimeError, ValueError, KeyError) as exc:
+            error = CheckpointError(f"checkpoint {folder} cannot be read: {exc}")
+        self.ranks.agree(error)
+        return Cursor(manifest["step"], tuple(manifest["skips"]))
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        problems = []
+        for _, folder in self._committed():
+            try:
+                return folder, _verify(folder)
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(f"{folder.name}: {error}")
+        if problems:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.folder} is whole ({'; '.join(problems)}): remove the "
+                "folder to start afresh"
+            )
+        return None, {}
+
+    def _refuse_strangers(self, folder: Path, manifest: dict[str, Any]) -> None:
+        changed = diff_identity(manifest["identity"], training_identity(self.recipe))
+        if changed:
+            raise CheckpointError(
+                f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore these "
+                "values, or give another run_dir"
+            )
+        if manifest["data"] != self.data_hash:
+            raise CheckpointError(
+                f"checkpoint {folder} was trained on other shards (manifest "
+                f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir"
+            )
+        if (
+            manifest["world_size"] != self.ranks.world_size
+            or manifest["zero"] != self.recipe.deepspeed
+        ):
+            raise CheckpointError(
+                f"checkpoint {folder} was written by {manifest['world_size']} ranks under "
+                f"{manifest['zero']}, this run has {self.ranks.world_size} under "
+                f"{self.recipe.deepspeed}: resume with the same"
+            )
+
+    def _committed(self) -> list[tuple[int, Path]]:
+        """Committed folders, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [
+            (int(match.group(1)), path)
+            for path in self.folder.iterdir()
+            if path.is_dir() and (match := _COMMITTED.fullmatch(path.name))
+        ]
+        return sorted(found, reverse=True)
+
+    def _first(self, work: Callable[[], None]) -> None:
+        self.ranks.on_first(work)
+
+    def _cannot_write(self, folder: Path, error: Exception) -> CheckpointError:
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        kept = self._committed()
+        survivor = f"{kept[0][1].name} is untouched" if kept else "there was none before"
+        return CheckpointError(f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}")
+
+
+def _fresh_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint folder {folder} cannot be made: {error.strerror}"
+        ) from None
+
+
+def _sync_and_describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed folder; ValueError naming the first file that differs from it."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(
+                f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+            )
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise ValueError(f"{name} has changed since it was written")
+    return manifest
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _verify(folder)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,57 @@
+"""Errors a user can act on, each with the exit code that scripts around a run rely on.
+
+Every verb catches :class:`CdpoError`, prints its message as one line and exits with ``exit_code``;
+any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_NUMERICS = 4
+EXIT_CHECKPOINT = 5
+EXIT_OUTSIDE = 6
+EXIT_STOPPED = 75
+
+
+class CdpoError(Exception):
+    """Base of the errors that are the user's to mend: the message says what, where and the fix."""
+
+    exit_code = 1
+
+
+class RecipeError(CdpoError):
+    """The recipe, an override or the command line is wrong (names file and dotted key)."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(CdpoError):
+    """Prompts, candidates, shards or a manifest are missing or wrong (names shard, key, member)."""
+
+    exit_code = EXIT_DATA
+
+
+class NumericsError(CdpoError):
+    """Loss or gradients stayed non-finite for too many steps in a row."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class CheckpointError(CdpoError):
+    """A checkpoint cannot be written, read or does not belong to this recipe (names folder, step)."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class OutsideError(CdpoError):
+    """Something outside the run failed: a model folder, a hub, a reward's weights, a package."""
+
+    exit_code = EXIT_OUTSIDE
+
+
+class StopRequested(CdpoError):
+    """The run was asked to stop (SIGTERM, SIGINT) and left a committed checkpoint behind."""
+
+    exit_code = EXIT_STOPPED

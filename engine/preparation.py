@@ -1,0 +1,311 @@
+"""Stage 1 as a sequence of resumable phases: sample, score, pair, encode, write, draw the sheet.
+
+Every phase asks the disk what is done and does the rest, so a killed run started again repeats at
+most the prompts in flight. Work is divided over the ranks by prompt and by shard; what pairs are
+formed depends on neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .backbones import StableDiffusion, load_backbone
+from .candidates import CandidateSampler, CandidateSet
+from . import __version__
+from .curriculum.pairs import Pair, PromptPairs, form_pairs
+from .errors import DataError
+from .failpoints import failpoint
+from .keyed import Stream
+from .latents import LatentStore
+from .launch import Ranks
+from .prompts import read_prompts
+from .recipe import Recipe
+from .recipe_file import save_resolved
+from .reporting.console import Terminal
+from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from .rewards import RewardModel, load_reward
+from .scoring import Scoring
+from .shards.manifest import (
+    Manifest,
+    ModelSource,
+    RewardSource,
+    ShardEntry,
+    Statistics,
+    VaeSource,
+    load_manifest,
+    save_manifest,
+)
+from .shards.sample import PairMeta
+from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
+
+
+@dataclass(frozen=True)
+class TierShards:
+    """The pairs of a tier and how they fill its shards."""
+
+    plan: ShardPlan
+    fill: ShardFill
+    pairs: list[Pair]
+
+
+class Preparation:
+    """Stage 1 of one recipe, on all ranks together."""
+
+    def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+        self.ranks = ranks
+        self.recipe = recipe
+        self.terminal = terminal
+        self.run_dir = Path(recipe.run_dir)
+        self.shards_dir = Path(recipe.data.path) if recipe.data.path else self.run_dir / "shards"
+        self.prompts, _ = read_prompts(recipe.prompts)
+        self.inputs = self._inputs_hash()
+        self.is_finished = ranks.on_first(self._already_done)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What will be done, for the head of the terminal."""
+        spec = self.recipe.prepare
+        return [
+            (
+                "sample",
+                f"{len(self.prompts)} prompts x {spec.candidates_per_prompt} candidates, "
+                f"{spec.sampler.steps} DDIM steps, guidance {spec.sampler.guidance:g}",
+            ),
+            ("rank by", f"{self.recipe.reward.type} {self.recipe.reward.path}"),
+        ]
+
+    def _inputs_hash(self) -> str:
+        """Of every choice the shards are a function of; another hash means other shards."""
+        recipe = self.recipe
+        curriculum = recipe.curriculum.model_dump(
+            include={"tiers", "difficulty", "binning", "min_score_gap", "pairs_per_prompt_per_tier"}
+        )
+        inputs: dict[str, Any] = {
+            "seed": recipe.seed,
+            "model": recipe.model.model_dump(mode="json"),
+            "prompts": self.prompts,
+            "reward": recipe.reward.model_dump(include={"type", "path"}),
+            "prepare": recipe.prepare.model_dump(
+                mode="json", include={"candidates_per_prompt", "sampler", "precision"}
+            ),
+            "curriculum": curriculum,
+            "data": recipe.data.model_dump(include={"lanes", "pairs_per_shard"}),
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def _already_done(self) -> bool:
+        if not (self.shards_dir / "manifest.json").exists():
+            return False
+        return load_manifest(self.shards_dir).fingerprint == self.inputs
+
+    def run(self) -> None:
+        """Do what is not done yet. DataError if no shards can be made of these candidates."""
+        if self.ranks.is_first:
+            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+        reward = load_reward(self.recipe.reward, self.ranks.device)
+        backbone = load_backbone(
+            self.recipe.model, self.ranks.device, self.recipe.prepare.precision
+        )
+        fingerprints = backbone.fingerprints()
+
+        images = self._sample(backbone, fingerprints["model"])
+        scores = self._score(reward, images)
+        formed = {
+            prompt: form_pairs(prompt, scores[prompt], self.recipe.curriculum, self.recipe.seed)
+            for prompt in self.prompts
+        }
+        fills = self._fill_shards(formed)
+        latents = self._encode(backbone, fingerprints["vae"], images, fills)
+        shards = self._write(fills, latents, backbone)
+        manifest = self._manifest(shards, fills, formed, backbone, fingerprints, reward)
+        self.ranks.on_first(lambda: self._finish(manifest, formed, scores, images))
+
+    # Phases
+
+    def _sample(self, backbone: StableDiffusion, made_by: str) -> CandidateSet:
+        recipe = self.recipe
+        sampler = CandidateSampler(
+            backbone,
+            backbone.denoiser,
+            self.run_dir / "candidates",
+            seed=recipe.seed,
+            stream=Stream.CANDIDATE_NOISE,
+            count=recipe.prepare.candidates_per_prompt,
+            sampler=recipe.prepare.sampler,
+            resolution=recipe.model.resolution,
+            batch_size=recipe.prepare.batch_size,
+            made_by={"model": made_by, "precision": recipe.prepare.precision},
+        )
+        sampler.run(self.prompts, self.ranks, self.terminal, "sample")
+        return sampler.images
+
+    def _score(self, reward: RewardModel, images: CandidateSet) -> dict[str, np.ndarray]:
+        made_by = hashlib.sha256(json.dumps(images.meta, sort_keys=True).encode()).hexdigest()
+        scoring = Scoring(self.run_dir, f"{reward.fingerprint[:16]}:{made_by[:16]}", self.ranks)
+        scores = scoring.run(reward, images, self.prompts, self.terminal)
+        failpoint("prepare.scored")
+        return scores
+
+    def _fill_shards(self, formed: dict[str, PromptPairs]) -> list[TierShards]:
+        """Which pair goes into which shard; every rank finds the same."""
+        dropped = sum(outcome.dropped_candidates for outcome in formed.values())
+        tied = [prompt for prompt, outcome in formed.items() if outcome.all_tied]
+        if dropped:
+            self.terminal.warn(f"{dropped} candidates had no finite reward and were dropped")
+        if tied:
+            self.terminal.warn(
+                f"{len(tied)} prompts gave no pair because their candidates all tie, e.g. {tied[0]!r}"
+            )
+        pairs = [pair for outcome in formed.values() for pair in outcome.pairs]
+        if not pairs:
+            raise DataError(
+                f"no pairs in {len(self.prompts)} prompts: every prompt's candidates tie or differ by "
+                f"less than curriculum.min_score_gap={self.recipe.curriculum.min_score_gap}"
+            )
+        tiers = range(1, self.recipe.curriculum.tiers + 1)
+        fills = [self._fill_tier(tier, [p for p in pairs if p.tier == tier]) for tier in tiers]
+        counts = "  ".join(f"{len(fill.pairs)}" for fill in fills)
+        self.terminal.line(f"pairs by tier, easiest first: {counts}")
+        return fills
+
+    def _fill_tier(self, tier: int, pairs: list[Pair]) -> TierShards:
+        data = self.recipe.data
+        plan = plan_shards(tier, len(pairs), data.lanes, data.pairs_per_shard)
+        ids = np.asarray([pair.pair_id for pair in pairs], dtype=np.int64)
+        return TierShards(plan, ShardFill(plan, ids, self.recipe.seed), pairs)
+
+    def _encode(
+        self, backbone: StableDiffusion, vae: str, images: CandidateSet, fills: list[TierShards]
+    ) -> LatentStore:
+        store = LatentStore(self.run_dir / "latents", images, vae)
+        wanted: dict[str, set[int]] = {}
+        for pair in (pair for fill in fills for pair in fill.pairs):
+            wanted.setdefault(pair.prompt, set()).update((pair.winner, pair.loser))
+        total = sum(len(candidates) for candidates in wanted.values())
+        with self.terminal.progress("encode", total, 0, "images") as progress:
+            for prompt in self.ranks.share(sorted(wanted)):
+                chosen = sorted(wanted[prompt])
+                store.encode(backbone, prompt, chosen, self.recipe.prepare.batch_size)
+                progress.advance(min(len(chosen) * self.ranks.world_size, total - progress.done))
+        self.ranks.barrier()
+        return store
+
+    def _write(
+        self, fills: list[TierShards], latents: LatentStore, backbone: StableDiffusion
+    ) -> list[ShardEntry]:
+        """Write this rank's shards; returns everybody's entries in the order of tier and number."""
+        self.ranks.on_first(lambda: _clear(self.shards_dir))
+        resolution = self.recipe.model.resolution
+        shape = backbone.latent_shape(resolution)
+        shards = [(fill, index) for fill in fills for index in range(fill.plan.num_shards)]
+        own = []
+        for fill, index in self.ranks.share(shards):
+            failpoint("prepare.shard")
+            samples = (
+                (
+                    PairMeta.of_sampled(pair, resolution),
+                    latents.pair(pair.prompt, pair.winner, pair.loser),
+                )
+                for pair in (fill.pairs[member] for member in fill.fill.members(index))
+            )
+            own.append(write_shard(self.shards_dir / fill.plan.name(index), samples, shape))
+        entries = {entry.name: entry for part in self.ranks.gather(own) for entry in part}
+        return [entries[fill.plan.name(index)] for fill, index in shards]
+
+    def _manifest(
+        self,
+        shards: list[ShardEntry],
+        fills: list[TierShards],
+        formed: dict[str, PromptPairs],
+        backbone: StableDiffusion,
+        fingerprints: dict[str, str],
+        reward: RewardModel,
+    ) -> Manifest:
+        recipe, outcomes = self.recipe, formed.values()
+        return Manifest(
+            created_by=__version__,
+            fingerprint=self.inputs,
+            seed=recipe.seed,
+            lanes=recipe.data.lanes,
+            tiers=recipe.curriculum.tiers,
+            resolution=recipe.model.resolution,
+            latent_shape=backbone.latent_shape(recipe.model.resolution),
+            model=ModelSource(path=recipe.model.path, fingerprint=fingerprints["model"]),
+            vae=VaeSource(
+                path=recipe.model.vae or recipe.model.path,
+                fingerprint=fingerprints["vae"],
+                scaling_factor=backbone.scaling_factor,
+            ),
+            reward=RewardSource(
+                type=recipe.reward.type, path=recipe.reward.path, fingerprint=reward.fingerprint
+            ),
+            statistics=Statistics(
+                prompts=len(formed),
+                prompts_without_pairs=sum(not outcome.pairs for outcome in outcomes),
+                tied_prompts=sum(outcome.all_tied for outcome in outcomes),
+                candidates=len(formed) * recipe.prepare.candidates_per_prompt,
+                dropped_candidates=sum(outcome.dropped_candidates for outcome in outcomes),
+                eligible_pairs=sum(outcome.num_eligible for outcome in outcomes),
+                pairs_by_tier=tuple(f.plan.num_shards * f.plan.count for f in fills),
+                dropped_remainder_by_tier=tuple(fill.plan.dropped for fill in fills),
+            ),
+            shards=tuple(shards),
+        )
+
+    def _finish(
+        self,
+        manifest: Manifest,
+        formed: dict[str, PromptPairs],
+        scores: dict[str, np.ndarray],
+        images: CandidateSet,
+    ) -> None:
+        shown = [prompt for prompt in self.prompts if formed[prompt].pairs]
+        rows = [
+            _contact_row(prompt, formed[prompt].pairs, scores[prompt], images.read(prompt))
+            for prompt in shown[: self.recipe.prepare.contact_sheet_prompts]
+        ]
+        if rows:
+            draw_contact_sheet(self.run_dir / "contact_sheet.png", rows)
+        save_manifest(self.shards_dir, manifest)
+        shutil.rmtree(self.run_dir / "latents")
+        self.terminal.line(f"shards: {self.shards_dir}")
+        self.terminal.line(f"look at: {self.run_dir / 'contact_sheet.png'}")
+
+
+def _contact_row(
+    prompt: str, pairs: list[Pair], scores: np.ndarray, images: list[Image.Image]
+) -> ContactRow:
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
+    by_tier = {pair.tier: pair for pair in reversed(pairs)}
+    return ContactRow(
+        prompt=prompt,
+        images=[images[index] for index in order],
+        scores=[float(scores[index]) for index in order],
+        pairs=[
+            ContactPair(
+                tier=tier,
+                winner_image=images[pair.winner],
+                loser_image=images[pair.loser],
+                winner_rank=pair.winner_rank,
+                loser_rank=pair.loser_rank,
+                winner_score=pair.winner_score,
+                loser_score=pair.loser_score,
+            )
+            for tier, pair in sorted(by_tier.items())
+        ],
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove the manifest and the shards of other inputs, manifest first: it would name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for old in folder.glob("*.tar"):
+        old.unlink()

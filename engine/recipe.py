@@ -1,0 +1,283 @@
+"""The schema of a recipe: one YAML file is one run, and every knob is declared here.
+
+A recipe only *chooses*; what the choices do lives in the modules that take them. Fields without a
+default must be given. Unknown keys are errors (see :mod:`cdpo.engine.recipe_file`, which reads the
+file, applies ``dotted.key=value`` overrides and words the errors).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and strict about what it is given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The text-to-image model to align."""
+
+    backbone: Literal["sd", "sdxl", "lcm"] = "sd"
+    """Model family: decides text encoders, conditioning and noise process."""
+    path: str
+    """Folder in diffusers format, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it for a run others should repeat."""
+    variant: str | None = None
+    """Weight variant on the hub, e.g. `fp16`."""
+    vae: str | None = None
+    """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
+    resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
+    """Height and width in pixels of what is sampled; multiples of 8 times the UNet's downsampling."""
+
+
+class Prompts(Section):
+    """Where prompts come from: text files with one prompt a line; `#` starts a comment line."""
+
+    train: str
+    """Prompts whose candidates are ranked and trained on."""
+    heldout: str | None = None
+    """Prompts never trained on; `compare` reports them apart."""
+    limit: PositiveInt | None = None
+    """Use only the first so many of each file: for trying a recipe out."""
+
+
+class Sampler(Section):
+    """How images are drawn from a model (DDIM without added noise)."""
+
+    steps: PositiveInt = 50
+    """Denoiser calls per image; more is slower and closer to the model's distribution."""
+    guidance: NonNegativeFloat = 7.5
+    """Classifier-free guidance scale; 1 turns it off and halves the cost."""
+
+
+class Prepare(Section):
+    """Stage 1: candidates, scores, pairs, shards."""
+
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = 50
+    """Images ranked for each prompt (M in the papers, 500 there, 50 reported about equal)."""
+    sampler: Sampler = Sampler()
+    """Sampling of candidates."""
+    batch_size: PositiveInt = 16
+    """Images in one denoiser call (guidance doubles the rows); bounds memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of sampling and VAE encoding."""
+    contact_sheet_prompts: NonNegativeInt = 4
+    """Prompts shown in contact_sheet.png, with ranked candidates and one pair of each tier."""
+
+
+class Reward(Section):
+    """What ranks the images."""
+
+    type: Literal["clip_score"] = "clip_score"
+    """`clip_score`: cosine of a CLIP model between image and prompt."""
+    path: str
+    """Folder or hub id of the model."""
+    batch_size: PositiveInt = 64
+    """Images scored in one call; bounds memory."""
+
+
+class Curriculum(Section):
+    """Which pairs are formed, how hard each is, and when each tier opens."""
+
+    tiers: PositiveInt = 5
+    """Number of difficulty tiers B; 1 is the easiest (3, 5 and 7 work in the papers)."""
+    difficulty: Literal["rank_gap", "score_gap"] = "rank_gap"
+    """What makes a pair easy: a large gap in rank (as published) or in reward."""
+    binning: Literal["equal_width", "quantile"] = "equal_width"
+    """Tiers of equal width in the gap (as published) or of equal pair count, per prompt."""
+    min_score_gap: NonNegativeFloat = 0.0
+    """Pairs whose rewards differ by less never form; exact ties never do."""
+    pairs_per_prompt_per_tier: PositiveInt = 16
+    """Pair budget: all O(M^2) pairs would repeat each image up to M-1 times."""
+    order: Literal["easy_to_hard", "hard_to_easy", "random"] = "easy_to_hard"
+    """`random` trains on the same pairs without order: plain DPO."""
+    cumulative: bool = True
+    """Stage k trains on the union of tiers 1..k (as published); false: on tier k alone."""
+    steps_per_tier: PositiveInt = 400
+    """Optimiser steps before the next tier opens (K); the last stage takes the rest."""
+
+
+class Data(Section):
+    """The pair shards between `prepare` and `train`."""
+
+    path: str | None = None
+    """Folder of shards and manifest.json; by default `shards` inside the run folder."""
+    lanes: PositiveInt = 8
+    """Independent reading lanes: the world size must divide it, and it the global batch."""
+    pairs_per_shard: PositiveInt = 1000
+    """Upper bound of samples in one tar."""
+    shuffle_shards: PositiveInt = 8
+    """Shards of a lane whose pairs are mixed together; more mixes better and reads less in order."""
+    workers: NonNegativeInt = 1
+    """Reader threads that fetch batches ahead of the step; 0 reads in the step itself."""
+
+
+class Lora(Section):
+    """Low-rank adapters trained in place of the network's own weights."""
+
+    rank: PositiveInt = 8
+    """Rank r of every adapter: capacity, memory and file size grow with it."""
+    alpha: PositiveFloat = 8
+    """Adapter output is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on adapter inputs. Above 0 the step-0 loss is no longer exactly log 2."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the linear layers (by suffix) that get adapters."""
+
+
+class Objective(Section):
+    """What is optimised."""
+
+    type: Literal["diffusion_dpo", "consistency_dpo"] = "diffusion_dpo"
+    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two different scales of beta)."""
+    beta: PositiveFloat = 5000
+    """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
+    distance: Literal["mse", "huber"] = "mse"
+    """Error of a prediction: mean square (diffusion) or pseudo-Huber (consistency)."""
+    huber_c: PositiveFloat = 1e-3
+    """Bend of the pseudo-Huber distance; unused for mse."""
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 5e-5
+    """Peak learning rate, reached after warm-up and constant from there."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+
+class Train(Section):
+    """Stage 2: the optimisation."""
+
+    steps: PositiveInt = 10_000
+    """Optimiser steps in all (skipped ones do not count)."""
+    global_batch: PositiveInt = 32
+    """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes."""
+    micro_batch: PositiveInt = 4
+    """Pairs in one forward on one rank: memory only. Accumulation follows from it."""
+    optimizer: Optimizer = Optimizer()
+    """Optimiser settings."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up of the learning rate."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks; optimiser states and errors are float32 in any case."""
+    caption_dropout: Fraction = 0.0
+    """Share of pairs trained with the empty caption (winner and loser together)."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """`auto`: Triton on CUDA, PyTorch elsewhere."""
+    threads: NonNegativeInt = 0
+    """CPU threads a rank computes with; 0 divides the machine's cores among its ranks. Fix it
+    where float32 results should repeat to the last bit on other machines."""
+    max_skipped: PositiveInt = 5
+    """Stop after so many non-finite steps in a row."""
+    log_every: PositiveInt = 10
+    """Optimiser steps between transfers of metrics to the host."""
+    sample_every: NonNegativeInt = 500
+    """Optimiser steps between sample grids; 0 turns them off."""
+    sample_prompts: PositiveInt = 4
+    """Prompts shown in each sample grid."""
+
+
+class Checkpoint(Section):
+    """Committed snapshots a run resumes from by itself."""
+
+    every: PositiveInt = 500
+    """Optimiser steps between checkpoints; the last step always makes one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Monitor(Section):
+    """DeepSpeed's own monitors, beside metrics.jsonl which is always written."""
+
+    tensorboard: bool = False
+    """Event files in `<run>/tensorboard`."""
+    csv: bool = False
+    """One CSV a metric in `<run>/csv`."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases (needs the `wandb` package and its login)."""
+
+
+class Compare(Section):
+    """Base against tuned, on the same prompts and the same seeds."""
+
+    images_per_prompt: PositiveInt = 4
+    """Images a prompt from each model."""
+    sampler: Sampler = Sampler()
+    """Sampling of the images compared."""
+    batch_size: PositiveInt = 16
+    """Images in one denoiser call; bounds memory."""
+    judge: Reward | None = None
+    """A reward that training never saw; without one only the training reward is reported."""
+    bootstrap: PositiveInt = 10_000
+    """Resamples behind each 95 % interval (prompts are resampled, not images)."""
+    report_prompts: PositiveInt = 12
+    """Prompts shown in the report's grids, besides the worst losses."""
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    run_dir: str
+    """Folder of everything this run writes."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Every random number of the run is a function of it."""
+    model: Model
+    """The model to align."""
+    prompts: Prompts
+    """Prompt files."""
+    reward: Reward
+    """The reward that ranks candidates."""
+    prepare: Prepare = Prepare()
+    """Stage 1."""
+    curriculum: Curriculum = Curriculum()
+    """Pairs, tiers, pacing."""
+    data: Data = Data()
+    """Pair shards."""
+    adapter: Lora = Lora()
+    """What is trained."""
+    objective: Objective = Objective()
+    """The loss."""
+    train: Train = Train()
+    """Stage 2."""
+    deepspeed: str = "ds_configs/zero2.json"
+    """A plain DeepSpeed JSON file; what the recipe decides is filled in."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Snapshots."""
+    monitor: Monitor = Monitor()
+    """Trackers."""
+    compare: Compare = Compare()
+    """Evidence."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Recipe:
+        if self.train.global_batch % self.data.lanes:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is not a multiple of "
+                f"data.lanes={self.data.lanes}: every lane gives the same number of pairs to a batch"
+            )
+        if (self.model.backbone == "lcm") != (self.objective.type == "consistency_dpo"):
+            raise ValueError(
+                f"model.backbone={self.model.backbone} does not go with "
+                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the others "
+                "with diffusion_dpo"
+            )
+        return self

@@ -1,0 +1,122 @@
+"""Scores of candidates in parquet, resumable: parts while scoring, one table when all are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .candidates import CandidateSet
+from .errors import DataError
+from .keyed import content_id
+from .launch import Ranks
+from .reporting.console import Terminal
+from .rewards import RewardModel
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.uint64()),
+        ("prompt", pa.string()),
+        ("candidate", pa.int32()),
+        ("score", pa.float32()),
+        ("source", pa.string()),
+    ]
+)
+PROMPTS_PER_PART = 256
+
+
+class Scoring:
+    """Scores every candidate of some prompts with one reward.
+
+    ``source`` names what the scores are of (reward and candidates); rows of another source are
+    ignored on resume and replaced.
+    """
+
+    def __init__(self, run_dir: Path, source: str, ranks: Ranks) -> None:
+        self.table_path = run_dir / "scores.parquet"
+        self.parts = run_dir / "scores"
+        self.source = source
+        self.ranks = ranks
+
+    def done(self) -> dict[str, np.ndarray]:
+        """Scores (M,) float32 by prompt, of everything scored so far."""
+        found: dict[str, np.ndarray] = {}
+        for path in [self.table_path, *sorted(self.parts.glob("*.parquet"))]:
+            if path.exists():
+                found.update(self._read(path))
+        return found
+
+    def run(
+        self, reward: RewardModel, images: CandidateSet, prompts: Sequence[str], terminal: Terminal
+    ) -> dict[str, np.ndarray]:
+        """Scores of all prompts, on every rank; those already on disk are not computed again."""
+        done = self.ranks.on_first(self.done)
+        missing = [prompt for prompt in prompts if prompt not in done]
+        per_prompt = images.meta["count"]
+        total = len(prompts) * per_prompt
+        self.parts.mkdir(parents=True, exist_ok=True)
+        mine = list(self.ranks.share(missing))
+        with terminal.progress("score", total, total - len(missing) * per_prompt) as progress:
+            for start in range(0, len(mine), PROMPTS_PER_PART):
+                chunk = mine[start : start + PROMPTS_PER_PART]
+                scores = {}
+                for prompt in chunk:
+                    own = images.read(prompt)
+                    scores[prompt] = _checked(reward.score(own, [prompt] * len(own)), len(own))
+                    progress.advance(per_prompt * self.ranks.world_size)
+                name = f"part-{self.ranks.rank:04d}-{content_id(*chunk):016x}.parquet"
+                self._write(self.parts / name, scores)
+        self.ranks.barrier()
+        return self.ranks.on_first(lambda: self._merge(prompts))
+
+    def _merge(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        scores = self.done()
+        scores = {prompt: scores[prompt] for prompt in prompts}
+        self._write(self.table_path, scores)
+        for part in self.parts.glob("*.parquet"):
+            part.unlink()
+        self.parts.rmdir()
+        return scores
+
+    def _read(self, path: Path) -> Iterable[tuple[str, np.ndarray]]:
+        try:
+            table = pq.read_table(path, schema=SCHEMA)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"scores: {path} cannot be read ({error}): remove it") from None
+        by_prompt: dict[str, dict[int, float]] = {}
+        for row in table.to_pylist():
+            if row["source"] == self.source:
+                by_prompt.setdefault(row["prompt"], {})[row["candidate"]] = row["score"]
+        for prompt, scores in by_prompt.items():
+            yield prompt, np.asarray([scores[i] for i in range(len(scores))], dtype=np.float32)
+
+    def _write(self, path: Path, scores: dict[str, np.ndarray]) -> None:
+        prompts = [prompt for prompt, values in scores.items() for _ in values]
+        table = pa.table(
+            {
+                "prompt_id": pa.array([content_id(p) for p in prompts], pa.uint64()),
+                "prompt": prompts,
+                "candidate": pa.array(
+                    [i for v in scores.values() for i in range(len(v))], pa.int32()
+                ),
+                "score": np.concatenate([*scores.values(), np.zeros(0, np.float32)]),
+                "source": pa.array([self.source] * len(prompts), pa.string()),
+            },
+            schema=SCHEMA,
+        )
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(table, temporary)
+        temporary.replace(path)
+
+
+def _checked(scores: np.ndarray, count: int) -> np.ndarray:
+    scores = np.asarray(scores)
+    if scores.shape != (count,) or not np.issubdtype(scores.dtype, np.floating):
+        raise DataError(
+            f"the reward returned {scores.dtype} of shape {scores.shape} for {count} images; one "
+            "floating number an image is wanted"
+        )
+    return scores.astype(np.float32)

@@ -1,0 +1,138 @@
+"""Metrics of every optimiser step, kept on the device and moved to the host once in N steps.
+
+A step's row holds sums over pairs, so rows add up over micro-batches and ranks; the division comes
+last. One all-reduce and one copy serve all rows since the previous flush.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .objectives import Loss
+
+QUARTILES = 4
+_SUMS = ("pairs", "winner_error", "loser_error", "margin", "accuracy")
+
+
+class MetricRing:
+    """Rows of sums on the device: for all timesteps, and for each quartile of the timesteps."""
+
+    def __init__(self, capacity: int, num_timesteps: int, device: torch.device) -> None:
+        self._num_timesteps = num_timesteps
+        # Column 0 of the last axis is the whole range, 1..4 the quartiles of t.
+        shape = (capacity, len(_SUMS), 1 + QUARTILES)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._losses = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._norms = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._host: list[dict[str, Any]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._host) == len(self._losses)
+
+    def add(self, loss: Loss, timesteps: Tensor) -> None:
+        """Add one micro-batch to the row of the step in progress."""
+        row = len(self._host)
+        logits = loss.logits.double()
+        values = torch.stack(
+            [
+                torch.ones_like(logits),
+                loss.winner_error.double(),
+                loss.loser_error.double(),
+                logits,
+                (logits.sign() + 1) / 2,  # a tie, as at step 0, is neither right nor wrong
+            ]
+        )
+        quartile = timesteps * QUARTILES // self._num_timesteps
+        members = torch.nn.functional.one_hot(quartile, QUARTILES).double()
+        everyone = torch.ones_like(members[:, :1])
+        self._sums[row] += values @ torch.cat([everyone, members], dim=1)
+        self._losses[row] += loss.loss.detach().double() * len(logits)
+
+    def close_row(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
+        """End the step in progress; ``host`` is what is known without asking the device."""
+        row = len(self._host)
+        self._norms[row] = float("nan") if gradient_norm is None else gradient_norm
+        self._host.append(host)
+
+    def discard_row(self) -> None:
+        """Forget the step in progress (it was skipped)."""
+        row = len(self._host)
+        self._sums[row].zero_()
+        self._losses[row] = 0
+
+    def flush(self, world_size: int) -> list[dict[str, Any]]:
+        """All closed rows as dictionaries, over all ranks; the ring is empty afterwards."""
+        count = len(self._host)
+        if count == 0:
+            return []
+        flat = torch.cat([self._sums[:count].flatten(1), self._losses[:count, None]], dim=1)
+        if world_size > 1:
+            dist.all_reduce(flat)
+        flat = torch.cat([flat, self._norms[:count, None]], dim=1).cpu()
+        rows = [
+            {**host, **_describe(values)} for host, values in zip(self._host, flat, strict=True)
+        ]
+        self._sums.zero_()
+        self._losses.zero_()
+        self._host.clear()
+        return rows
+
+
+def _describe(values: Tensor) -> dict[str, float | None]:
+    sums = values[:-2].view(len(_SUMS), 1 + QUARTILES)
+    pairs = sums[0]
+    described: dict[str, float | None] = {
+        "loss": float(values[-2] / pairs[0]),
+        "grad_norm": float(values[-1]),
+    }
+    for name, total in zip(_SUMS[1:], sums[1:], strict=True):
+        described[name] = float(total[0] / pairs[0])
+        for quartile in range(1, 1 + QUARTILES):
+            present = pairs[quartile] > 0
+            mean = float(total[quartile] / pairs[quartile]) if present else None
+            described[f"{name}_q{quartile}"] = mean
+    return described
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object an optimiser step, in order, without gaps or repetitions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint of ``step``, a torn last line too."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self._lines() if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows to the end, down to the disk."""
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every complete row."""
+        return self._lines() if self.path.exists() else []
+
+    def _lines(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows

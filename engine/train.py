@@ -1,0 +1,36 @@
+"""Stage 2: optimise the policy on the pair shards, tier by tier.
+
+    deepspeed engine/train.py --recipe recipes/emoji_cdpo.yaml train.steps=200
+
+Goes on from the newest committed checkpoint of the run folder; a finished run says so. Supported:
+one GPU, several GPUs or nodes under the `deepspeed` or `torchrun` launcher, CPU; ZeRO 1, 2, 3.
+Leaves `metrics.jsonl`, `samples/`, `checkpoints/` and `lora/` in the run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cdpo.engine.launch import Ranks, run_verb
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.reporting.console import Terminal
+
+
+def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+    """The verb on one rank, after the recipe has been read and the ranks have met."""
+    # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
+    from cdpo.engine.trainer import Trainer
+
+    trainer = Trainer(ranks, recipe, terminal)
+    terminal.header(f"train  {recipe.run_dir}", trainer.describe())
+    if trainer.resume() and trainer.is_finished:
+        terminal.line(
+            f"nothing to do: all {recipe.train.steps} steps are taken; see {recipe.run_dir}"
+        )
+    else:
+        trainer.run()
+    terminal.line(f"adapter: {Path(recipe.run_dir) / 'lora'}")
+
+
+if __name__ == "__main__":
+    run_verb("train", main)
