@@ -1,23 +1,30 @@
 """Custom kernels of cdpo, one file each; import them as `cdpo.kernels`.
 
 This folder is called `kernels`, and so is a package on PyPI that transformers and diffusers import
-when it is installed. With the repository's root on `sys.path` Python may find this folder under
-that plain name. It then registers nothing and hands the name over to the real package, if any.
+when it is installed. With the repository's root on `sys.path` Python finds this folder under that
+plain name. It then registers nothing and hands the name over to the real package, if there is one.
 """
 
-if __name__ == "kernels":
+
+def _hand_over() -> None:
+    """Let the next `kernels` on `sys.path` run in this module's place."""
     import sys
     from importlib.machinery import PathFinder
     from pathlib import Path
 
-    _root = Path(__file__).resolve().parent.parent
-    _spec = PathFinder.find_spec(
-        "kernels", [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
-    )
-    __path__ = list((_spec and _spec.submodule_search_locations) or [])
-    if _spec is not None and _spec.loader is not None and _spec.origin is not None:
-        __spec__, __file__ = _spec, _spec.origin
-        _spec.loader.exec_module(sys.modules[__name__])
+    root = Path(__file__).resolve().parent.parent
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    module, spec = sys.modules[__name__], PathFinder.find_spec("kernels", elsewhere)
+    if spec is None or spec.origin is None or spec.loader is None:
+        module.__path__ = []  # no submodules: they would register the ops a second time
+        return
+    module.__spec__, module.__file__ = spec, spec.origin
+    module.__path__ = list(spec.submodule_search_locations or [])
+    spec.loader.exec_module(module)
+
+
+if __name__ == "kernels":
+    _hand_over()
 else:
     from .dispatch import use
     from .paired_dpo_loss import PairedLoss, paired_dpo_loss

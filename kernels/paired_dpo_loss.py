@@ -25,7 +25,8 @@ Samples are walked in memory order, so NCHW and channels_last are both read as t
 Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (Triton functions have no Python types)
+# Triton functions have no Python types:
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import struct
 from typing import Any, NamedTuple

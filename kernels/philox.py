@@ -23,7 +23,8 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011; the
 those of their Random123 library. Moshier, Cephes, single/logf.c and sinf.c.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs  (Triton functions have no Python types)
+# Triton functions have no Python types:
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import math
 from collections.abc import Iterator
@@ -238,7 +239,7 @@ def _normal_torch(keys: Tensor, shape: list[int]) -> Tensor:
         span = out[:, first : first + x0.shape[1]]
         for lane, even, odd in ((0, x0, x1), (2, x2, x3)):
             span[..., lane], span[..., lane + 1] = _box_muller_torch(even, odd)
-    return out.view(num_rows, -1)[:, :num_elements].reshape(num_rows, *shape)
+    return out.view(num_rows, -1)[:, :num_elements].contiguous().view(num_rows, *shape)
 
 
 def _box_muller_torch(x_even: Tensor, x_odd: Tensor) -> tuple[Tensor, Tensor]:

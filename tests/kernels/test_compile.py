@@ -1,0 +1,56 @@
+"""Every kernel compiles to machine code for three GPU generations, without any spill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cdpo.kernels.dispatch import HAS_TRITON
+
+REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, for kernels cannot be both interpreted and compiled in one."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(REPORT), *arguments]
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+
+
+def test_machine_code_without_spills(tmp_path):
+    report = tmp_path / "report.json"
+    done = run("--json", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["sm"] for row in rows} == {80, 90, 100}
+    assert all(row["cubin_bytes"] > 0 for row in rows)
+    assert all(row["spills"] == row["stack"] == 0 for row in rows)
+    assert max(row["registers"] for row in rows) <= 128
+    assert max(row["shared"] for row in rows) <= 48 * 1024
+    names = " ".join(row["kernel"] for row in rows)
+    files = (REPORT.parents[1] / "kernels").glob("*.py")
+    kernels = [path.stem for path in files if "@triton.jit" in path.read_text()]
+    assert len(kernels) >= 2
+    assert all(kernel in names for kernel in kernels)
+    assert all(dtype in names for dtype in ("bf16", "fp16", "fp32"))
+
+
+SPILLING = """
+import sys
+sys.path.insert(0, {folder!r})
+import compile_report
+compile_report.ptxas_usage = lambda ptx, sm: dict(registers=255, spills=8, stack=8)
+sys.argv = ["compile_report.py", "--sm", "80", "--kernels", "philox"]
+sys.exit(compile_report.main())
+"""
+
+
+def test_a_spill_fails_the_report():
+    code = SPILLING.format(folder=str(REPORT.parent))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "spills: philox_normal on sm_80" in done.stderr

@@ -1,0 +1,28 @@
+"""Runs the Triton half of the kernel tests in the interpreter, in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(
+    INTERPRETED, reason="this process is interpreted: its tests are the Triton half"
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton tests ran on the GPU")
+def test_triton_half() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", HERE]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert passed is not None
+    assert int(passed[1]) >= 50
