@@ -1,0 +1,231 @@
+"""Training curves and the tier timeline, from rows of metrics.jsonl.
+
+SVG comes with its colours as CSS variables (``var(--chart-ink, #1f2328)``), so that inside the
+report it follows the light or dark theme and on its own it is a light chart. PNG is for folders
+and trackers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .metric_rows import Row, column, smoothed, sorted_rows, spans, thinned, tier_intervals
+
+Format = Literal["svg", "png"]
+
+# Names are CSS variables of the report. The hues are told apart by readers with colour blindness.
+_COLORS = {
+    "ink": "#1f2328",
+    "muted": "#6e7782",
+    "rule": "#d8dee4",
+    "shade": "#f3f5f8",
+    "accent": "#0969da",
+    "winner": "#1a7f38",
+    "loser": "#d1571c",
+    "q1": "#9ec5fe",
+    "q2": "#5b9df9",
+    "q3": "#2f6fde",
+    "q4": "#1b3f94",
+}
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cdpo",
+    "axes.edgecolor": _COLORS["rule"],
+    "axes.labelcolor": _COLORS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "grid.color": _COLORS["rule"],
+    "grid.linewidth": 0.6,
+    "text.color": _COLORS["ink"],
+    "xtick.color": _COLORS["rule"],
+    "ytick.color": _COLORS["rule"],
+    "xtick.labelcolor": _COLORS["muted"],
+    "ytick.labelcolor": _COLORS["muted"],
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": _COLORS["muted"],
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a panel: the metric, its colour, its name in the legend."""
+
+    metric: str
+    color: str
+    label: str = ""
+    minus: str = ""
+    """A metric to subtract."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small chart; ``level`` is a dashed line that means something, such as log 2."""
+
+    title: str
+    lines: tuple[Line, ...]
+    level: float | None = None
+    level_name: str = ""
+    note: str = ""
+
+
+PANELS = (
+    Panel("Loss", (Line("loss", "accent"),), math.log(2), "log 2", "log 2 is chance"),
+    Panel("Implicit accuracy", (Line("accuracy", "accent"),), 0.5, "chance"),
+    Panel("Margin", (Line("margin", "accent"),), 0.0, "", "the logit: above 0 is right"),
+    Panel(
+        "Error minus reference",
+        (Line("winner_error", "winner", "winner"), Line("loser_error", "loser", "loser")),
+        0.0,
+        "",
+        "below 0 is better than the reference",
+    ),
+    Panel(
+        "Loser minus winner error by timestep",
+        tuple(
+            Line(f"loser_error_q{q}", f"q{q}", name, f"winner_error_q{q}")
+            for q, name in enumerate(("least noise", "2nd quarter", "3rd quarter", "most"), 1)
+        ),
+        0.0,
+        "",
+        "by quartile of the timestep, relative to the reference",
+    ),
+    Panel("Gradient norm", (Line("grad_norm", "accent"),)),
+)
+
+
+def training_curves(metrics: Sequence[Row], fmt: Format = "svg") -> bytes:
+    """All panels in one figure."""
+    rows = sorted_rows(metrics)
+
+    def draw(figure: Figure) -> None:
+        for axes, panel in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
+            _draw_panel(axes, rows, panel)
+            axes.set_title(panel.title, loc="left", fontsize=10)
+
+    return _render(draw, (9.6, 7.8), fmt)
+
+
+def training_panels(metrics: Sequence[Row], fmt: Format = "svg") -> list[tuple[Panel, bytes]]:
+    """Each panel that has data as a figure of its own, so that a page can lay them out."""
+    rows = sorted_rows(metrics)
+    present = [panel for panel in PANELS if _has_data(rows, panel)]
+    return [
+        (panel, _render(partial(_draw_alone, rows, panel), (3.8, 2.2), fmt)) for panel in present
+    ]
+
+
+def tier_timeline(
+    metrics: Sequence[Row], num_tiers: int | None = None, fmt: Format = "svg"
+) -> bytes:
+    """Which tiers are in use at every step: a bar a tier, the easiest at the bottom."""
+    rows = sorted_rows(metrics)
+    intervals = tier_intervals(rows)
+    count = max([num_tiers or 1, *intervals])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for tier, used in intervals.items():
+            # One hue, so that light and dark themes both work; harder is stronger.
+            strength = 0.3 + 0.7 * (tier - 1) / max(1, count - 1)
+            bars = [(start, end - start) for start, end in used]
+            axes.broken_barh(bars, (tier - 0.36, 0.72), color=_COLORS["accent"], alpha=strength)
+        labels = {1: "1 easiest", count: f"{count} hardest"} if count > 1 else {}
+        axes.set_yticks(range(1, count + 1), [labels.get(t, str(t)) for t in range(1, count + 1)])
+        axes.set_ylim(0.4, count + 0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0)
+        if rows:
+            axes.set_xlim(float(rows[0]["step"]), float(rows[-1]["step"]) + 1)
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+    return _render(draw, (9.6, 0.9 + 0.3 * count), fmt)
+
+
+def _has_data(rows: Sequence[Row], panel: Panel) -> bool:
+    return any(np.isfinite(column(rows, line.metric)).any() for line in panel.lines)
+
+
+def _draw_alone(rows: Sequence[Row], panel: Panel, figure: Figure) -> None:
+    _draw_panel(figure.subplots(), rows, panel)
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
+    steps = column(rows, "step")
+    for index, span in enumerate(spans(rows, "stage")):
+        if index % 2:
+            axes.axvspan(span.start, span.end, color=_COLORS["shade"], linewidth=0, zorder=0)
+    if panel.level is not None:
+        axes.axhline(panel.level, color=_COLORS["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
+    for line in panel.lines:
+        values = column(rows, line.metric)
+        if line.minus:
+            values = values - column(rows, line.minus)
+        color, marker = _COLORS[line.color], "o" if np.isfinite(values).sum() == 1 else ""
+        if len(panel.lines) <= 2:  # behind four curves the single steps would be a thicket
+            axes.plot(*thinned(steps, values), color=color, linewidth=0.7, alpha=0.3)
+        axes.plot(
+            *thinned(steps, smoothed(values)),
+            color=color,
+            linewidth=1.7,
+            marker=marker,
+            markersize=4,
+            label=line.label or None,
+        )
+    if len(rows) > 1:
+        axes.set_xlim(steps[0], steps[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.tick_params(length=0)
+    if panel.level is not None and panel.level_name:
+        axes.annotate(
+            panel.level_name,
+            (1, panel.level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=_COLORS["muted"],
+        )
+    if any(line.label for line in panel.lines):
+        axes.legend(loc="best", ncols=2, handlelength=1.2, columnspacing=1.0)
+
+
+def _render(draw: Callable[[Figure], None], size: tuple[float, float], fmt: Format) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        if fmt == "png":
+            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+            return buffer.getvalue()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _themed(buffer.getvalue().decode()).encode()
+
+
+def _themed(svg: str) -> str:
+    """Only the <svg> element, colours as CSS variables with the light colour as fallback."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for name, color in _COLORS.items():
+        svg = svg.replace(color, f"var(--chart-{name}, {color})")
+    return svg

@@ -1,0 +1,241 @@
+"""report.html: one self-contained page, with no script and nothing fetched.
+
+All text goes through jinja2's autoescape, and a content security policy forbids scripts and any
+load but data URIs, so a prompt can be anything.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from . import wording
+from .curves import tier_timeline, training_panels
+from .embed import Embedded, embed
+from .files import write_atomically
+from .metric_rows import both_errors_rose, spans
+from .report_data import PromptSample, PromptSet, ReportData, WorstLoss
+from .stats import Estimate
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PIXEL_ART_BELOW = 128
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Where an interval, its mean and zero lie in a table cell, in percent of the cell's width."""
+
+    low: float
+    width: float
+    mean: float
+    zero: float
+
+
+def write_report(path: Path | str, data: ReportData) -> None:
+    """Write the page, under its name only when complete."""
+    html = render_report(data)
+    write_atomically(path, lambda file: file.write(html.encode()))
+
+
+def render_report(data: ReportData) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        verdict=wording.verdict(data),
+        second=wording.second_sentences(data),
+        tiles=_tiles(data),
+        table=_table(data),
+        sets=[_sample_set(prompt_set) for prompt_set in data.prompt_sets if prompt_set.samples],
+        worst=[_worst(loss) for loss in sorted(data.worst, key=_change)],
+        worst_sets={loss.prompt_set for loss in data.worst},
+        panels=_panels(data),
+        both_rose=both_errors_rose(data.metrics),
+        timeline=_timeline(data),
+        progression=_progression(data),
+        pixelated=_is_pixelated(data),
+    )
+
+
+def _unbroken(sentence: str) -> str:
+    """Keep a number and its interval on one line."""
+    return re.sub(r"(\S+) (\[\S+,) (\S+\])", "\\1\u00a0\\2\u00a0\\3", sentence)
+
+
+def _tiles(data: ReportData) -> list[dict[str, str]]:
+    """The big numbers: difference and win rate of the first scorer of each prompt set."""
+    tiles = []
+    for prompt_set in data.prompt_sets:
+        for result in prompt_set.scorers[:1]:
+            difference, wins = result.summary.difference, result.summary.win_rate
+            decimals = wording.decimals_for(difference)
+            tiles.append(
+                {
+                    "value": wording.signed(difference.mean, decimals),
+                    "range": wording.bounds(difference, decimals),
+                    "label": f"{result.scorer}, {prompt_set.name} prompts",
+                    "outcome": wording.outcome(difference),
+                }
+            )
+            share, _, interval = wording.percent_interval(wins).partition(" [")
+            tiles.append(
+                {
+                    "value": share,
+                    "range": f"[{interval}" if interval else "",
+                    "label": f"win rate, {prompt_set.name} prompts",
+                    "outcome": wording.outcome(_minus_half(wins)),
+                }
+            )
+    return tiles
+
+
+def _minus_half(estimate: Estimate) -> Estimate:
+    return Estimate(estimate.mean - 0.5, estimate.low - 0.5, estimate.high - 0.5)
+
+
+def _table(data: ReportData) -> list[dict[str, Any]]:
+    rows = []
+    for prompt_set in data.prompt_sets:
+        for index, result in enumerate(prompt_set.scorers):
+            difference = result.summary.difference
+            decimals = wording.decimals_for(difference)
+            rows.append(
+                {
+                    "set": prompt_set.name,
+                    "span": 0 if index else len(prompt_set.scorers),
+                    "scorer": result.scorer,
+                    "base": wording.number(result.summary.base.mean),
+                    "tuned": wording.number(result.summary.tuned.mean),
+                    "mean": wording.signed(difference.mean, decimals),
+                    "range": wording.bounds(difference, decimals),
+                    "outcome": wording.outcome(difference),
+                    "bar": _bar(difference, _extent(data, result.scorer)),
+                    "wins": wording.percent_interval(result.summary.win_rate),
+                    "size": wording.sample_size(result),
+                    "dropped": result.summary.num_dropped,
+                }
+            )
+    return rows
+
+
+def _extent(data: ReportData, scorer: str) -> tuple[float, float]:
+    """The range that the bars of one scorer share; zero is always in it."""
+    differences = [
+        result.summary.difference
+        for prompt_set in data.prompt_sets
+        for result in prompt_set.scorers
+        if result.scorer == scorer
+    ]
+    bounds = [0.0] + [b for d in differences for b in (d.low, d.mean, d.high) if math.isfinite(b)]
+    margin = 0.06 * (max(bounds) - min(bounds)) or 1.0
+    return min(bounds) - margin, max(bounds) + margin
+
+
+def _bar(difference: Estimate, extent: tuple[float, float]) -> Bar | None:
+    if not math.isfinite(difference.mean):
+        return None
+    low, high, zero = difference.low, difference.high, 0.0
+    if not math.isfinite(low):
+        low = high = difference.mean
+    start, end = extent
+
+    def place(value: float) -> float:
+        return round(100 * (value - start) / (end - start), 2)
+
+    return Bar(place(low), round(place(high) - place(low), 2), place(difference.mean), place(zero))
+
+
+def _sample_set(prompt_set: PromptSet) -> dict[str, Any]:
+    return {
+        "name": prompt_set.name,
+        "total": len(prompt_set.prompts),
+        "samples": [_sample(sample) for sample in prompt_set.samples],
+    }
+
+
+def _sample(sample: PromptSample) -> dict[str, Any]:
+    base, tuned = (
+        [
+            {"image": embed(image), "score": _score(scores, index)}
+            for index, image in enumerate(images)
+        ]
+        for images, scores in (
+            (sample.base, sample.base_scores),
+            (sample.tuned, sample.tuned_scores),
+        )
+    )
+    pairs = zip(sample.base_scores, sample.tuned_scores, strict=False)
+    gains = [tuned_score - base_score for base_score, tuned_score in pairs]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    gain = sum(gains) / len(gains) if gains else None
+    columns = max(1, math.ceil(math.sqrt(max(len(base), len(tuned)))))
+    return {
+        "prompt": sample.prompt,
+        "base": base,
+        "tuned": tuned,
+        "columns": columns,
+        "gain": None if gain is None else wording.signed(gain, 3),
+        "rose": gain is not None and gain > 0,
+    }
+
+
+def _score(scores: Sequence[float], index: int) -> str:
+    return wording.number(scores[index], 3) if index < len(scores) else ""
+
+
+def _change(loss: WorstLoss) -> float:
+    return loss.tuned_score - loss.base_score
+
+
+def _worst(loss: WorstLoss) -> dict[str, Any]:
+    return {
+        "prompt": loss.prompt,
+        "set": loss.prompt_set,
+        "base": embed(loss.base),
+        "tuned": embed(loss.tuned),
+        "base_score": wording.number(loss.base_score, 3),
+        "tuned_score": wording.number(loss.tuned_score, 3),
+        "loss": wording.signed(_change(loss), 3),
+    }
+
+
+def _panels(data: ReportData) -> list[dict[str, Any]]:
+    # Our own drawing: the only text in it is that of curves.PANELS.
+    return [
+        {"title": panel.title, "note": panel.note, "svg": Markup(svg.decode())}
+        for panel, svg in training_panels(data.metrics)
+    ]
+
+
+def _timeline(data: ReportData) -> Markup | None:
+    if not spans(data.metrics, "tiers"):
+        return None
+    return Markup(tier_timeline(data.metrics, data.num_tiers).decode())
+
+
+def _progression(data: ReportData) -> Embedded | None:
+    if data.progression is None:
+        return None
+    return embed(data.progression, largest=None, lossless=_is_pixelated(data))
+
+
+def _is_pixelated(data: ReportData) -> bool:
+    if data.pixelated is not None:
+        return data.pixelated
+    images = [i for s in data.prompt_sets for p in s.samples for i in (*p.base, *p.tuned)]
+    images += [image for loss in data.worst for image in (loss.base, loss.tuned)]
+    return bool(images) and max(max(image.size) for image in images) < _PIXEL_ART_BELOW

@@ -1,0 +1,97 @@
+"""Bootstrap intervals against analytic truth, and the cases that have none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from cdpo.engine.reporting.stats import (
+    mean_estimate,
+    num_dropped,
+    paired_difference,
+    paired_summary,
+    win_rate,
+    worst_pairs,
+)
+
+
+def test_difference_agrees_with_the_normal_interval_of_prompt_means() -> None:
+    """For many prompts the percentile bootstrap tends to mean ± 1.96 s/√P over prompt means."""
+    generator = np.random.default_rng(0)
+    base = generator.normal(0, 1, (400, 4))
+    effect = generator.normal(0.2, 0.5, (400, 1))  # images of a prompt share it: clusters
+    tuned = base + effect + generator.normal(0, 0.1, (400, 4))
+    estimate = paired_difference(base, tuned, resamples=4000, seed=3)
+    means = (tuned - base).mean(axis=1)
+    half = 1.96 * means.std(ddof=1) / math.sqrt(400)
+    assert estimate.mean == pytest.approx(means.mean(), abs=1e-12)
+    assert estimate.low == pytest.approx(means.mean() - half, abs=0.06 * half)
+    assert estimate.high == pytest.approx(means.mean() + half, abs=0.06 * half)
+    # Resampling images as if independent would be about half as wide.
+    naive = 1.96 * (tuned - base).std() / math.sqrt(1600)
+    assert (estimate.high - estimate.low) / 2 > 1.5 * naive
+
+
+def test_coverage_is_about_95_percent() -> None:
+    generator = np.random.default_rng(1)
+    hits = 0
+    for seed in range(300):
+        prompt = generator.normal(0.1, 1, (40, 1))
+        values = prompt + generator.normal(0, 1, (40, 3))
+        estimate = mean_estimate(values, resamples=400, seed=seed)
+        hits += estimate.low <= 0.1 <= estimate.high
+    assert 0.90 <= hits / 300 <= 0.98  # a little under 0.95 is the nature of percentile intervals
+
+
+def test_same_seed_same_interval() -> None:
+    values = np.random.default_rng(2).normal(size=(30, 2))
+    assert mean_estimate(values, 300, seed=5) == mean_estimate(values, 300, seed=5)
+    assert mean_estimate(values, 300, seed=5) != mean_estimate(values, 300, seed=6)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).normal(size=(30, 2))
+    whole = mean_estimate(values, 300)
+    monkeypatch.setattr("cdpo.engine.reporting.stats._CHUNK_ELEMENTS", 700)
+    cut = mean_estimate(values, 300)
+    assert (cut.low, cut.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
+
+
+def test_win_rate_counts_ties_half() -> None:
+    base = [[0.0, 0.0], [1.0, 1.0]]
+    tuned = [[1.0, 0.0], [1.0, 0.0]]  # win, tie, tie, loss
+    assert win_rate(base, tuned, 100).mean == 0.5
+
+
+def test_pairs_without_a_score_count_for_neither_side() -> None:
+    base = np.array([[1.0, 2.0], [3.0, np.nan], [np.nan, np.nan]])
+    tuned = np.array([[2.0, np.inf], [5.0, 100.0], [1.0, 1.0]])
+    summary = paired_summary(base, tuned, 100)
+    assert num_dropped(base, tuned) == summary.num_dropped == 4
+    assert (summary.num_pairs, summary.num_prompts) == (2, 2)
+    assert summary.base.mean == 2.0 and summary.tuned.mean == 3.5
+    assert summary.difference.mean == pytest.approx(summary.tuned.mean - summary.base.mean)
+    assert summary.win_rate.mean == 1.0
+
+
+def test_what_cannot_be_estimated_is_nan() -> None:
+    one = mean_estimate([[1.0, 3.0]], 100)
+    assert one.mean == 2.0 and math.isnan(one.low) and math.isnan(one.high)
+    none = paired_difference([[np.nan]], [[1.0]], 100)
+    assert math.isnan(none.mean) and math.isnan(none.low)
+    assert math.isnan(mean_estimate(np.zeros((0, 4)), 100).mean)
+
+
+def test_worst_pairs_are_losses_only_worst_first() -> None:
+    base = [[1.0, 1.0, 1.0], [1.0, np.nan, 1.0]]
+    tuned = [[0.5, 1.0, 2.0], [0.1, 0.0, 0.9]]
+    assert worst_pairs(base, tuned, 10) == [(1, 0), (0, 0), (1, 2)]
+    assert worst_pairs(base, tuned, 1) == [(1, 0)]
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"\(prompts, images\)"):
+        mean_estimate(np.zeros(3))
