@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from PIL import Image
 
 from ..keyed import content_id
@@ -23,6 +22,7 @@ from .atomic import atomic_file
 from .sample import image_id
 from .shard_error import ShardError
 from .strict_tar import SampleIndex, index_samples, read_span
+from .writer import tar_writer
 
 IMAGE, RECORD = "png", "json"
 MAX_PIXELS = 4096 * 4096
@@ -44,8 +44,7 @@ def write_candidates(
     """
     path = candidates_path(folder, prompt)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        tar = webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False)
+    with atomic_file(path) as file, tar_writer(file) as tar:
         for number, image in enumerate(images):
             picture = _encode(image)
             record = {
@@ -57,7 +56,6 @@ def write_candidates(
             }
             text = json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
             tar.write({"__key__": image_id(prompt, number), IMAGE: picture, RECORD: text})
-        tar.close()
     return path
 
 

@@ -12,7 +12,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from threading import Lock
 
@@ -35,13 +34,24 @@ from .strict_tar import SampleIndex, index_samples, read_span
 _META, _LATENTS = MEMBERS.index(META), MEMBERS.index(LATENTS)
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenShard:
-    """A verified shard. The file is closed when the last user lets go of it, so that a thread
-    never reads from a descriptor that was reused.
+class _File:
+    """A descriptor that is closed when its last user lets go of it, so that no thread ever reads
+    from a number that was closed and given out again.
     """
 
-    file: FileIO
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """A verified shard."""
+
+    file: _File
     index: SampleIndex
 
 
@@ -92,7 +102,7 @@ class ShardReaders:
         key = shard.index.keys[index].decode()
         offsets, sizes = shard.index.offsets[index], shard.index.sizes[index]
         start = int(offsets.min())
-        span = read_span(shard.file.fileno(), name, start, int((offsets + sizes).max()) - start)
+        span = read_span(shard.file.descriptor, name, start, int((offsets + sizes).max()) - start)
         meta_start, latents_start = int(offsets[_META]) - start, int(offsets[_LATENTS]) - start
         meta = decode_meta(span[meta_start : meta_start + int(sizes[_META])], name, key)
         if meta.tier != entry.tier:
@@ -139,8 +149,8 @@ class ShardReaders:
     def _open_checked(self, entry: ShardEntry) -> _OpenShard:
         path = self.folder / entry.name
         try:
-            file = FileIO(path)
-            state = os.fstat(file.fileno())
+            file = _File(path)
+            state = os.fstat(file.descriptor)
         except OSError as error:
             raise _cannot_open(path, error) from None
         identity = (state.st_ino, state.st_size, state.st_mtime_ns)
@@ -151,7 +161,7 @@ class ShardReaders:
             _verify(file, entry, str(path))
             index = None
         if index is None:
-            index = index_samples(file.fileno(), str(path), MEMBERS, entry.count)
+            index = index_samples(file.descriptor, str(path), MEMBERS, entry.count)
             self._check_sizes(index, str(path))
         with self._lock:
             self._verified[entry.name] = identity
@@ -169,9 +179,13 @@ class ShardReaders:
                 raise ShardError(shard, reason, index.keys[too_large[0]].decode(), member)
 
 
-def _verify(file: FileIO, entry: ShardEntry, shard: str) -> None:
-    _check_size(entry, os.fstat(file.fileno()).st_size, shard)
-    found = hashlib.file_digest(file, "sha256").hexdigest()
+def _verify(file: _File, entry: ShardEntry, shard: str) -> None:
+    _check_size(entry, os.fstat(file.descriptor).st_size, shard)
+    try:
+        with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ShardError(shard, f"cannot be read: {error.strerror or error}") from None
     if found != entry.sha256:
         reason = f"sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…: damaged"
         raise ShardError(shard, f"{reason}; copy or prepare it again")

@@ -88,7 +88,10 @@ def read_span(descriptor: int, shard: str, offset: int, size: int) -> bytes:
     """Exactly ``size`` bytes at ``offset``, or ShardError when the file ends before."""
     parts = []
     while size > 0:
-        part = os.pread(descriptor, size, offset)
+        try:
+            part = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise ShardError(shard, f"cannot be read: {error.strerror or error}") from None
         if not part:
             raise ShardError(shard, f"ends at byte {offset}, {size} bytes early")
         parts.append(part)

@@ -15,7 +15,7 @@ import webdataset
 
 from ..errors import DataError
 from ..keyed import Permutation, Stream
-from .atomic import atomic_file
+from .atomic import HashingFile, atomic_file
 from .manifest import ShardEntry
 from .sample import PairMeta, encode_sample, sample_key
 from .shard_error import ShardError
@@ -23,8 +23,9 @@ from .shard_error import ShardError
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """A tier cut into ``num_shards`` (a multiple of the lanes) of ``count`` pairs each;
-    ``dropped`` pairs remain, fewer than there are shards.
+    """A tier cut into ``num_shards`` (a multiple of the lanes) of ``count`` pairs each.
+
+    ``dropped`` pairs are left out, fewer than one for every shard that they would need.
     """
 
     tier: int
@@ -38,7 +39,7 @@ class ShardPlan:
 
 
 def plan_shards(tier: int, num_pairs: int, lanes: int, pairs_per_shard: int) -> ShardPlan:
-    """The fewest equal shards of at most ``pairs_per_shard`` that fill every lane.
+    """Equal shards of at most ``pairs_per_shard`` that fill every lane and leave out few pairs.
 
     Raises DataError when the tier has fewer pairs than there are lanes.
     """
@@ -48,9 +49,14 @@ def plan_shards(tier: int, num_pairs: int, lanes: int, pairs_per_shard: int) -> 
             "lower data.lanes or curriculum.tiers or curriculum.min_score_gap, raise "
             "curriculum.pairs_per_prompt_per_tier, or give more prompts or candidates"
         )
-    num_shards = lanes * -(-num_pairs // (lanes * pairs_per_shard))
-    count = num_pairs // num_shards
-    return ShardPlan(tier, num_shards, count, num_pairs - num_shards * count)
+    full = num_pairs // (lanes * pairs_per_shard)
+    rows = -(-num_pairs // (lanes * pairs_per_shard))
+    evenly = num_pairs // (lanes * rows)
+    # Either spread the pairs over one more shard a lane, or leave the last ones out.
+    if full * pairs_per_shard > rows * evenly:
+        rows, evenly = full, pairs_per_shard
+    num_shards = lanes * rows
+    return ShardPlan(tier, num_shards, evenly, num_pairs - num_shards * evenly)
 
 
 class ShardFill:
@@ -93,8 +99,7 @@ def write_shard(
     """
     path = Path(path)
     tiers, keys = set(), set()
-    with atomic_file(path) as file:
-        tar = webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False)
+    with atomic_file(path) as file, tar_writer(file) as tar:
         for meta, latents in samples:
             key = sample_key(meta.pair_id)
             if key in keys:
@@ -105,7 +110,13 @@ def write_shard(
             tar.write({"__key__": key, **members})
         if len(tiers) != 1:
             raise ShardError(str(path), f"a shard holds pairs of one tier, got {sorted(tiers)}")
-        tar.close()
     return ShardEntry(
         name=path.name, tier=tiers.pop(), count=len(keys), bytes=file.bytes, sha256=file.sha256
     )
+
+
+def tar_writer(file: HashingFile) -> webdataset.TarWriter:
+    """A webdataset writer of bytes, to use in a `with`: no times and no owners, so that the same
+    samples give the same file.
+    """
+    return webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False)

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from cdpo.engine.errors import DataError
+from cdpo.engine.shards.manifest import load_manifest, manifest_hash, save_manifest
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+    """A folder with a sound manifest, and a function that writes a changed copy of it."""
+    save_manifest(tmp_path, small.paper(2, {1: (2, 5), 2: (4, 3)}))
+    path = tmp_path / "manifest.json"
+
+    def change(edit):
+        data = json.loads(path.read_text())
+        edit(data)
+        path.write_text(json.dumps(data))
+        return tmp_path
+
+    return change
+
+
+def one_line(folder) -> str:
+    with pytest.raises(DataError) as error:
+        load_manifest(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_saved_is_loaded(small, tmp_path):
+    manifest = small.paper(2, {1: (2, 5), 2: (4, 3)})
+    save_manifest(tmp_path, manifest)
+    loaded = load_manifest(tmp_path)
+    assert loaded == manifest
+    assert loaded.num_pairs == 22
+    assert manifest_hash(loaded) == manifest_hash(manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_hash_is_of_the_content(small, tmp_path):
+    manifest = small.paper(2, {1: (2, 5)})
+    path = save_manifest(tmp_path, manifest)
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert manifest_hash(load_manifest(tmp_path)) == manifest_hash(manifest)
+    other = manifest.model_copy(update={"seed": 4})
+    assert manifest_hash(other) != manifest_hash(manifest)
+
+
+def test_nothing_there(tmp_path):
+    assert "no such folder" in one_line(tmp_path / "absent")
+    message = one_line(tmp_path)
+    assert "run prepare first" in message
+    assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\xff", "[" * 100_000, '{"a": 1, "a": 2}'])
+def test_not_a_manifest(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert str(tmp_path / "manifest.json") in one_line(tmp_path)
+
+
+def test_a_folder_in_its_place(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    assert "cannot read" in one_line(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda m: m.update(format_version=2), "format_version is 2, this version of cdpo reads 1"),
+        (lambda m: m.pop("format_version"), "format_version is None"),
+        (lambda m: m.pop("vae"), "vae: Field required"),
+        (lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
+        (lambda m: m.update(lanes=0), "lanes: "),
+        (lambda m: m.update(lanes=3), "tier 1 has 2 shards, not a multiple of 3 lanes"),
+        (lambda m: m.update(lanes="2"), "lanes: Input should be a valid integer"),
+        (lambda m: m.update(tiers=3), "tier 3 has 0 shards"),
+        (lambda m: m.update(tiers=1), "a shard is of tier 2, but there are 1 tiers"),
+        (lambda m: m["shards"].pop(), "tier 2 has 3 shards, not a multiple of 2 lanes"),
+        (lambda m: m["shards"][5].update(count=4), "shards of tier 2 hold unequal counts, 3 to 4"),
+        (lambda m: m["shards"][1].update(name="tier-1-000000.tar"), "same name"),
+        (lambda m: m["shards"][1].update(name="../x.tar"), "shards.1.name"),
+        (lambda m: m["shards"][1].update(name="/x.tar"), "shards.1.name"),
+        (lambda m: m["shards"][1].update(name="x.tar.gz"), "shards.1.name"),
+        (lambda m: m["shards"][1].update(name="pipe:cat x.tar"), "shards.1.name"),
+        (lambda m: m["shards"][1].update(name="x.tar\n"), "shards.1.name"),
+        (lambda m: m["shards"][1].update(sha256="abc"), "shards.1.sha256"),
+        (lambda m: m["shards"][1].update(count=0), "shards.1.count"),
+        (lambda m: m["latent_shape"].append(1), "latent_shape"),
+    ],
+)
+def test_what_is_wrong_is_named(saved, edit, expected):
+    assert expected in one_line(saved(edit))
