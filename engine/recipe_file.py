@@ -183,14 +183,16 @@ KNOBS = tuple(key for key, info in SCHEMA.items() if _section_of(info) is None)
 def _nearest(key: str) -> str:
     """The second half of "unknown key": the valid key that was probably meant."""
     parent, _, leaf = key.rpartition(".")
-    siblings = [name for name in SCHEMA if name.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    if not close:  # the right name in the wrong section, or else whatever looks most like it
-        close = [name for name in SCHEMA if leaf and name.rpartition(".")[2] == leaf]
-    close = close or difflib.get_close_matches(key, SCHEMA, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"valid keys: {', '.join(siblings or Recipe.model_fields)}"
+    leaf_of = {name: name.rpartition(".")[2] for name in SCHEMA}
+    here = {leaf_of[name]: name for name in SCHEMA if name.rpartition(".")[0] == parent}
+    likely = [here[close] for close in difflib.get_close_matches(leaf, here, n=1, cutoff=0.65)]
+    if not likely:  # the right name in the wrong section
+        likely = [name for name in SCHEMA if leaf_of[name] == leaf]
+    if not likely and not here:
+        likely = difflib.get_close_matches(key, SCHEMA, n=1, cutoff=0.6)
+    if likely:
+        return f"did you mean {' or '.join(likely)}?"
+    return f"valid keys: {', '.join(here.values() or Recipe.model_fields)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +204,8 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            others = sorted(map(str, path.parent.glob("*.y*ml")))[:8]
+            folders = (path.parent, Path("recipes"))
+            others = sorted({str(p) for f in folders for p in f.glob("[!.]*.yaml")})[:8]
             hint = f"; there are {', '.join(others)}" if others else ""
             raise RecipeError(f"{name} {what}{hint}")
         with path.open("rb") as file:

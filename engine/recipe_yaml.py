@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -20,8 +20,7 @@ MAX_DEPTH = 16  # the schema nests four deep; the bound keeps hostile files off 
 class Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2, and without tags, aliases and deep nesting."""
 
-    # Without this the resolvers of YAML 1.1 would stay.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (emptied: those of YAML 1.1 must not stay)
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -74,7 +73,8 @@ def compose(text: str) -> yaml.Node | None:
 
 def dump(values: dict[str, Any]) -> str:
     """YAML that :class:`Source` reads back equal."""
-    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    # Escapes for all but ASCII: PyYAML writes U+0085 as it is and reads it as a line break.
+    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=False, width=100)
     assert isinstance(text, str)
     return text
 

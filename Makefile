@@ -1,0 +1,70 @@
+# Everything runs in .venv, made from PYTHON on first use and brought up to date when the
+# requirements change. Paths are relative, so the folder may have spaces in its name.
+
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+RECIPE ?= recipes/emoji_cdpo.yaml
+# `deepspeed` through python, because the shebang of its script breaks on spaces. One rank, so that
+# the demo's numbers repeat on any machine.
+LAUNCH := python .venv/bin/deepspeed --log_level error --num_gpus 1
+BENCHMARKS := $(wildcard benchmarks/compile_report.py)
+CODE := engine kernels benchmarks tests assets setup.py
+
+.PHONY: help demo test bench lint format typecheck unit clean
+
+help:
+	@echo "make demo    align a small text-to-image model on this machine and show the result"
+	@echo "make test    style, types, spelling and all tests that need no GPU"
+	@echo "make bench   what can be measured here"
+	@echo "make lint    style, types and spelling alone;  make format  applies the style"
+	@echo "make clean   removes .venv and caches; runs/ stays"
+
+demo: .venv/installed
+	$(LAUNCH) engine/prepare.py --recipe $(RECIPE)
+	$(LAUNCH) engine/train.py --recipe $(RECIPE)
+	$(LAUNCH) engine/compare.py --recipe $(RECIPE)
+
+test: lint unit
+
+unit: .venv/installed-test
+	python -m pytest -q
+
+bench: .venv/installed
+	@for script in $(BENCHMARKS); do echo "$$script"; python "$$script" || exit 1; done
+
+lint: .venv/installed-test typecheck
+	ruff check .
+	ruff format --check .
+	codespell
+
+format: .venv/installed-test
+	ruff check --fix .
+	ruff format .
+
+# The packages are checked under the names they are imported by, through a tree of links.
+typecheck: .venv/installed-test
+	@mkdir -p build/typecheck/cdpo
+	@ln -sfn ../../../engine build/typecheck/cdpo/engine
+	@ln -sfn ../../../kernels build/typecheck/cdpo/kernels
+	mypy -p cdpo.engine -p cdpo.kernels
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cdpo needs Python 3.11 or later: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+# pip is quiet, not silent: its errors show. A stamp is newer than what it was installed from.
+.venv/installed: setup.py pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv (some minutes the first time)"
+	@python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: setup.py pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv (some minutes the first time)"
+	@python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch .venv/installed $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
