@@ -30,7 +30,7 @@ def twin_of(network: nn.Module) -> nn.Module:
 
 
 def add_lora(network: nn.Module, spec: Lora, seed: int) -> nn.Module:
-    """Freeze ``network`` and give it trainable adapters; B starts at zero, so its output is unchanged.
+    """Freeze ``network`` and give it trainable adapters; B starts at zero: the output is unchanged.
 
     Raises RecipeError if no layer has one of the names in ``spec.targets``.
     """
@@ -63,7 +63,7 @@ def _suffix(name: str) -> str:
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole values of parameters that ZeRO-3 has partitioned; all ranks enter and leave together."""
+    """Whole values of parameters that ZeRO-3 has partitioned; all ranks enter and leave at once."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         yield

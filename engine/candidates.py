@@ -1,4 +1,4 @@
-"""Sampling of candidates: seeded by prompt and index, so every image is the same wherever it is drawn."""
+"""Sampling of candidates: seeded by prompt and index, so an image is the same wherever drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CandidateSet:
 
 
 class CandidateSampler:
-    """Draws the same ``count`` images a prompt from some network, skipping prompts that are done."""
+    """Draws ``count`` images a prompt from some network, skipping prompts that are done."""
 
     def __init__(
         self,

@@ -138,8 +138,8 @@ class CheckpointStore:
     def load_newest(self, read: Callable[[Path], None]) -> Cursor | None:
         """Resume from the newest checkpoint that verifies; None if there is none at all.
 
-        ``read(folder)`` is called on every rank. Raises CheckpointError if the checkpoint belongs to
-        another recipe, data set or world size, or if checkpoints exist but none verifies.
+        ``read(folder)`` is called on every rank. Raises CheckpointError if the checkpoint belongs
+        to another recipe, data set or world size, or if checkpoints exist but none verifies.
         """
         folder, manifest = self.ranks.on_first(self._newest)
         if folder is None:
@@ -163,8 +163,8 @@ class CheckpointStore:
                 problems.append(f"{folder.name}: {error}")
         if problems:
             raise CheckpointError(
-                f"none of the checkpoints in {self.folder} is whole ({'; '.join(problems)}): remove the "
-                "folder to start afresh"
+                f"none of the checkpoints in {self.folder} is whole ({'; '.join(problems)}): "
+                "remove the folder to start afresh"
             )
         return None, {}
 
@@ -172,8 +172,8 @@ class CheckpointStore:
         changed = diff_identity(manifest["identity"], training_identity(self.recipe))
         if changed:
             raise CheckpointError(
-                f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore these "
-                "values, or give another run_dir"
+                f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore "
+                "these values, or give another run_dir"
             )
         if manifest["data"] != self.data_hash:
             raise CheckpointError(

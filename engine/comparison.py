@@ -30,7 +30,8 @@ from .reporting.console import Terminal
 from .reporting.report import write_report
 from .reporting.report_data import PromptSample, PromptSet, ReportData, ScorerResult, WorstLoss
 from .reporting.results import save_results
-from .reporting.stats import Estimate, worst_pairs
+from .reporting.stats import worst_pairs
+from .reporting.wording import TABLE_COLUMNS, summary_rows, verdict
 from .rewards import load_reward
 from .step_metrics import MetricsFile
 from .training_samples import progression
@@ -168,7 +169,8 @@ class Comparison:
         write_report(self.report_path, data)
         save_resolved(self.recipe, self.folder / "recipe.yaml")
         (self.folder / "inputs.sha256").write_text(self.inputs)
-        self._print_table(data)
+        self.terminal.table("base against tuned", TABLE_COLUMNS, summary_rows(data))
+        self.terminal.line(verdict(data))
         self.terminal.line(f"report: {self.report_path}")
 
     def _report_data(
@@ -239,26 +241,6 @@ class Comparison:
     @staticmethod
     def _image(images: CandidateSet, prompt: str, index: int) -> Image.Image:
         return images.read(prompt)[index]
-
-    def _print_table(self, data: ReportData) -> None:
-        rows = [
-            [
-                part.name,
-                result.scorer,
-                f"{result.summary.base.mean:.4f}",
-                f"{result.summary.tuned.mean:.4f}",
-                _with_interval(result.summary.difference, "+.4f"),
-                _with_interval(result.summary.win_rate, ".3f"),
-            ]
-            for part in data.prompt_sets
-            for result in part.scorers
-        ]
-        columns = ["prompts", "scorer", "base", "tuned", "difference [95 %]", "win rate [95 %]"]
-        self.terminal.table("base against tuned", columns, rows)
-
-
-def _with_interval(estimate: Estimate, form: str) -> str:
-    return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _device_name(device: torch.device) -> str:

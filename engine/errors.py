@@ -40,7 +40,7 @@ class NumericsError(CdpoError):
 
 
 class CheckpointError(CdpoError):
-    """A checkpoint cannot be written, read or does not belong to this recipe (names folder, step)."""
+    """A checkpoint cannot be written or read, or is another recipe's (names folder and step)."""
 
     exit_code = EXIT_CHECKPOINT
 

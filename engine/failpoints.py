@@ -1,8 +1,8 @@
 """Named places where a test may make the process die or the disk fill up.
 
 ``CDPO_FAILPOINT=name:action`` with action ``kill`` (SIGKILL to itself), ``enospc`` (OSError as if
-the disk were full) or ``nan``; ``name@N:action`` acts at the N-th passage. Unset, a fail-point costs
-one dictionary look-up. Every name is listed here, and a test holds the list against the code.
+the disk were full) or ``nan``; ``name@N:action`` acts at the N-th passage. Unset, a fail-point
+costs one dictionary look-up. Every name is listed here, and a test holds the list against the code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _passages: Counter[str] = Counter()
 
 
 def failpoint(name: str) -> str | None:
-    """Act if this passage of ``name`` was asked for; returns an action the caller must play itself."""
+    """Act if this passage of ``name`` was asked for; returns an action the caller is to play."""
     wanted = os.environ.get("CDPO_FAILPOINT")
     if not wanted:
         return None

@@ -101,7 +101,7 @@ class Permutation:
     def at(self, indices: np.ndarray) -> np.ndarray:
         """Entries (int64) at many indices of [0, size)."""
         indices = np.asarray(indices)
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.size):
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.size):
             raise IndexError(f"index outside [0, {self.size})")
         if self._table is not None:
             return self._table[indices]

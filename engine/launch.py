@@ -34,7 +34,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. All collectives take host objects and are no-ops for one rank."""
+    """This process among its peers. Collectives take host objects and do nothing for one rank."""
 
     rank: int
     world_size: int
@@ -86,7 +86,7 @@ class Ranks:
         return result
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This rank's part of some items: every world-size-th, so that parts differ by at most one."""
+        """This rank's part of some items: every world-size-th, so parts differ by at most one."""
         return items[self.rank :: self.world_size]
 
 
@@ -162,7 +162,7 @@ def _group_of_one() -> dict[str, str]:
 
 @contextmanager
 def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for the life of the process: two runs in one folder destroy each other."""
+    """Hold the run folder for the life of the process: two runs in it would destroy each other."""
     handle = None
 
     def take() -> None:
@@ -176,7 +176,7 @@ def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(
-                f"run_dir {run_dir} is in use by another process: wait for it, or give another run_dir"
+                f"run_dir {run_dir} is in use by another process: wait for it, or give another"
             ) from None
 
     ranks.on_first(take)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import __version__
 from .backbones import StableDiffusion, load_backbone
 from .candidates import CandidateSampler, CandidateSet
-from . import __version__
 from .curriculum.pairs import Pair, PromptPairs, form_pairs
 from .errors import DataError
 from .failpoints import failpoint
@@ -161,12 +161,12 @@ class Preparation:
             self.terminal.warn(f"{dropped} candidates had no finite reward and were dropped")
         if tied:
             self.terminal.warn(
-                f"{len(tied)} prompts gave no pair because their candidates all tie, e.g. {tied[0]!r}"
+                f"{len(tied)} prompts gave no pair: their candidates all tie, e.g. {tied[0]!r}"
             )
         pairs = [pair for outcome in formed.values() for pair in outcome.pairs]
         if not pairs:
             raise DataError(
-                f"no pairs in {len(self.prompts)} prompts: every prompt's candidates tie or differ by "
+                f"no pairs in {len(self.prompts)} prompts: all candidates tie or differ by "
                 f"less than curriculum.min_score_gap={self.recipe.curriculum.min_score_gap}"
             )
         tiers = range(1, self.recipe.curriculum.tiers + 1)

@@ -30,7 +30,7 @@ class Model(Section):
     backbone: Literal["sd", "sdxl", "lcm"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
-    """Folder in diffusers format, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
+    """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for a run others should repeat."""
     variant: str | None = None
@@ -38,7 +38,7 @@ class Model(Section):
     vae: str | None = None
     """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
-    """Height and width in pixels of what is sampled; multiples of 8 times the UNet's downsampling."""
+    """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling."""
 
 
 class Prompts(Section):
@@ -118,7 +118,7 @@ class Data(Section):
     pairs_per_shard: PositiveInt = 1000
     """Upper bound of samples in one tar."""
     shuffle_shards: PositiveInt = 8
-    """Shards of a lane whose pairs are mixed together; more mixes better and reads less in order."""
+    """Shards of a lane whose pairs are mixed; more mixes better and reads less in order."""
     workers: NonNegativeInt = 1
     """Reader threads that fetch batches ahead of the step; 0 reads in the step itself."""
 
@@ -140,7 +140,7 @@ class Objective(Section):
     """What is optimised."""
 
     type: Literal["diffusion_dpo", "consistency_dpo"] = "diffusion_dpo"
-    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two different scales of beta)."""
+    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta)."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
     distance: Literal["mse", "huber"] = "mse"
@@ -272,12 +272,12 @@ class Recipe(Section):
         if self.train.global_batch % self.data.lanes:
             raise ValueError(
                 f"train.global_batch={self.train.global_batch} is not a multiple of "
-                f"data.lanes={self.data.lanes}: every lane gives the same number of pairs to a batch"
+                f"data.lanes={self.data.lanes}: every lane gives equally many pairs to a batch"
             )
         if (self.model.backbone == "lcm") != (self.objective.type == "consistency_dpo"):
             raise ValueError(
                 f"model.backbone={self.model.backbone} does not go with "
-                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the others "
-                "with diffusion_dpo"
+                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the "
+                "others with diffusion_dpo"
             )
         return self

@@ -1,4 +1,4 @@
-"""Scores of candidates in parquet, resumable: parts while scoring, one table when all are scored."""
+"""Scores of candidates in parquet, resumable: parts while scoring, one table when all is scored."""
 
 from __future__ import annotations
 

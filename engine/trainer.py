@@ -40,12 +40,11 @@ from .shards.stream import PairStream
 from .step_metrics import MetricRing, MetricsFile
 from .training_samples import TrainingSamples
 
-
 WINDOWS_BEFORE_WARNING = 3
 
 
 class PolicyAndReference(nn.Module):
-    """Both networks as children of the one module DeepSpeed gets, so that ZeRO-3 gathers for both."""
+    """Both networks as children of the one module DeepSpeed gets, so ZeRO-3 gathers for both."""
 
     def __init__(
         self, policy: nn.Module, reference: nn.Module, backbone: Backbone, objective: Objective
@@ -140,8 +139,8 @@ class Trainer:
         if made_with.fingerprint != own:
             raise DataError(
                 f"the shards were made with another VAE ({made_with.path}, "
-                f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare again "
-                "with this model, or name that VAE as model.vae"
+                f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
+                "again with this model, or name that VAE as model.vae"
             )
 
     def _initialise(self, module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -206,7 +205,7 @@ class Trainer:
         return exported and self.cursor.step >= self.recipe.train.steps
 
     def run(self) -> None:
-        """Train to the last step; NumericsError or StopRequested end it early, with a checkpoint."""
+        """Train to the last step; NumericsError and StopRequested end it early, checkpoint made."""
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
@@ -303,7 +302,7 @@ class Trainer:
             return  # how dynamic loss scaling finds its scale, not a fault of the data
         self.skipped_in_a_row += 1
         self.terminal.warn(
-            f"step {self.cursor.step + 1}: loss or gradients are not finite; batch skipped on all ranks"
+            f"step {self.cursor.step + 1}: loss or gradients not finite; batch skipped on all ranks"
         )
         if self.skipped_in_a_row >= self.recipe.train.max_skipped:
             self._save()
@@ -355,8 +354,8 @@ class Trainer:
         self.windows_unlearning = self.windows_unlearning + 1 if rising else 0
         if self.windows_unlearning >= WINDOWS_BEFORE_WARNING:
             self.terminal.warn(
-                "winner and loser errors both rise above the reference's: the policy is unlearning, "
-                "not preferring; raise objective.beta or lower train.optimizer.lr"
+                "winner and loser errors both rise above the reference's: the policy is "
+                "unlearning, not preferring; raise objective.beta or lower train.optimizer.lr"
             )
 
     def _sample_if_due(self) -> None:
@@ -401,8 +400,11 @@ class Trainer:
 
 
 def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
-    """Cap ZeRO's reduction bucket at the gradients there are: it is allocated whole, and its default
-    of 5e8 elements is more memory than most adapters' entire training state."""
+    """Cap ZeRO's reduction bucket at the gradients there are.
+
+    It is allocated whole, and its default of 5e8 elements is more memory than all the training
+    state of most adapters.
+    """
     zero = config.setdefault("zero_optimization", {})
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), max(trainable, 1))
 

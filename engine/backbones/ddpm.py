@@ -28,7 +28,8 @@ class DiscreteDDPM:
         self.prediction_type = scheduler.config["prediction_type"]
         if self.prediction_type not in PREDICTION_TYPES:
             raise OutsideError(
-                f"the scheduler predicts {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}"
+                f"the scheduler predicts {self.prediction_type!r}; known are "
+                f"{', '.join(PREDICTION_TYPES)}"
             )
         alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float64)
         self.num_timesteps = len(alphas_cumprod)
@@ -60,7 +61,7 @@ class DiscreteDDPM:
         return torch.cat([noise - sigma * winners, noise - sigma * losers])
 
     def _coefficients(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of each pair, (B, 1, 1, 1)."""
+        """Factors alpha and sigma of each pair, (B, 1, 1, 1)."""
         return self._alpha[draw.timesteps, None, None, None], self._sigma[
             draw.timesteps, None, None, None
         ]

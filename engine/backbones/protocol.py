@@ -64,7 +64,7 @@ class NoiseProcess(Protocol):
         ...
 
     def target(self, latents: Tensor, draw: Draw) -> Tensor:
-        """What a perfect denoiser predicts: (B, ...) where winner and loser share it, else (2B, ...)."""
+        """What a perfect denoiser predicts: (B, ...) if a pair shares it, else (2B, ...)."""
         ...
 
 

@@ -70,8 +70,8 @@ class StableDiffusion:
         factor = self.vae_scale * 2 ** (len(self.denoiser.config["down_block_types"]) - 1)
         if height % factor or width % factor:
             raise OutsideError(
-                f"model.resolution={height}x{width} does not fit this model: both must be multiples "
-                f"of {factor}"
+                f"model.resolution={height}x{width} does not fit this model: both must be "
+                f"multiples of {factor}"
             )
 
     @property

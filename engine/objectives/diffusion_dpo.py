@@ -1,8 +1,8 @@
 """Diffusion-DPO (Wallace et al., arXiv 2311.12908, eq. 14; the beta / 2 is that of their code).
 
-``loss = -mean logsigmoid( -beta/2 * [(e_w^policy - e_w^ref) - (e_l^policy - e_l^ref)] )`` with e the
-mean squared error of a prediction over channels, height and width. Winner and loser share timestep,
-noise and caption.
+``loss = -mean logsigmoid( -beta/2 * [(e_w^policy - e_w^ref) - (e_l^policy - e_l^ref)] )`` with e
+the mean squared error of a prediction over channels, height and width. Winner and loser
+share timestep, noise and caption.
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ class RewardModel(Protocol):
     """Content hash of the weights: goes into the manifest with the scores."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """float32 (N,), one score an image; NaN where no score can be given, never a made-up one."""
+        """float32 (N,), one an image; NaN where no score can be given, never a made-up one."""
         ...
