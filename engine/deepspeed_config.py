@@ -196,9 +196,7 @@ def _read_json(name: str) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise RecipeError(
-                f"{name} is larger than {MAX_BYTES >> 20} MiB: not a DeepSpeed config"
-            )
+            raise RecipeError(f"{name} is larger than {MAX_BYTES >> 10} KiB: not a config")
         config = json.loads(raw, object_pairs_hook=unique)
     except OSError as error:
         raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
