@@ -10,7 +10,6 @@ RECIPE ?= recipes/emoji_cdpo.yaml
 # the demo's numbers repeat on any machine.
 LAUNCH := python .venv/bin/deepspeed --log_level error --num_gpus 1
 BENCHMARKS := $(wildcard benchmarks/compile_report.py)
-CODE := engine kernels benchmarks tests assets setup.py
 
 .PHONY: help demo test bench lint format typecheck unit clean
 
