@@ -21,6 +21,7 @@ from ..keyed import Permutation, Stream
 from .manifest import Manifest, ShardEntry
 
 _WINDOW_BITS, _LANE_BITS = 32, 16
+_CHUNK = 512  # positions of a lane located together: 8 times cheaper than 4 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,30 +146,40 @@ class _LaneOrder:
         self._shards = shards[order]
         self._ends = np.cumsum(counts[order])
         self._starts = self._ends - counts[order]
-        self._shuffle_shards = shuffle_shards
         self._window_starts = self._starts[::shuffle_shards]
         self._window_ends = np.append(self._window_starts[1:], self._ends[-1])
-        self._shuffles: dict[int, Permutation] = {}
+        self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard indices (n,) and samples in them (n,) of the pass's pairs at ``offsets`` (n,)."""
+        shards, samples = np.empty_like(offsets), np.empty_like(offsets)
+        numbers, inside = np.divmod(offsets, _CHUNK)
+        for number in np.unique(numbers):
+            now = numbers == number
+            chunk_shards, chunk_samples = self._chunk(int(number))
+            shards[now], samples[now] = chunk_shards[inside[now]], chunk_samples[inside[now]]
+        return shards, samples
+
+    def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places of neighbouring offsets, found together; only the latest two are kept."""
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            end = min((number + 1) * _CHUNK, int(self._ends[-1]))
+            chunk = self._find(np.arange(number * _CHUNK, end))
+            self._chunks = dict([*self._chunks.items()][-1:]) | {number: chunk}
+        return chunk
+
+    def _find(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         windows = np.searchsorted(self._window_ends, offsets, side="right")
         mixed = np.empty_like(offsets)
-        for window in np.unique(windows):
+        for window in np.unique(windows).tolist():
             inside = windows == window
             start = self._window_starts[window]
-            mixed[inside] = start + self._shuffle(int(window)).at(offsets[inside] - start)
+            size = int(self._window_ends[window] - start)
+            shuffle = self._permutation(size, Stream.PAIR_ORDER, window)
+            mixed[inside] = start + shuffle.at(offsets[inside] - start)
         which = np.searchsorted(self._ends, mixed, side="right")
         return self._shards[which], mixed - self._starts[which]
-
-    def _shuffle(self, window: int) -> Permutation:
-        """The permutation inside a window; only the latest two are kept, memory is O(shards)."""
-        shuffle = self._shuffles.get(window)
-        if shuffle is None:
-            size = int(self._window_ends[window] - self._window_starts[window])
-            shuffle = self._permutation(size, Stream.PAIR_ORDER, window)
-            self._shuffles = dict([*self._shuffles.items()][-1:]) | {window: shuffle}
-        return shuffle
 
     def _permutation(self, size: int, stream: Stream, window: int) -> Permutation:
         return Permutation(size, self._seed, stream, self._lane_key | window, self._number)

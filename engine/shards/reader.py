@@ -51,6 +51,7 @@ class _File:
 class _OpenShard:
     """A verified shard."""
 
+    name: str
     file: _File
     index: SampleIndex
 
@@ -98,8 +99,7 @@ class ShardReaders:
     def read(self, entry: ShardEntry, index: int) -> PairSample:
         """Sample ``index`` of a shard. Raises ShardError (shard, key, member, reason)."""
         shard = self._open(entry)
-        name = str(self.folder / entry.name)
-        key = shard.index.keys[index].decode()
+        name, key = shard.name, shard.index.keys[index].decode()
         offsets, sizes = shard.index.offsets[index], shard.index.sizes[index]
         start = int(offsets.min())
         span = read_span(shard.file.descriptor, name, start, int((offsets + sizes).max()) - start)
@@ -165,7 +165,7 @@ class ShardReaders:
             self._check_sizes(index, str(path))
         with self._lock:
             self._verified[entry.name] = identity
-        return _OpenShard(file, index)
+        return _OpenShard(str(path), file, index)
 
     def _check_sizes(self, index: SampleIndex, shard: str) -> None:
         """Refuse members too large for what they are, before anything is read or allocated."""
