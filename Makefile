@@ -54,12 +54,12 @@ typecheck: .venv/installed-test
 	$(PYTHON) -m venv .venv
 
 # pip is quiet, not silent: its errors show. A stamp is newer than what it was installed from.
-.venv/installed: setup.py pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed: setup.py constraints.txt | .venv/bin/python
 	@echo "installing into .venv (some minutes the first time)"
 	@python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/installed-test: setup.py pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed-test: setup.py constraints.txt | .venv/bin/python
 	@echo "installing into .venv (some minutes the first time)"
 	@python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch .venv/installed $@
