@@ -13,7 +13,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ModelMixin, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
@@ -24,12 +24,12 @@ from .recipe import Lora
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def twin_of(network: nn.Module) -> nn.Module:
+def twin_of(network: ModelMixin) -> ModelMixin:
     """A network of the same structure over the very same parameter tensors."""
     return copy.deepcopy(network, memo={id(p): p for p in network.parameters()})
 
 
-def add_lora(network: nn.Module, spec: Lora, seed: int) -> nn.Module:
+def add_lora(network: ModelMixin, spec: Lora, seed: int) -> ModelMixin:
     """Freeze ``network`` and give it trainable adapters; B starts at zero: the output is unchanged.
 
     Raises RecipeError if no layer has one of the names in ``spec.targets``.
@@ -69,7 +69,7 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def export_lora(policy: nn.Module, folder: Path, *, write: bool) -> None:
+def export_lora(policy: ModelMixin, folder: Path, *, write: bool) -> None:
     """Save the adapters as `StableDiffusionPipeline.load_lora_weights` takes them.
 
     Every rank calls it (ZeRO-3 gathers), the one with ``write`` saves.

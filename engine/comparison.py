@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from .adapters import LORA_FILE
-from .backbones import StableDiffusion, load_backbone
+from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
 from .errors import DataError
 from .keyed import Stream
@@ -116,9 +116,7 @@ class Comparison:
         tuned.run(prompts, self.ranks, self.terminal, "sample tuned")
         return {"base": base.images, "tuned": tuned.images}
 
-    def _sampler(
-        self, backbone: StableDiffusion, name: str, made_by: dict[str, str]
-    ) -> CandidateSampler:
+    def _sampler(self, backbone: Backbone, name: str, made_by: dict[str, str]) -> CandidateSampler:
         spec = self.recipe.compare
         return CandidateSampler(
             backbone,

@@ -69,7 +69,8 @@ def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
             f"start {_one_of(_divisors(lanes))} ranks, or prepare with other data.lanes"
         )
     pairs = batch // world_size  # exact: lanes divide the batch (schema), ranks divide the lanes
-    micro = recipe.train.micro_batch
+    # A rank with fewer pairs than fit in its memory is no mistake: the recipe was made for fewer.
+    micro = min(recipe.train.micro_batch, pairs)
     if pairs % micro:
         raise RecipeError(
             f"train.micro_batch={micro} does not divide the {pairs} pairs of a rank "
@@ -123,6 +124,11 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     if problems:
         raise RecipeError("\n".join(f"{recipe.deepspeed}: {problem}" for problem in problems))
     _check_by_deepspeed(config, recipe.deepspeed)
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise RecipeError(
+            f"{recipe.deepspeed}: zero_optimization.stage should be 1, 2 or 3; on one GPU stage 1 "
+            "costs nothing"
+        )
     return config
 
 

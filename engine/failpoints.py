@@ -1,14 +1,17 @@
-"""Named places where a test may make the process die or the disk fill up.
+"""Named places where a test may make the process die, the disk fill up or a loss go bad.
 
-``CDPO_FAILPOINT=name:action`` with action ``kill`` (SIGKILL to itself), ``enospc`` (OSError as if
-the disk were full) or ``nan``; ``name@N:action`` acts at the N-th passage. Unset, a fail-point
-costs one dictionary look-up. Every name is listed here, and a test holds the list against the code.
+``CDPO_FAILPOINT=name:action``, with action ``kill`` (SIGKILL to itself), ``term`` (SIGTERM),
+``enospc`` (OSError as if the disk were full) or one that the place itself plays (``nan``).
+``name@3:action`` acts at the third passage, ``name@3+:action`` from the third on, and
+``name:action/rank1`` on that rank alone. Unset, a fail-point costs one dictionary look-up. Every
+name is listed here, and a test holds the list against the code.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from collections import Counter
 
@@ -26,6 +29,9 @@ NAMES = (
     "prepare.shard",
 )
 
+_SYNTAX = re.compile(
+    r"(?P<name>[a-z._]+)(@(?P<passage>\d+)(?P<on>\+)?)?:(?P<action>[a-z]+)(/rank(?P<rank>\d+))?"
+)
 _passages: Counter[str] = Counter()
 
 
@@ -34,15 +40,24 @@ def failpoint(name: str) -> str | None:
     wanted = os.environ.get("CDPO_FAILPOINT")
     if not wanted:
         return None
-    place, _, action = wanted.partition(":")
-    place, _, passage = place.partition("@")
-    if place != name:
+    match = _SYNTAX.fullmatch(wanted)
+    if match is None or match["name"] not in NAMES:
+        raise ValueError(f"CDPO_FAILPOINT={wanted!r}: write it as name@3:kill, name one of {NAMES}")
+    if match["name"] != name or match["rank"] not in (None, os.environ.get("RANK", "0")):
         return None
     _passages[name] += 1
-    if passage and _passages[name] != int(passage):
-        return None
+    if match["passage"]:
+        passage, first = _passages[name], int(match["passage"])
+        if passage != first and not (match["on"] and passage > first):
+            return None
+    return _act(match["action"])
+
+
+def _act(action: str) -> str | None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return action

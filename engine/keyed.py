@@ -67,7 +67,7 @@ def integers(keys: torch.Tensor, high: int) -> torch.Tensor:
 
 def normal(keys: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal float32 (N, *shape), one independent field a key."""
-    return philox_normal(keys, shape)
+    return philox_normal(keys, tuple(shape))
 
 
 class Permutation:

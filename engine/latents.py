@@ -45,8 +45,8 @@ class LatentStore:
         latents = torch.cat(parts).cpu().half().contiguous()
         if not latents.isfinite().all():
             raise DataError(
-                f"latents of {prompt!r} overflow half precision or are NaN: an fp16 VAE does this; "
-                "set prepare.precision=fp32, or model.vae to an fp16-safe one"
+                f"latents of {prompt!r} overflow half precision or are NaN: name a "
+                "VAE that is safe in half precision as model.vae"
             )
         temporary = self._path(prompt).with_suffix(".tmp")
         tensors = {"latents": latents, "candidates": torch.as_tensor(candidates)}

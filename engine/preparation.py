@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from . import __version__
-from .backbones import StableDiffusion, load_backbone
+from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
 from .curriculum.pairs import Pair, PromptPairs, form_pairs
 from .errors import DataError
@@ -129,7 +129,7 @@ class Preparation:
 
     # Phases
 
-    def _sample(self, backbone: StableDiffusion, made_by: str) -> CandidateSet:
+    def _sample(self, backbone: Backbone, made_by: str) -> CandidateSet:
         recipe = self.recipe
         sampler = CandidateSampler(
             backbone,
@@ -182,7 +182,7 @@ class Preparation:
         return TierShards(plan, ShardFill(plan, ids, self.recipe.seed), pairs)
 
     def _encode(
-        self, backbone: StableDiffusion, vae: str, images: CandidateSet, fills: list[TierShards]
+        self, backbone: Backbone, vae: str, images: CandidateSet, fills: list[TierShards]
     ) -> LatentStore:
         store = LatentStore(self.run_dir / "latents", images, vae)
         wanted: dict[str, set[int]] = {}
@@ -198,7 +198,7 @@ class Preparation:
         return store
 
     def _write(
-        self, fills: list[TierShards], latents: LatentStore, backbone: StableDiffusion
+        self, fills: list[TierShards], latents: LatentStore, backbone: Backbone
     ) -> list[ShardEntry]:
         """Write this rank's shards; returns everybody's entries in the order of tier and number."""
         self.ranks.on_first(lambda: _clear(self.shards_dir))
@@ -224,7 +224,7 @@ class Preparation:
         shards: list[ShardEntry],
         fills: list[TierShards],
         formed: dict[str, PromptPairs],
-        backbone: StableDiffusion,
+        backbone: Backbone,
         fingerprints: dict[str, str],
         reward: RewardModel,
     ) -> Manifest:

@@ -25,7 +25,7 @@ def read_prompts(spec: Prompts) -> tuple[list[str], list[str]]:
 
 def _read(path: str, limit: int | None) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DataError(f"prompts: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -33,13 +33,14 @@ def _read(path: str, limit: int | None) -> list[str]:
     prompts: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
         prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise DataError(
                 f"prompts: {path}:{number} has {len(prompt)} characters; at most "
                 f"{MAX_PROMPT_CHARACTERS} are taken"
             )
-        if prompt and not prompt.startswith("#"):
-            prompts[prompt] = None
+        prompts[prompt] = None
     if not prompts:
         raise DataError(f"prompts: {path} holds no prompt")
     return list(prompts)[:limit]

@@ -71,7 +71,7 @@ class Prepare(Section):
     batch_size: PositiveInt = 16
     """Images in one denoiser call (guidance doubles the rows); bounds memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of sampling and VAE encoding."""
+    """Arithmetic of the denoiser in sampling; the VAE always works in float32."""
     contact_sheet_prompts: NonNegativeInt = 4
     """Prompts shown in contact_sheet.png, with ranked candidates and one pair of each tier."""
 
@@ -170,7 +170,7 @@ class Train(Section):
     global_batch: PositiveInt = 32
     """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes."""
     micro_batch: PositiveInt = 4
-    """Pairs in one forward on one rank: memory only. Accumulation follows from it."""
+    """Most pairs in one forward on one rank: memory only. Accumulation follows from it."""
     optimizer: Optimizer = Optimizer()
     """Optimiser settings."""
     warmup_steps: NonNegativeInt = 0

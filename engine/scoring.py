@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,22 +77,25 @@ class Scoring:
         scores = self.done()
         scores = {prompt: scores[prompt] for prompt in prompts}
         self._write(self.table_path, scores)
-        for part in self.parts.glob("*.parquet"):
-            part.unlink()
-        self.parts.rmdir()
+        shutil.rmtree(self.parts)  # whole: a run that was killed may have left half a part
         return scores
 
     def _read(self, path: Path) -> Iterable[tuple[str, np.ndarray]]:
         try:
-            table = pq.read_table(path, schema=SCHEMA)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = pq.read_table(path)
+            if table.schema != SCHEMA:
+                raise ValueError("it is no table of scores")
+            by_prompt: dict[str, list[float]] = {}
+            for row in table.to_pylist():
+                if row["source"] == self.source:
+                    scores = by_prompt.setdefault(row["prompt"], [])
+                    if row["candidate"] != len(scores):
+                        raise ValueError(f"candidate {len(scores)} of {row['prompt']!r} is missing")
+                    scores.append(row["score"])
+        except (ValueError, OSError) as error:  # pyarrow's own errors are one or the other
             raise DataError(f"scores: {path} cannot be read ({error}): remove it") from None
-        by_prompt: dict[str, dict[int, float]] = {}
-        for row in table.to_pylist():
-            if row["source"] == self.source:
-                by_prompt.setdefault(row["prompt"], {})[row["candidate"]] = row["score"]
         for prompt, scores in by_prompt.items():
-            yield prompt, np.asarray([scores[i] for i in range(len(scores))], dtype=np.float32)
+            yield prompt, np.asarray(scores, dtype=np.float32)
 
     def _write(self, path: Path, scores: dict[str, np.ndarray]) -> None:
         prompts = [prompt for prompt, values in scores.items() for _ in values]

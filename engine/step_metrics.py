@@ -91,7 +91,7 @@ def _describe(values: Tensor) -> dict[str, float | None]:
     pairs = sums[0]
     described: dict[str, float | None] = {
         "loss": float(values[-2] / pairs[0]),
-        "grad_norm": float(values[-1]),
+        "grad_norm": None if values[-1].isnan() else float(values[-1]),
     }
     for name, total in zip(_SUMS[1:], sums[1:], strict=True):
         described[name] = float(total[0] / pairs[0])

@@ -7,7 +7,6 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from .adapters import LORA_FILE, add_lora, export_lora, twin_of
 from .backbones import Backbone, load_backbone
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
-from .deepspeed_config import build_deepspeed_config
+from .deepspeed_config import build_deepspeed_config, plan_batches
 from .errors import DataError, NumericsError, StopRequested
 from .failpoints import failpoint
 from .keyed import Stream
@@ -32,15 +31,13 @@ from .objectives import Loss, Objective, TrainingBatch, build_objective
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
+from .run_log import RunLog
 from .shards.batch import PairBatch
 from .shards.lanes import LanePlan
 from .shards.manifest import Manifest, load_manifest, manifest_hash
 from .shards.reader import ShardReaders
 from .shards.stream import PairStream
-from .step_metrics import MetricRing, MetricsFile
 from .training_samples import TrainingSamples
-
-WINDOWS_BEFORE_WARNING = 3
 
 
 class PolicyAndReference(nn.Module):
@@ -76,8 +73,7 @@ class Trainer:
     skipped_in_a_row: int
     # what it leaves behind
     checkpoints: CheckpointStore
-    metrics: MetricRing
-    metrics_file: MetricsFile
+    log: RunLog
     samples: TrainingSamples
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
@@ -86,6 +82,7 @@ class Trainer:
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
         shards_dir = Path(recipe.data.path) if recipe.data.path else self.run_dir / "shards"
+        self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
         use_kernels(recipe.train.kernels)
 
@@ -93,8 +90,6 @@ class Trainer:
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = Cursor.start(self.pacing)
         self.skipped_in_a_row = 0
-        self.windows_unlearning = 0
-        self.progress_fields: dict[str, Any] = {}
         self.stream = self._open_stream(shards_dir)
 
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
@@ -112,10 +107,16 @@ class Trainer:
             data_hash=manifest_hash(self.manifest),
             keep=recipe.checkpoint.keep,
         )
-        self.metrics = MetricRing(
-            recipe.train.log_every, self.backbone.noise.num_timesteps, ranks.device
+        self.log = RunLog(
+            self.run_dir,
+            window=recipe.train.log_every,
+            global_batch=recipe.train.global_batch,
+            num_timesteps=self.backbone.noise.num_timesteps,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            terminal=terminal,
+            write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
-        self.metrics_file = MetricsFile(self.run_dir / "metrics.jsonl")
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
 
     def _open_stream(self, shards_dir: Path) -> PairStream:
@@ -193,9 +194,6 @@ class Trainer:
         cursor = self.checkpoints.load_newest(self._read_checkpoint)
         if cursor is not None:
             self.cursor = cursor
-        if self.ranks.is_first:
-            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
-            self.metrics_file.rewind(self.cursor.step)
         return cursor is not None
 
     @property
@@ -206,11 +204,13 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step; NumericsError and StopRequested end it early, checkpoint made."""
+        if self.ranks.is_first:
+            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+            self.log.start_after(self.cursor.step)
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
         with StopSignal() as stop, progress as self.progress:
-            self._window_started = time.monotonic()
             while self.cursor.step < steps:
                 self._sample_if_due()
                 self._take_step()
@@ -232,9 +232,8 @@ class Trainer:
         lr = self._set_learning_rate()
         failpoint("train.step")
         pairs = self.stream.next(self.cursor.step, self.cursor.skips)
-        for part in pairs.split(self.recipe.train.micro_batch):
+        for part in pairs.split(self.batches.micro_batch):
             self._forward_backward(part)
-        self.progress_fields["stage"] = f"{stage.index + 1}/{len(self.pacing.stages)}"
         if self.engine.optimizer.overflow:
             self._skip()
         else:
@@ -248,7 +247,7 @@ class Trainer:
             self.engine.backward(loss.loss * float("nan"))
         else:
             self.engine.backward(loss.loss)
-        self.metrics.add(loss, batch.draw.timesteps)
+        self.log.add(loss, batch.draw.timesteps)
         # At the last micro-batch of a step this reduces, clips and updates; or, where the norm of
         # the gradient is not finite on any rank, drops the gradients on all of them.
         self.engine.step()
@@ -289,14 +288,16 @@ class Trainer:
             "lr": lr,
             "skipped": sum(self.cursor.skips),
         }
-        self.metrics.close_row(host, self.engine.get_global_grad_norm())
-        if self.metrics.is_full or self.cursor.step == self.recipe.train.steps:
-            self._flush_metrics()
-        self.progress.advance(1, **self.progress_fields)
+        self.log.close_step(host, self.engine.get_global_grad_norm())
+        shown: dict[str, float | str] = {
+            "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
+            **self.log.latest,
+        }
+        self.progress.advance(1, **shown)
 
     def _skip(self) -> None:
         """Count a non-finite step; it advances neither schedule nor curriculum."""
-        self.metrics.discard_row()
+        self.log.discard_step()
         self.cursor = self.cursor.skipped(self.pacing)
         if self.recipe.train.precision == "fp16" and self.engine.optimizer.loss_scale > 1:
             return  # how dynamic loss scaling finds its scale, not a fault of the data
@@ -314,50 +315,6 @@ class Trainer:
 
     # What the run leaves behind
 
-    def _flush_metrics(self) -> None:
-        rows = self.metrics.flush(self.ranks.world_size)
-        if not rows or not self.ranks.is_first:
-            self._window_started = time.monotonic()
-            return
-        seconds = time.monotonic() - self._window_started
-        pairs_per_second = len(rows) * self.recipe.train.global_batch / seconds
-        for row in rows:
-            row["pairs_per_second"] = pairs_per_second
-        self.metrics_file.append(rows)
-        self._write_monitors(rows)
-        self._warn_if_both_errors_rise(rows)
-        last = rows[-1]
-        self.progress_fields |= {
-            "loss": last["loss"],
-            "accuracy": last["accuracy"],
-            "pairs_s": pairs_per_second,
-        }
-        self._window_started = time.monotonic()
-
-    def _write_monitors(self, rows: list[dict[str, Any]]) -> None:
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events(
-                [
-                    (f"train/{name}", value, row["step"])
-                    for row in rows
-                    for name, value in row.items()
-                    if isinstance(value, int | float) and name != "step"
-                ]
-            )
-
-    def _warn_if_both_errors_rise(self, rows: list[dict[str, Any]]) -> None:
-        """DPO's known failure: the margin grows while both images become less likely."""
-        winner = sum(row["winner_error"] for row in rows) / len(rows)
-        loser = sum(row["loser_error"] for row in rows) / len(rows)
-        # A rise of the winner's error that is small beside the loser's is noise of the timesteps.
-        rising = winner > 0 and loser > 0 and winner > 0.5 * loser
-        self.windows_unlearning = self.windows_unlearning + 1 if rising else 0
-        if self.windows_unlearning >= WINDOWS_BEFORE_WARNING:
-            self.terminal.warn(
-                "winner and loser errors both rise above the reference's: the policy is "
-                "unlearning, not preferring; raise objective.beta or lower train.optimizer.lr"
-            )
-
     def _sample_if_due(self) -> None:
         if self.samples.is_due(self.cursor.step):
             policy = self.engine.module.policy
@@ -371,7 +328,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        self._flush_metrics()  # so that metrics.jsonl always reaches the newest checkpoint
+        self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
         self.checkpoints.save(self.cursor, self._write_checkpoint)
 
     def _write_checkpoint(self, folder: Path) -> None:

@@ -112,7 +112,7 @@ def save_clip(folder: Path, seed: int) -> None:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Write the world under ``folder``; returns a recipe as plain data, run folder ``folder/run``."""
+    """Write the world under ``folder``; returns a recipe as plain data, run in ``folder/run``."""
     pipeline().save_pretrained(folder / "sd")
     save_clip(folder / "reward", seed=1)
     save_clip(folder / "judge", seed=2)

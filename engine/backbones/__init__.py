@@ -14,7 +14,6 @@ __all__ = [
     "Conditioning",
     "Draw",
     "NoiseProcess",
-    "StableDiffusion",
     "fingerprint",
     "load_backbone",
 ]
@@ -22,7 +21,7 @@ __all__ = [
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> StableDiffusion:
+def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> Backbone:
     """The backbone a recipe names; RecipeError for families that are declared but not built yet."""
     if spec.backbone != "sd":
         raise RecipeError(

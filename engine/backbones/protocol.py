@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -71,9 +73,30 @@ class NoiseProcess(Protocol):
 class Backbone(Protocol):
     """A family of text-to-image models."""
 
-    denoiser: nn.Module
-    noise: NoiseProcess
+    denoiser: ModelMixin
     device: torch.device
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """Corruption and targets, as the model's scheduler says."""
+        ...
+
+    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of an image of (height, width) pixels."""
+        ...
+
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the denoiser (`model`) and the VAE (`vae`)."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Load an exported adapter into the denoiser, as any user of it would."""
+        ...
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the VAE's latents are multiplied by."""
+        ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Scaled latents (N, C, h, w) float32 of RGB images."""

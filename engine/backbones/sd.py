@@ -14,14 +14,15 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import OutsideError
 from ..recipe import Model
 from .ddpm import DiscreteDDPM
-from .protocol import Conditioning
+from .protocol import Conditioning, NoiseProcess
 
 
 class StableDiffusion:
@@ -33,22 +34,25 @@ class StableDiffusion:
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.requires_grad_(False).eval()
-        self.denoiser: nn.Module = pipeline.unet
-        self.noise = DiscreteDDPM(pipeline.scheduler, device)
+        self.denoiser: ModelMixin = pipeline.unet
+        self.noise: NoiseProcess = DiscreteDDPM(pipeline.scheduler, device)
         self._prompt_cache: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls, spec: Model, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         """Read the pipeline of a recipe; OutsideError names the folder and what it lacks."""
-        diffusers.utils.logging.disable_progress_bar()
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
         common = {"revision": spec.revision, "variant": spec.variant}
         try:
             parts = {}
             if spec.vae is not None:
-                parts["vae"] = AutoencoderKL.from_pretrained(spec.vae, torch_dtype=dtype)
+                parts["vae"] = AutoencoderKL.from_pretrained(spec.vae, torch_dtype=torch.float32)
             pipeline = StableDiffusionPipeline.from_pretrained(
                 spec.path,
-                torch_dtype=dtype,
+                # The VAE stays in float32 at every precision: half of them overflow in fp16, and its
+                # fingerprint must not depend on how a run computes.
+                torch_dtype={"vae": torch.float32, "default": dtype},
                 safety_checker=None,
                 requires_safety_checker=False,
                 **common,
@@ -91,7 +95,7 @@ class StableDiffusion:
         return channels, height // self.vae_scale, width // self.vae_scale
 
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes of the denoiser and the VAE, independent of dtype and file layout."""
+        """Content hashes of the denoiser and the VAE, whatever their files look like."""
         return {
             "model": fingerprint(self.pipeline.unet),
             "vae": fingerprint(self.pipeline.vae),
@@ -103,7 +107,7 @@ class StableDiffusion:
         # the VAE's posterior is far below that of almost every timestep.
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
         batch = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
-        batch = batch.to(self.pipeline.vae.dtype) / 127.5 - 1
+        batch = batch.float() / 127.5 - 1
         return self.pipeline.vae.encode(batch).latent_dist.mean.float() * self.scaling_factor
 
     @torch.no_grad()
@@ -148,7 +152,7 @@ class StableDiffusion:
         pipeline.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         dtype = next(net.parameters()).dtype
         height, width = (side * self.vae_scale for side in noise.shape[-2:])
-        return pipeline(
+        latents = pipeline(
             prompt_embeds=self.encode_prompts(prompts).text.to(dtype),
             negative_prompt_embeds=self.encode_prompts([""] * len(prompts)).text.to(dtype),
             latents=noise.to(self.device, dtype),
@@ -156,7 +160,10 @@ class StableDiffusion:
             guidance_scale=guidance,
             height=height,
             width=width,
+            output_type="latent",
         ).images
+        pixels = pipeline.vae.decode(latents.float() / self.scaling_factor).sample
+        return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def load_adapter(self, folder: Path) -> None:
         """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""

@@ -16,7 +16,9 @@ def build(tmp_path):
 
     def build(content: object = None, world_size: int = 1, **sections: object) -> dict:
         path = tmp_path / "ds.json"
-        text = content if isinstance(content, str) else json.dumps(content or ZERO2)
+        if isinstance(content, dict | None):
+            content = ZERO2 | (content or {})
+        text = content if isinstance(content, str) else json.dumps(content)
         path.write_text(text, encoding="utf-8")
         return build_deepspeed_config(recipe(deepspeed=str(path), **sections), world_size, "run")
 
@@ -241,3 +243,13 @@ def test_files_that_are_no_json_object_are_refused(build, tmp_path, text, expect
 def test_a_missing_file_is_named():
     with pytest.raises(RecipeError, match=r"'ds_configs/zero9\.json' is not a file"):
         build_deepspeed_config(recipe(deepspeed="ds_configs/zero9.json"), 1, "run")
+
+
+def test_a_micro_batch_larger_than_the_share_of_a_rank_is_the_whole_share():
+    plan = plan_batches(recipe(train={"global_batch": 24, "micro_batch": 24}, data={"lanes": 4}), 2)
+    assert (plan.micro_batch, plan.accumulation) == (12, 1)
+
+
+@pytest.mark.parametrize("zero", [{"stage": 0}, {}])
+def test_a_zero_stage_is_wanted(build, zero):
+    assert "stage should be 1, 2 or 3" in refused(build, {"zero_optimization": zero})[0]

@@ -1,0 +1,61 @@
+"""The tiny world of `tiny.py`, written once a session, for tests that run in this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not a folder is an error, not a download
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.launch import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.reporting.console import Terminal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `sd`, `reward`, `judge`, prompt files and `recipe.yaml`: not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_recipe(folder / "recipe.yaml", tiny.build(folder))
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_world: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """The tiny world's recipe with overrides, e.g. `tiny_recipe("seed=5")`, in a run folder of its
+    own; `run="b"` names another one.
+    """
+
+    def load(*overrides: str, run: str = "run") -> Recipe:
+        return load_recipe(
+            tiny_world / "recipe.yaml", [f"run_dir={tmp_path / run}", *overrides]
+        )
+
+    return load
+
+
+@pytest.fixture
+def tiny_backbone(tiny_recipe: Callable[..., Recipe]) -> StableDiffusion:
+    """The tiny Stable Diffusion in float32, freshly loaded: tests may change it."""
+    return StableDiffusion.load(tiny_recipe().model, CPU, torch.float32)
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    """One rank alone on the CPU; its collectives are no-ops."""
+    return Ranks(rank=0, world_size=1, local_rank=0, device=CPU)
+
+
+@pytest.fixture
+def terminal() -> Terminal:
+    """A terminal that says nothing."""
+    return Terminal(enabled=False)

@@ -1,0 +1,203 @@
+"""Kill, resume, equal: N steps are N/2 + SIGKILL + N/2, to the last bit of every loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launching import ForkServer, Outcome, World, losses, make_world, metrics
+
+KILLED = -9
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), server)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: World) -> list[float]:
+    world.train(world.folder / "whole").succeeded()
+    return losses(world.folder / "whole")
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_killed_at_any_step(
+    world: World, uninterrupted: list[float], tmp_path: Path, step: int
+) -> None:
+    run = tmp_path / "run"
+    assert world.train(run, failpoint=f"train.step@{step}:kill").code == KILLED
+    outcome = world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+    assert ("resumed" in outcome.text) == (step > 2)  # the first checkpoint is that of step 2
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoint.write@2",
+        "checkpoint.hashed@2",
+        "checkpoint.before_rename@2",
+        "checkpoint.after_rename@2",
+        "checkpoint.before_prune@2",
+        "train.loss@7",
+    ],
+)
+def test_killed_inside_a_checkpoint_or_a_step(
+    world: World, uninterrupted: list[float], tmp_path: Path, place: str
+) -> None:
+    run = tmp_path / "run"
+    assert world.train(run, failpoint=f"{place}:kill").code == KILLED
+    world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero", "place"),
+    [
+        (1, "checkpoint.hashed@2:kill/rank1"),
+        (2, "train.loss@6:kill/rank1"),
+        (3, "train.step@4:kill"),
+    ],
+)
+def test_one_of_two_ranks_killed(world: World, tmp_path: Path, zero: int, place: str) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    world.train(whole, ranks=2, zero=zero).succeeded()
+    assert KILLED in world.train(run, ranks=2, zero=zero, failpoint=place).codes
+    world.train(run, ranks=2, zero=zero).succeeded()
+    assert losses(run) == losses(whole)
+
+
+def test_a_skip_survives_a_resume(world: World, tmp_path: Path) -> None:
+    """The batch after a skipped one is drawn from further on, also when a resume lies between."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    world.train(whole, failpoint="train.loss@3:nan").succeeded()
+    world.train(run, "train.steps=4", failpoint="train.loss@3:nan").succeeded()
+    world.train(run).succeeded()
+    assert losses(run) == losses(whole)
+    assert [row["skipped"] for row in metrics(run)] == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_request_to_stop_leaves_a_checkpoint(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outcome = world.train(run, failpoint="train.step@3:term")
+    assert outcome.code == 75 and "stopped on request after step 3" in outcome.text
+    assert newest(run).name == "step-00000003"
+    world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_one_rank_asked_to_stop_stops_all(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", ranks=2, failpoint="train.step@3:term/rank1")
+    assert outcome.codes == [75, 75], outcome.text
+
+
+def test_a_full_disk_spares_the_previous_checkpoint(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outcome = world.train(run, failpoint="checkpoint.write@2:enospc")
+    refused(outcome, 5, "step-00000004 cannot be written: No space left on device")
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
+    world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_one_rank_is_agreed_on(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = world.train(run, ranks=2, failpoint="checkpoint.write@2:enospc/rank1")
+    assert outcome.codes == [5, 5], outcome.text
+    assert newest(run).name == "step-00000002"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    world.train(run, "train.steps=4").succeeded()
+    target = next((newest(run) / "deepspeed").glob("*optim_states.pt"))
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.write_bytes(content)
+    world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    world.train(run, "train.steps=4").succeeded()
+    for folder in (run / "checkpoints").glob("step-*"):
+        (folder / "MANIFEST.json").unlink()
+    refused(world.train(run), 5, "none of the checkpoints")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    world.train(run, "train.steps=4").succeeded()
+    outcome = world.train(run, "objective.beta=2000", "train.global_batch=4")
+    refused(outcome, 5, "objective.beta", "5000", "2000", "train.global_batch")
+
+
+def test_a_checkpoint_of_other_shards_is_refused(world: World, tmp_path: Path) -> None:
+    run, shards = tmp_path / "run", tmp_path / "shards"
+    world.train(run, "train.steps=4").succeeded()
+    shutil.copytree(world.shards, shards)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["seed"] += 1
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    refused(world.train(run, f"data.path={shards}"), 5, "other shards")
+
+
+@pytest.mark.slow
+def test_another_world_size_is_refused(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path / "run", "train.steps=4", ranks=2).succeeded()
+    refused(world.train(tmp_path / "run"), 5, "2 ranks")
+
+
+def test_a_finished_run_can_be_extended(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    world.train(run, "train.steps=4").succeeded()
+    assert losses(run) == uninterrupted[:4]
+    world.train(run).succeeded()
+    assert losses(run) == uninterrupted
+
+
+def test_checkpoints_rotate(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    world.train(run, "checkpoint.every=1", "checkpoint.keep=3").succeeded()
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000005", "step-00000006"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == kept[-1]
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-????????"))
+
+
+def refused(outcome: Outcome, code: int, *texts: str) -> None:
+    """One clear line, the contract's exit code, no traceback."""
+    assert outcome.code == code, outcome.text
+    assert "Traceback" not in outcome.text
+    line = next(line for line in outcome.text.splitlines() if line.startswith("error:"))
+    assert [text for text in texts if text not in line] == []

@@ -1,0 +1,213 @@
+"""Training on the tiny world: the first loss, parity, curriculum, skipping, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from launching import ForkServer, World, losses, make_world, metrics
+from safetensors.torch import load_file
+
+LOG_2 = math.log(2)
+# A logit is beta/2 times a difference of predictions, so the rounding of two networks (1e-7 of
+# predictions around 1, here of random weights) enters the loss multiplied by beta/2; and Adam turns
+# the rounding of a gradient of 1e-8 into a whole step. With these two out of the way curves are
+# comparable at the 1e-5 that is promised.
+CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), server)
+
+
+@pytest.fixture(scope="module")
+def plain(world: World) -> list[float]:
+    """Losses of one rank, ZeRO-2, micro-batch 4 x accumulation 2."""
+    run = world.folder / "plain"
+    world.train(run, *CALM).succeeded()
+    return losses(run)
+
+
+def test_first_loss_is_log_2_and_training_moves_away_from_it(plain: list[float]) -> None:
+    assert len(plain) == 6
+    assert plain[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert all(abs(loss - LOG_2) > 1e-4 for loss in plain[1:])
+
+
+def test_first_loss_is_log_2_in_bfloat16(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path / "run", "train.precision=bf16", "train.steps=2").succeeded()
+    assert losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-6)
+
+
+def test_micro_batches_do_not_change_the_curve(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    world.train(tmp_path / "run", "train.micro_batch=8", *CALM).succeeded()
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_zero_stages_agree(world: World, plain: list[float], tmp_path: Path, zero: int) -> None:
+    world.train(tmp_path / "run", *CALM, zero=zero).succeeded()
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_agree_with_one(
+    world: World, plain: list[float], tmp_path: Path, zero: int
+) -> None:
+    world.train(tmp_path / "run", *CALM, ranks=2, zero=zero).succeeded()
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+    assert_only_the_adapter_moved(world, tmp_path / "run")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_adapters_move_and_the_reference_never_does(
+    world: World, tmp_path: Path, zero: int
+) -> None:
+    digest = hashlib.sha256(
+        (world.folder / "sd/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    world.train(tmp_path / "run", zero=zero).succeeded()
+    assert_only_the_adapter_moved(world, tmp_path / "run")
+    after = hashlib.sha256(
+        (world.folder / "sd/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    assert digest.hexdigest() == after.hexdigest()
+    # A reference that moved would show: without an update its errors are the policy's, always.
+    frozen = tmp_path / "frozen"
+    world.train(frozen, "train.optimizer.lr=1e-30", zero=zero).succeeded()
+    assert all(row["margin"] == 0 for row in metrics(frozen))
+
+
+def assert_only_the_adapter_moved(world: World, run: Path) -> None:
+    exported = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    ups = [name for name in exported if "lora_B" in name or "lora.up" in name]
+    assert ups
+    assert all(exported[name].abs().max() > 0 for name in ups)
+
+
+def test_the_export_loads_into_a_stock_pipeline_and_changes_what_it_predicts(
+    world: World, tmp_path: Path
+) -> None:
+    world.train(tmp_path / "run").succeeded()
+    pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "sd")
+    base = UNet2DConditionModel.from_pretrained(world.folder / "sd", subfolder="unet")
+    pipeline.load_lora_weights(tmp_path / "run" / "lora")
+    noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        tuned = pipeline.unet(noisy, 500, encoder_hidden_states=text).sample
+        untuned = base(noisy, 500, encoder_hidden_states=text).sample
+    assert not torch.allclose(tuned, untuned, atol=1e-6)
+
+
+def test_tiers_open_at_their_step(world: World, tmp_path: Path) -> None:
+    expected = {
+        "easy_to_hard": [[1], [1], [1, 2], [1, 2], [1, 2, 3], [1, 2, 3]],
+        "hard_to_easy": [[3], [3], [2, 3], [2, 3], [1, 2, 3], [1, 2, 3]],
+        "random": [[1, 2, 3]] * 6,
+    }
+    for order, tiers in expected.items():
+        world.train(tmp_path / order, f"curriculum.order={order}").succeeded()
+        assert [row["tiers"] for row in metrics(tmp_path / order)] == tiers
+    world.train(tmp_path / "alone", "curriculum.cumulative=false").succeeded()
+    alone = [row["tiers"] for row in metrics(tmp_path / "alone")]
+    assert alone == [[1], [1], [2], [2], [3], [3]]
+
+
+def test_metrics_hold_what_a_user_asks_for(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path / "run", "train.warmup_steps=4", "monitor.csv=true").succeeded()
+    rows = metrics(tmp_path / "run")
+    assert [row["lr"] for row in rows] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    wanted = {"margin", "accuracy", "winner_error", "loser_error", "grad_norm", "pairs_per_second"}
+    wanted |= {f"winner_error_q{quartile}" for quartile in (1, 2, 3, 4)}
+    assert wanted <= set(rows[0])
+    assert (tmp_path / "run" / "csv" / "train_margin.csv").exists()
+    samples = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert samples == ["step-00000000.png", "step-00000003.png", "step-00000006.png"]
+
+
+def test_beta_of_the_recipe_is_the_beta_that_is_used(world: World, tmp_path: Path) -> None:
+    """The first update depends on beta only through its sign-like Adam step; the margin scales."""
+    for beta in (100, 200):
+        world.train(tmp_path / str(beta), f"objective.beta={beta}", "train.steps=2").succeeded()
+    low, high = (metrics(tmp_path / str(beta))[1] for beta in (100, 200))
+    for row, beta in ((low, 100), (high, 200)):
+        implied = -(beta / 2) * (row["winner_error"] - row["loser_error"])
+        assert row["margin"] == pytest.approx(implied, rel=1e-2, abs=1e-6)
+
+
+def test_a_non_finite_loss_is_skipped_counted_and_the_curriculum_waits(
+    world: World, tmp_path: Path
+) -> None:
+    world.train(tmp_path / "run", failpoint="train.loss@3:nan").succeeded()
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_one_rank_with_a_bad_loss_makes_all_ranks_skip(world: World, tmp_path: Path) -> None:
+    # Both ranks pass the fail-point, so let only the second rank know of it.
+    run = tmp_path / "run"
+    outcome = world.train(run, ranks=2, failpoint="train.loss@2:nan/rank1")
+    outcome.succeeded()
+    assert [row["skipped"] for row in metrics(run)] == [0, 1, 1, 1, 1, 1]
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outcome = world.train(run, "train.max_skipped=3", failpoint="train.loss@5+:nan")
+    assert outcome.code == 4
+    assert "3 batches in a row" in outcome.text and "Traceback" not in outcome.text
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert (run / "checkpoints" / "step-00000002" / "MANIFEST.json").exists()
+    # Nothing bad reached the state: going on from it equals a run that never went bad.
+    world.train(run).succeeded()
+    assert all(math.isfinite(loss) for loss in losses(run))
+
+
+def test_shards_of_another_vae_are_refused(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(world.shards, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["vae"]["fingerprint"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    outcome = world.train(tmp_path / "run", f"data.path={folder}")
+    assert outcome.code == 3
+    assert "another VAE" in outcome.text and "Traceback" not in outcome.text
+
+
+@pytest.mark.slow
+def test_a_world_that_does_not_divide_the_lanes_is_refused(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", ranks=3)
+    assert set(outcome.codes) == {2}
+    assert "lanes" in outcome.text and "Traceback" not in outcome.text
+
+
+def test_a_finished_run_says_so_and_does_nothing(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path / "run").succeeded()
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    outcome = world.train(tmp_path / "run").succeeded()
+    assert "nothing to do" in outcome.text
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before

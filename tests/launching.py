@@ -1,0 +1,144 @@
+"""Starting verbs as processes: fast ones through a fork server, real ones through the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a verb ended on each rank."""
+
+    codes: list[int]
+    output: list[str]
+
+    @property
+    def code(self) -> int:
+        return self.codes[0]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.output)
+
+    def succeeded(self) -> Outcome:
+        assert set(self.codes) == {0}, self.text
+        return self
+
+
+class ForkServer:
+    """See tests/workers/forkserver.py."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CDPO_FAILPOINT": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "workers" / "forkserver.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        self._answer("ready")
+
+    def _answer(self, what: str) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the fork server died before it said {what}"
+        return line
+
+    def run(
+        self,
+        verb: str,
+        recipe: Path,
+        overrides: Sequence[str] = (),
+        *,
+        ranks: int = 1,
+        env: Mapping[str, str] | None = None,
+        seconds: float = 120,
+    ) -> Outcome:
+        request = {
+            "script": str(ROOT / "engine" / f"{verb}.py"),
+            "args": ["--recipe", str(recipe), *overrides],
+            "env": dict(env or {}),
+            "ranks": ranks,
+            "seconds": seconds,
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**json.loads(self._answer("how the verb ended")))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny world on disk with its shards made: what training tests start from."""
+
+    folder: Path
+    recipe: Path
+    server: ForkServer
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "run" / "shards"
+
+    def train(
+        self,
+        run: Path,
+        *overrides: str,
+        ranks: int = 1,
+        failpoint: str = "",
+        zero: int = 2,
+        seconds: float = 120,
+    ) -> Outcome:
+        """Train on the world's shards in a run folder of its own."""
+        config = self.folder / f"zero{zero}.json"
+        if not config.exists():
+            config.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+        mine = [f"run_dir={run}", f"data.path={self.shards}", f"deepspeed={config}"]
+        env = {"CDPO_FAILPOINT": failpoint}
+        return self.server.run(
+            "train", self.recipe, [*mine, *overrides], ranks=ranks, env=env, seconds=seconds
+        )
+
+
+def make_world(folder: Path, server: ForkServer, **changes: Any) -> World:
+    recipe = tiny.build(folder)
+    for dotted, value in changes.items():
+        section, _, key = dotted.rpartition("__")
+        (recipe[section] if section else recipe)[key] = value
+    path = tiny.write_recipe(folder / "recipe.yaml", recipe)
+    server.run("prepare", path).succeeded()
+    return World(folder, path, server)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def change_recipe(path: Path, **sections: Any) -> None:
+    recipe = yaml.safe_load(path.read_text())
+    recipe.update(sections)
+    path.write_text(yaml.safe_dump(recipe))

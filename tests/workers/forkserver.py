@@ -1,0 +1,107 @@
+"""Runs verbs in forked children of a process that has imported everything once.
+
+A verb spends most of a tiny run importing torch, diffusers and DeepSpeed. This process imports
+them, computes nothing (so that no thread is lost in a fork), and for each JSON line on stdin forks the
+ranks asked for. Each child runs the real entry script and dies its own death, SIGKILL included.
+
+Request:  {"script": path, "args": [...], "env": {...}, "ranks": n, "seconds": limit}
+Reply:    {"codes": [exit code, or minus a signal, of each rank], "output": [text of each rank]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from typing import Any
+
+with contextlib.redirect_stderr(io.StringIO()):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
+    import cdpo.engine.comparison
+    import cdpo.engine.preparation
+    import cdpo.engine.trainer  # noqa: F401
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(request: dict[str, Any], rank: int, port: int, output: str) -> int:
+    """Fork one rank; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setpgid(0, 0)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if request["ranks"] > 1:
+        world = {"WORLD_SIZE": request["ranks"], "RANK": rank, "LOCAL_RANK": rank}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in world.items()})
+    os.environ.update(request["env"])
+    sys.argv = [request["script"], *request["args"]]
+    code = 1
+    try:
+        runpy.run_path(request["script"], run_name="__main__")
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(children: list[int], seconds: float) -> list[int]:
+    """Exit codes; like a launcher, ends the other ranks soon after one has failed."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                    if codes[child] != 0:
+                        deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def main() -> None:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            port = free_port()
+            outputs = [f"{folder}/{rank}" for rank in range(request["ranks"])]
+            children = [start(request, rank, port, output) for rank, output in enumerate(outputs)]
+            codes = wait(children, request["seconds"])
+            texts = []
+            for output in outputs:
+                with open(output, errors="replace") as file:
+                    texts.append(file.read())
+        print(json.dumps({"codes": codes, "output": texts}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
