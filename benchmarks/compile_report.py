@@ -45,13 +45,16 @@ def collect_specs() -> list[CompileSpec]:
 def compile_spec(spec: CompileSpec, sm: int) -> dict[str, Any]:
     """One row of the report. Pointers and sizes are taken as multiples of 16, as in real runs."""
     names = spec.kernel.arg_names
-    signature = {name: spec.signature.get(name, "constexpr") for name in names}
+    signature = {
+        name: "constexpr" if name in spec.constants else spec.signature[name] for name in names
+    }
+    constants = {name: value for name, value in spec.constants.items() if name in names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
         if signature[name].startswith(("*", "i"))
     }
-    source = ASTSource(spec.kernel, signature, constexprs=spec.constants, attrs=aligned)
+    source = ASTSource(spec.kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": spec.num_warps, **NO_FUSION}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     usage = ptxas_usage(compiled.asm["ptx"], sm)

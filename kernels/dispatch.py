@@ -42,8 +42,8 @@ class CompileSpec(NamedTuple):
 
     name: str
     kernel: Any
-    signature: dict[str, str]  # argument -> Triton type; arguments in `constants` are left out
-    constants: dict[str, Any]
+    signature: dict[str, str]  # argument -> Triton type; may name more than this kernel has
+    constants: dict[str, Any]  # constexpr argument -> value; the same
     num_warps: int
 
 

@@ -15,12 +15,13 @@ logits up to 2.2 at Î² = 5000 in fp16. The pseudo-Huber error is evaluated as xÂ
 the same number without the cancellation.
 
 Layout: a program reduces one chunk of one pair, winner and loser together, so that a shared target
-is read once. It stores its sums and draws a ticket; the program that draws the last one adds the
-chunks in a fixed order (no float atomics: bitwise deterministic) and writes all results. The chunk
-size depends on n alone, so a pair's logit does not depend on the batch it is in. Sums are kept in
-float32, by lanes and then as a tree; only the mean over pairs is in float64, which makes B equal
-losses average to that loss exactly. The backward needs the logits, nothing else of the forward.
-Samples are walked in memory order, so NCHW and channels_last are both read as they lie.
+is read once. It stores its sums and draws a ticket; the program that draws a pair's last ticket
+adds the chunks in a fixed order (no float atomics: bitwise deterministic) and writes the pair's
+results, and the one that finishes the last pair writes the mean. The chunk size depends on n alone,
+so a pair's logit does not depend on the batch it is in. Sums are trees in float32; only the mean
+over pairs is in float64, which makes B equal losses average to that loss exactly. The backward
+needs the logits, nothing else of the forward. Samples are walked in memory order, so NCHW and
+channels_last are both read as they lie.
 
 Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
 """
@@ -28,6 +29,7 @@ Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
 # Triton functions have no Python types:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import itertools
 import struct
 from typing import Any, NamedTuple
 
@@ -49,8 +51,9 @@ from .dispatch import (
 from .layout import empty_samples, match_samples, sample_strides
 
 DISTANCES = ("mse", "pseudo_huber")
-MAX_BLOCK = 2048  # 8 warps, 8 elements a thread: one 16-byte load for half-precision inputs
-FINISH_TILE = 512  # (pairs, chunks) added at a time by the last program
+MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
+MAX_WARPS = 8
+MAX_TILE = 512  # chunks or pairs that are added at a time
 
 
 class PairedLoss(NamedTuple):
@@ -108,7 +111,7 @@ def _forward_kernel(
     reference_ptr,
     target_ptr,
     partials_ptr,  # (2 or 5, num_pairs, num_chunks)
-    ticket_ptr,
+    tickets_ptr,  # (1 + num_pairs,) int32, all 0
     loss_ptr,
     logits_ptr,
     policy_error_ptr,
@@ -123,9 +126,10 @@ def _forward_kernel(
     CACHED: tl.constexpr,  # the reference is (2B,) errors, not predictions
     SHARED: tl.constexpr,  # one target for winner and loser
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PAIRS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIR_TILES: tl.constexpr,
 ):
     pair = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -133,123 +137,117 @@ def _forward_kernel(
     num_chunks = tl.num_programs(1)
     winner = pair.to(tl.int64)
     loser = winner + num_pairs
-    start = chunk.to(tl.int64) * (BLOCK * STEPS)
-    remaining = tl.minimum(num_elements - start, BLOCK * STEPS).to(tl.int32)
+    offset = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < num_elements
 
-    policy_w = tl.zeros([BLOCK], tl.float32)
-    policy_l = tl.zeros([BLOCK], tl.float32)
-    reference_w = tl.zeros([BLOCK], tl.float32)
-    reference_l = tl.zeros([BLOCK], tl.float32)
-    margin = tl.zeros([BLOCK], tl.float32)  # winner's minus loser's difference
-    for step in range(STEPS):
-        lane = step * BLOCK + tl.arange(0, BLOCK)
-        mask = lane < remaining
-        offset = start + lane
-        p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
-        p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
-        t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
-        if SHARED:
-            t_l = t_w
-        else:
-            t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
-        if CACHED:
-            term_w, _ = _error_terms(p_w - t_w, huber_c, HUBER)
-            term_l, _ = _error_terms(p_l - t_l, huber_c, HUBER)
-        else:
-            r_ptr = reference_ptr + offset
-            r_w = tl.load(r_ptr + winner * reference_stride, mask, 0.0).to(tl.float32)
-            r_l = tl.load(r_ptr + loser * reference_stride, mask, 0.0).to(tl.float32)
-            term_w, r_term_w, d_w = _difference_terms(p_w, r_w, t_w, huber_c, HUBER)
-            term_l, r_term_l, d_l = _difference_terms(p_l, r_l, t_l, huber_c, HUBER)
-            reference_w += r_term_w
-            reference_l += r_term_l
-            margin += d_w - d_l
-        policy_w += term_w
-        policy_l += term_l
+    # .to(float32) in registers; masked lanes have p = r = t = 0 and add nothing
+    p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
+    p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
+    t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
+    if SHARED:
+        t_l = t_w
+    else:
+        t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
 
-    plane = num_pairs.to(tl.int64) * num_chunks
+    plane = num_chunks.to(tl.int64) * num_pairs
     partial = partials_ptr + winner * num_chunks + chunk
-    tl.store(partial, tl.sum(policy_w))
-    tl.store(partial + plane, tl.sum(policy_l))
-    if not CACHED:
+    if CACHED:
+        policy_w, _ = _error_terms(p_w - t_w, huber_c, HUBER)
+        policy_l, _ = _error_terms(p_l - t_l, huber_c, HUBER)
+    else:
+        r_ptr = reference_ptr + offset
+        r_w = tl.load(r_ptr + winner * reference_stride, mask, 0.0).to(tl.float32)
+        r_l = tl.load(r_ptr + loser * reference_stride, mask, 0.0).to(tl.float32)
+        policy_w, reference_w, gain_w = _difference_terms(p_w, r_w, t_w, huber_c, HUBER)
+        policy_l, reference_l, gain_l = _difference_terms(p_l, r_l, t_l, huber_c, HUBER)
         tl.store(partial + 2 * plane, tl.sum(reference_w))
         tl.store(partial + 3 * plane, tl.sum(reference_l))
-        tl.store(partial + 4 * plane, tl.sum(margin))
-    tl.debug_barrier()  # the sums of all threads come before the ticket, which publishes them
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
-    if ticket == num_pairs * num_chunks - 1:
-        tl.store(ticket_ptr, 0)  # for the next launch
-        _finish(
+        tl.store(partial + 4 * plane, tl.sum(gain_w - gain_l))
+    tl.store(partial, tl.sum(policy_w))
+    tl.store(partial + plane, tl.sum(policy_l))
+    # The barrier puts the stores of all threads before the ticket, which publishes them.
+    tl.debug_barrier()
+    if tl.atomic_add(tickets_ptr + 1 + pair, 1, sem="acq_rel") == num_chunks - 1:
+        tl.store(tickets_ptr + 1 + pair, 0)  # for the next launch
+        _finish_pair(
             reference_ptr,
             partials_ptr,
-            loss_ptr,
             logits_ptr,
             policy_error_ptr,
             reference_error_ptr,
             scale,
-            num_pairs,
             num_elements,
+            winner,
+            num_pairs,
             num_chunks,
             CACHED,
-            PAIRS,
             CHUNKS,
+            CHUNK_TILES,
         )
+        tl.debug_barrier()
+        if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == num_pairs - 1:
+            tl.store(tickets_ptr, 0)
+            _mean_loss(logits_ptr, loss_ptr, num_pairs, PAIRS, PAIR_TILES)
 
 
 @triton.jit
-def _finish(
+def _finish_pair(
     reference_ptr,
     partials_ptr,
-    loss_ptr,
     logits_ptr,
     policy_error_ptr,
     reference_error_ptr,
     scale,
-    num_pairs,
     num_elements,
+    winner,
+    num_pairs,
     num_chunks,
     CACHED: tl.constexpr,
-    PAIRS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
 ):
-    """Errors, logits and the mean loss from the chunks' sums; run by one program."""
-    plane = num_pairs.to(tl.int64) * num_chunks
-    losses = tl.zeros([PAIRS], tl.float64)
-    for first in range(0, num_pairs, PAIRS):
-        pair = first + tl.arange(0, PAIRS)
-        live = pair < num_pairs
-        base = partials_ptr + pair.to(tl.int64)[:, None] * num_chunks
-        policy_w = _add_chunks(base, live, num_chunks, PAIRS, CHUNKS) / num_elements
-        policy_l = _add_chunks(base + plane, live, num_chunks, PAIRS, CHUNKS) / num_elements
-        if CACHED:
-            reference_w = tl.load(reference_ptr + pair, live, 0.0)
-            reference_l = tl.load(reference_ptr + num_pairs + pair, live, 0.0)
-            margin = (policy_w - reference_w) - (policy_l - reference_l)
-        else:
-            reference_w = _add_chunks(base + 2 * plane, live, num_chunks, PAIRS, CHUNKS)
-            reference_l = _add_chunks(base + 3 * plane, live, num_chunks, PAIRS, CHUNKS)
-            margin = _add_chunks(base + 4 * plane, live, num_chunks, PAIRS, CHUNKS)
-            reference_w, reference_l = reference_w / num_elements, reference_l / num_elements
-            margin = margin / num_elements
-        logit = -scale * margin
-        tl.store(logits_ptr + pair, logit, live)
-        tl.store(policy_error_ptr + pair, policy_w, live)
-        tl.store(policy_error_ptr + num_pairs + pair, policy_l, live)
-        tl.store(reference_error_ptr + pair, reference_w, live)
-        tl.store(reference_error_ptr + num_pairs + pair, reference_l, live)
-        losses += tl.where(live, _negative_log_sigmoid(logit), 0.0).to(tl.float64)
-    tl.store(loss_ptr, (tl.sum(losses) / num_pairs).to(tl.float32))
+    """Errors and logit from the sums of a pair's chunks; run by the last program of the pair."""
+    loser = winner + num_pairs
+    plane = num_chunks.to(tl.int64) * num_pairs
+    partial = partials_ptr + winner * num_chunks
+    policy_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+    policy_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+    if CACHED:
+        reference_w = tl.load(reference_ptr + winner)
+        reference_l = tl.load(reference_ptr + loser)
+        margin = (policy_w - reference_w) - (policy_l - reference_l)
+    else:
+        partial += 2 * plane
+        reference_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+        reference_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+        margin = _add_chunks(partial + 2 * plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+    tl.store(logits_ptr + winner, -scale * margin)
+    tl.store(policy_error_ptr + winner, policy_w)
+    tl.store(policy_error_ptr + loser, policy_l)
+    tl.store(reference_error_ptr + winner, reference_w)
+    tl.store(reference_error_ptr + loser, reference_l)
 
 
 @triton.jit
-def _add_chunks(base, live, num_chunks, PAIRS: tl.constexpr, CHUNKS: tl.constexpr):
-    """Sums over the chunks of PAIRS pairs; .cg reads past L1, where nothing stale can be met."""
-    sums = tl.zeros([PAIRS, CHUNKS], tl.float32)
-    for start in range(0, num_chunks, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        mask = live[:, None] & (chunk < num_chunks)[None, :]
-        sums += tl.load(base + chunk[None, :], mask, 0.0, cache_modifier=".cg")
-    return tl.sum(sums, axis=1)
+def _add_chunks(partial, num_chunks, CHUNKS: tl.constexpr, CHUNK_TILES: tl.constexpr):
+    sums = tl.zeros([CHUNKS], tl.float32)
+    for tile in range(CHUNK_TILES):
+        chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
+        # .cg: from L2, where the other programs' stores are
+        sums += tl.load(partial + chunk, chunk < num_chunks, 0.0, cache_modifier=".cg")
+    return tl.sum(sums)
+
+
+@triton.jit
+def _mean_loss(logits_ptr, loss_ptr, num_pairs, PAIRS: tl.constexpr, PAIR_TILES: tl.constexpr):
+    """Run by the last program of all."""
+    losses = tl.zeros([PAIRS], tl.float64)
+    for tile in range(PAIR_TILES):
+        pair = tile * PAIRS + tl.arange(0, PAIRS)
+        live = pair < num_pairs
+        logit = tl.load(logits_ptr + pair, live, 0.0, cache_modifier=".cg")
+        losses += tl.where(live, _negative_log_sigmoid(logit), 0.0).to(tl.float64)
+    tl.store(loss_ptr, (tl.sum(losses) / num_pairs).to(tl.float32))
 
 
 # --------------------------------------------------------------------------------------- backward
@@ -305,13 +303,17 @@ def _backward_kernel(
 _tickets: dict[tuple[int, int], Tensor] = {}
 
 
-def _ticket(like: Tensor) -> Tensor:
-    """A zero that the kernel leaves zero. One a stream, as kernels of one stream never overlap."""
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=like.device)
-    key = (like.get_device(), torch.cuda.current_stream(like.device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
+def _zero_tickets(count: int, device: torch.device) -> Tensor:
+    """Zeros that the kernel leaves zero, kept for each stream: kernels of one never overlap.
+
+    A CUDA graph gets its own, for it may be replayed on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets or len(_tickets[key]) < count:
+        size = triton.next_power_of_2(count)
+        _tickets[key] = torch.zeros(size, dtype=torch.int32, device=device)
     return _tickets[key]
 
 
@@ -320,15 +322,21 @@ def _block(num_elements: int) -> int:
 
 
 def _num_warps(block: int) -> int:
-    return max(block // 256, 1)
+    return max(block * MAX_WARPS // MAX_BLOCK, 1)
 
 
-def _forward_constants(num_elements: int) -> dict[str, int]:
+def _forward_constants(num_pairs: int, num_elements: int) -> dict[str, int]:
     block = _block(num_elements)
-    steps = 1 if num_elements <= 32768 else 2
-    num_chunks = triton.cdiv(num_elements, block * steps)
-    chunks = min(triton.next_power_of_2(num_chunks), 64)
-    return {"BLOCK": block, "STEPS": steps, "CHUNKS": chunks, "PAIRS": FINISH_TILE // chunks}
+    num_chunks = triton.cdiv(num_elements, block)
+    chunks = min(triton.next_power_of_2(num_chunks), MAX_TILE)
+    pairs = min(triton.next_power_of_2(num_pairs), MAX_TILE)
+    return {
+        "BLOCK": block,
+        "CHUNKS": chunks,
+        "CHUNK_TILES": triton.cdiv(num_chunks, chunks),
+        "PAIRS": pairs,
+        "PAIR_TILES": triton.cdiv(num_pairs, pairs),
+    }
 
 
 def _forward_triton(
@@ -341,8 +349,8 @@ def _forward_triton(
     else:
         policy, reference, target = match_samples(policy, reference, target)
     num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
-    constants = _forward_constants(num_elements)
-    num_chunks = triton.cdiv(num_elements, constants["BLOCK"] * constants["STEPS"])
+    block = _block(num_elements)
+    num_chunks = triton.cdiv(num_elements, block)
     partials = policy.new_empty((2 if cached else 5, num_pairs, num_chunks), dtype=torch.float32)
     outputs = _empty_outputs(policy, torch.float32)
     with device_of(policy):
@@ -351,7 +359,7 @@ def _forward_triton(
             reference,
             target,
             partials,
-            _ticket(policy),
+            _zero_tickets(1 + num_pairs, policy.device),
             *outputs,
             scale,
             huber_c,
@@ -362,8 +370,8 @@ def _forward_triton(
             HUBER=distance == "pseudo_huber",
             CACHED=cached,
             SHARED=target.shape[0] == num_pairs,
-            **constants,
-            num_warps=_num_warps(constants["BLOCK"]),
+            **_forward_constants(num_pairs, num_elements),
+            num_warps=_num_warps(block),
             **NO_FUSION,
         )
     return outputs
@@ -408,49 +416,26 @@ def _backward_triton(
 
 def compile_specs() -> list[CompileSpec]:
     """The specialisations that `benchmarks/compile_report.py` compiles without a GPU."""
+    float32 = ("loss", "logits", "policy_error", "reference_error", "partials", "grad_loss")
+    common = {f"{name}_ptr": "*fp32" for name in float32} | {"tickets_ptr": "*i32"}
+    common |= {"scale": "fp32", "huber_c": "fp32", "num_elements": "i32"}
+    common |= {f"{name}_stride": "i32" for name in ("policy", "reference", "target", "grad")}
+    constants = {"SHARED": False, **_forward_constants(64, 4 * 128 * 128)}
     specs = []
-    scalars = {"scale": "fp32", "huber_c": "fp32", "num_elements": "i32"}
-    results = ("loss", "logits", "policy_error", "reference_error", "partials")
-    for dtype in ("bf16", "fp16", "fp32"):
-        for huber in (False, True):
-            distance = "huber" if huber else "mse"
-            for cached in (False, True):
-                specs.append(
-                    CompileSpec(
-                        f"paired_dpo_loss forward {distance}{' cached' * cached} {dtype}",
-                        _forward_kernel,
-                        {
-                            **dict.fromkeys(("policy_ptr", "target_ptr"), f"*{dtype}"),
-                            "reference_ptr": "*fp32" if cached else f"*{dtype}",
-                            **{f"{name}_ptr": "*fp32" for name in results},
-                            "ticket_ptr": "*i32",
-                            **scalars,
-                            **dict.fromkeys(_strides("policy", "reference", "target"), "i32"),
-                        },
-                        {"HUBER": huber, "CACHED": cached, "SHARED": False}
-                        | _forward_constants(4 * 128 * 128),
-                        _num_warps(MAX_BLOCK),
-                    )
-                )
+    for dtype, distance in itertools.product(("bf16", "fp16", "fp32"), DISTANCES):
+        types = common | dict.fromkeys(("policy_ptr", "target_ptr", "grad_ptr"), f"*{dtype}")
+        flags = constants | {"HUBER": distance == "pseudo_huber"}
+        name = f"paired_dpo_loss {dtype} {distance}"
+        for suffix, kernel, more, reference in (
+            ("forward", _forward_kernel, {"CACHED": False}, f"*{dtype}"),
+            ("forward, cached", _forward_kernel, {"CACHED": True}, "*fp32"),
+            ("backward", _backward_kernel, {}, ""),
+        ):
+            signature = types | {"reference_ptr": reference}
             specs.append(
-                CompileSpec(
-                    f"paired_dpo_loss backward {distance} {dtype}",
-                    _backward_kernel,
-                    {
-                        **dict.fromkeys(("grad_loss_ptr", "logits_ptr"), "*fp32"),
-                        **dict.fromkeys(("policy_ptr", "target_ptr", "grad_ptr"), f"*{dtype}"),
-                        **scalars,
-                        **dict.fromkeys(_strides("policy", "target", "grad"), "i32"),
-                    },
-                    {"HUBER": huber, "SHARED": False, "BLOCK": MAX_BLOCK},
-                    _num_warps(MAX_BLOCK),
-                )
+                CompileSpec(f"{name} {suffix}", kernel, signature, flags | more, MAX_WARPS)
             )
     return specs
-
-
-def _strides(*names: str) -> list[str]:
-    return [f"{name}_stride" for name in names]
 
 
 # ------------------------------------------------------------------------------------ torch.library

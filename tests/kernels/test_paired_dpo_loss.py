@@ -163,7 +163,7 @@ def plain_errors(case: Case, truth: Truth) -> dict[str, float]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -194,10 +194,11 @@ def test_sdxl_sized_sample(backend, device):
 
 
 def test_many_pairs_and_many_chunks(backend, device, monkeypatch):
-    """The last program's loops over pairs and over chunks run more than once."""
-    monkeypatch.setattr(module, "FINISH_TILE", 128)
+    """The loops over tiles of pairs and of chunks run more than once."""
+    monkeypatch.setattr(module, "MAX_TILE", 4)
     monkeypatch.setattr(module, "MAX_BLOCK", 128)
-    check(make(3, (128 * 65,), device=device))
+    monkeypatch.setattr(module, "MAX_WARPS", 1)
+    check(make(9, (128 * 9 + 1,), device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
