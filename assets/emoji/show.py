@@ -1,0 +1,119 @@
+"""Pictures for the README: sampled prompts, and VAE reconstructions beneath their originals.
+
+    python assets/emoji/show.py samples --guidance 4 --steps 15
+    python assets/emoji/show.py reconstructions
+
+Both write a PNG of at most 255 colours next to this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from data import load_pairs, read_prompts, to_unit
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+ZOOM = 3  # shown size of a pixel
+
+
+def load_pipeline() -> StableDiffusionPipeline:
+    """The committed pipeline in float32, silent."""
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "sd", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance: float
+) -> torch.Tensor:
+    """One picture a prompt, (N, 3, 32, 32) in 0..1; each prompt has a noise of its own."""
+    images = []
+    for start in range(0, len(prompts), 64):
+        part = prompts[start : start + 64]
+        noises = [torch.Generator().manual_seed(seed * 10**6 + start + i) for i in range(len(part))]
+        output = pipeline(
+            part,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=noises,
+            output_type="pt",
+        )
+        images.append(output.images.float())
+    return torch.cat(images)
+
+
+def sheet(images: torch.Tensor, labels: list[str], columns: int) -> Image.Image:
+    """A grid of enlarged pictures with their captions, wrapped, beneath."""
+    side, foot = 32 * ZOOM, 26
+    cell_w, cell_h = side + 12, side + foot + 6
+    rows = -(-len(images) // columns)
+    paper = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
+    draw = ImageDraw.Draw(paper)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = (i % columns) * cell_w + 6, (i // columns) * cell_h + 3
+        array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        paper.paste(Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        words, lines = label.split(), [""]
+        for word in words:
+            if draw.textlength(f"{lines[-1]} {word}") > cell_w - 4 and lines[-1]:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        for row, line in enumerate(lines[:2]):
+            draw.text((x + side / 2, y + side + 1 + 12 * row), line, fill="black", anchor="ma")
+    return paper
+
+
+def reconstructions() -> Image.Image:
+    """48 pictures, each with its VAE reconstruction beneath it."""
+    pixels, captions = load_pairs()
+    picked = random.Random(0).sample(range(len(captions)), 48)
+    vae = AutoencoderKL.from_pretrained(HERE / "sd" / "vae", torch_dtype=torch.float32).eval()
+    real = to_unit(pixels[picked])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(real).latent_dist.mode()).sample
+    both = torch.cat([real, decoded], dim=2) / 2 + 0.5  # original above, reconstruction below
+    images = torch.stack([image for pair in both for image in pair.split(32, dim=1)])
+    order = [
+        row * 24 + 2 * column + half for row in range(4) for half in (0, 1) for column in range(12)
+    ]
+    labels = [text for i in picked for text in (captions[i], "reconstruction")]
+    return sheet(images[order], [labels[i] for i in order], 12)
+
+
+def main() -> None:
+    """Write one of the two pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("samples", "reconstructions"))
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=Path, help="one a line; default: every second of ours")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    out = args.out or HERE / f"{args.what}.png"
+    if args.what == "reconstructions":
+        paper = reconstructions()
+    else:
+        prompts = (
+            args.prompts.read_text().splitlines()
+            if args.prompts
+            else random.Random(0).sample(read_prompts("train", "heldout"), 48)
+        )
+        started = time.time()
+        images = sample(load_pipeline(), prompts, args.seed, args.steps, args.guidance)
+        print(f"{len(prompts)} pictures in {time.time() - started:.1f}s")
+        paper = sheet(images, prompts, 8)
+    paper.quantize(255, dither=Image.Dither.NONE).save(out, optimize=True)
+    print(out, out.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()
