@@ -81,9 +81,8 @@ class ForkServer:
         return Outcome(**json.loads(self._answer("how the verb ended")))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.kill()
+        self._process.wait()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""Whatever a user gets wrong: one clear line, the contract's exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launching import ForkServer, Outcome, World, make_world
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), server)
+
+
+def refused(outcome: Outcome, code: int, *texts: str) -> None:
+    assert outcome.code == code, outcome.text
+    assert "Traceback" not in outcome.text
+    errors = [line for line in outcome.text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, outcome.text
+    assert [text for text in texts if text not in errors[0]] == []
+
+
+def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
+    for verb in ("prepare", "train", "compare"):
+        refused(server.run(verb, tmp_path / "none.yaml"), 2, "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "texts"),
+    [
+        ("train.stpes=3", ["train.stpes", "train.steps"]),
+        ("train.steps=many", ["train.steps", "'many'"]),
+        ("train.steps", ["dotted.key=value"]),
+        ("data.lanes=3", ["global_batch", "lanes"]),
+        ("train.micro_batch=3", ["train.micro_batch=3", "1, 2, 4 or 8"]),
+        ("model.backbone=lcm", ["lcm", "consistency_dpo"]),
+        ("model.backbone=sdxl", ["sdxl", "not built yet"]),
+        ("adapter.targets=[to_qq]", ["to_qq", "to_q"]),
+    ],
+)
+def test_mistyped_recipes(world: World, tmp_path: Path, override: str, texts: list[str]) -> None:
+    refused(world.train(tmp_path / "run", override), 2, *texts)
+
+
+def test_a_conflict_with_the_deepspeed_file_shows_both_values(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "conflict.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
+    outcome = world.train(tmp_path / "run", f"deepspeed={path}")
+    refused(outcome, 2, "conflict.json", "0.5", "train.gradient_clip=1.0")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "texts"),
+    [
+        ("prompts.train=nowhere.txt", 3, ["nowhere.txt"]),
+        ("model.path=nowhere", 6, ["model.path=nowhere"]),
+        ("reward.path=nowhere", 6, ["nowhere"]),
+        ("model.resolution=[20, 16]", 6, ["20x16", "multiples of"]),
+        ("data.lanes=8 data.pairs_per_shard=1 curriculum.tiers=5", 3, ["tier"]),
+        ("curriculum.min_score_gap=100", 3, ["no pairs", "min_score_gap=100"]),
+    ],
+)
+def test_prepare_refuses(
+    world: World, tmp_path: Path, override: str, code: int, texts: list[str]
+) -> None:
+    run = tmp_path / "run"
+    overrides = override.replace(", ", ",").split()
+    outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", *overrides])
+    refused(outcome, code, *texts)
+    assert not (run / "shards" / "manifest.json").exists()
+
+
+def test_train_without_shards_and_compare_without_an_adapter(world: World, tmp_path: Path) -> None:
+    run = f"run_dir={tmp_path / 'run'}"
+    refused(world.server.run("train", world.recipe, [run]), 3, "run prepare first")
+    refused(world.server.run("compare", world.recipe, [run]), 3, "run train first")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "texts"),
+    [
+        (lambda path: path.unlink(), ["missing"]),
+        (truncate, ["bytes"]),
+        (flip_a_bit, ["sha256"]),
+    ],
+    ids=["missing", "truncated", "changed"],
+)
+def test_damaged_shards_are_named(
+    world: World, tmp_path: Path, damage: Callable[[Path], None], texts: list[str]
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(world.shards, folder)
+    first = json.loads((folder / "manifest.json").read_text())["shards"][0]["name"]
+    damage(folder / first)
+    outcome = world.train(tmp_path / "run", f"data.path={folder}")
+    refused(outcome, 3, first, *texts)
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list(
+        (tmp_path / "run" / "checkpoints").glob("step-*")
+    )
+
+
+def test_two_runs_in_one_folder_are_refused(world: World, tmp_path: Path) -> None:
+    import fcntl
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(world.train(run), 2, "in use by another process")
+    world.train(run, "train.steps=1").succeeded()
+
+
+@pytest.mark.slow
+def test_every_rank_leaves_with_the_same_code(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", "objective.type=consistency_dpo", ranks=2)
+    assert outcome.codes == [2, 2], outcome.text

@@ -1,0 +1,92 @@
+"""The three verbs as a user starts them: through the real launcher, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from launching import ROOT, losses
+from PIL import Image
+
+LAUNCHER = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+LAUNCHER += ["--log_level", "error", "--num_gpus", "2"]
+
+
+def launch(verb: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCHER, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_prepare_train_compare_under_the_launcher(tmp_path: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.build(tmp_path))
+    run = tmp_path / "run"
+    for verb in ("prepare", "train", "compare"):
+        outcome = launch(verb, recipe)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        lines = outcome.stdout.strip().splitlines()
+        assert len(lines) <= 24, "a normal run fits on a screen:\n" + outcome.stdout
+    assert Image.open(run / "contact_sheet.png").size > (100, 100)
+    assert len(losses(run)) == 6
+    results = json.loads((run / "compare" / "results.json").read_text())
+    assert "training" in json.dumps(results)
+    report = (run / "compare" / "report.html").read_text()
+    assert "<html" in report and "http://" not in report.replace("http://www.w3.org", "")
+    again = launch("compare", recipe)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "arguments", "code", "text"),
+    [
+        ("train", ["train.stepz=3"], 2, "did you mean train.steps"),
+        ("train", [], 3, "run prepare first"),
+    ],
+)
+def test_exit_codes_pass_through_the_launcher(
+    tmp_path: Path, verb: str, arguments: list[str], code: int, text: str
+) -> None:
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.build(tmp_path))
+    outcome = launch(verb, recipe, *arguments)
+    printed = outcome.stdout + outcome.stderr
+    assert outcome.returncode == code, printed
+    assert text in printed and "Traceback" not in printed
+
+
+def test_no_compiler_and_a_stale_build_lock_hurt_nobody(tmp_path: Path) -> None:
+    """DeepSpeed compiles a helper for CPU ranks at first launch, and waits for ever on the lock of
+    a build that was killed: we never let it start."""
+    recipe = tiny.build(tmp_path)
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", recipe)
+    extensions = tmp_path / "extensions"
+    for name in ("deepspeed_shm_comm", "cpu_adam", "utils"):
+        (extensions / name).mkdir(parents=True)
+        (extensions / name / "lock").touch()
+    environment = os.environ | {
+        "PATH": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "OMP_NUM_THREADS": "1",
+    }
+    for verb in ("prepare", "train"):
+        outcome = subprocess.run(
+            [sys.executable, f"engine/{verb}.py", "--recipe", str(path), "train.steps=2"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert len(losses(tmp_path / "run")) == 2
