@@ -176,6 +176,15 @@ def test_a_skip_inside_a_stage_uses_what_was_read_ahead(open_stream, monkeypatch
     assert len(fetched) == len(set(fetched))
 
 
+def test_what_was_read_ahead_in_vain_is_dropped(open_stream):
+    """Skips at the end of a stage renumber the visits of the next one."""
+    stream = open_stream(2)
+    for skipped in (0, 9, 18):
+        stream.next(3, (skipped, 0, 0))
+        due = {stream.position(step, (skipped, 0, 0)) for step in range(4, 8)}
+        assert set(stream._ahead) == due
+
+
 def test_what_a_thread_raises_comes_out_of_next(open_stream, small, folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
