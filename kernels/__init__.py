@@ -27,7 +27,15 @@ if __name__ == "kernels":
     _hand_over()
 else:
     from .dispatch import use
+    from .paired_add_noise import paired_add_noise
     from .paired_dpo_loss import PairedLoss, paired_dpo_loss
     from .philox import philox_normal, philox_uint32
 
-    __all__ = ["PairedLoss", "paired_dpo_loss", "philox_normal", "philox_uint32", "use"]
+    __all__ = [
+        "PairedLoss",
+        "paired_add_noise",
+        "paired_dpo_loss",
+        "philox_normal",
+        "philox_uint32",
+        "use",
+    ]

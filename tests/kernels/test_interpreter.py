@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton tests ran on the GPU")
 def test_triton_half() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", HERE]
+    options = ["-q", "-k", "triton", "-p", "no:cacheprovider", "--confcutdir", HERE]
+    command = [sys.executable, "-m", "pytest", *options, HERE]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", run.stdout)
