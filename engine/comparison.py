@@ -27,6 +27,8 @@ from .prompts import read_prompts
 from .recipe import Recipe, Reward
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
+from .reporting.files import write_atomically
+from .reporting.grids import image_grid
 from .reporting.report import write_report
 from .reporting.report_data import PromptSample, PromptSet, ReportData, ScorerResult, WorstLoss
 from .reporting.results import save_results
@@ -164,12 +166,20 @@ class Comparison:
     ) -> None:
         data = self._report_data(results, images)
         save_results(self.folder / "results.json", data)
+        self._draw_side_by_side(data.prompt_sets[0].samples)
         write_report(self.report_path, data)
         save_resolved(self.recipe, self.folder / "recipe.yaml")
         (self.folder / "inputs.sha256").write_text(self.inputs)
         self.terminal.table("base against tuned", TABLE_COLUMNS, summary_rows(data))
         self.terminal.line(verdict(data))
         self.terminal.line(f"report: {self.report_path}")
+
+    def _draw_side_by_side(self, samples: Sequence[PromptSample]) -> None:
+        """The first image of each prompt, base above tuned: a picture to pass around."""
+        rows = [[sample.base[0] for sample in samples], [sample.tuned[0] for sample in samples]]
+        grid = image_grid(rows, ["base", "tuned"], [sample.prompt for sample in samples])
+        path = self.folder / "side_by_side.png"
+        write_atomically(path, lambda file: grid.save(file, format="PNG", optimize=True))
 
     def _report_data(
         self, results: dict[str, list[ScorerResult]], images: dict[str, CandidateSet]

@@ -143,7 +143,7 @@ class Objective(Section):
     """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta)."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
-    distance: Literal["mse", "huber"] = "mse"
+    distance: Literal["mse", "pseudo_huber"] = "mse"
     """Error of a prediction: mean square (diffusion) or pseudo-Huber (consistency)."""
     huber_c: PositiveFloat = 1e-3
     """Bend of the pseudo-Huber distance; unused for mse."""
