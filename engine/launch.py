@@ -6,12 +6,14 @@ A verb is written as ``main(ranks, recipe, terminal)`` and started with :func:`r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import CdpoError, OutsideError, RecipeError
+from .errors import EXIT_OUTSIDE, CdpoError, OutsideError, RecipeError
 from .recipe import Recipe
 from .recipe_file import parse_command_line
 from .reporting.console import Terminal
 
+SECONDS_BEFORE_SPEAKING = 3.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -99,11 +102,18 @@ def run_verb(verb: str, main: Callable[[Ranks, Recipe, Terminal], None]) -> None
         with joined_ranks(recipe.train.threads) as ranks, run_lock(ranks, Path(recipe.run_dir)):
             main(ranks, recipe, terminal)
     except CdpoError as error:
-        # A failure of one rank alone must be seen too; the others repeat what rank 0 says.
-        if not terminal.enabled and not getattr(error, "agreed", False):
-            terminal = Terminal(enabled=True)
+        if not terminal.enabled:
+            # Mostly rank 0 fails alike and speaks for all, and the launcher ends this rank while it
+            # waits. Whoever is still here failed alone and must say so itself.
+            time.sleep(SECONDS_BEFORE_SPEAKING)
+            terminal = Terminal()
         terminal.error(str(error))
         leave(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        Terminal().error(f"no space left on the disk of {error.filename or recipe.run_dir}")
+        leave(EXIT_OUTSIDE)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
 

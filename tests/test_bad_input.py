@@ -132,6 +132,18 @@ def test_two_runs_in_one_folder_are_refused(world: World, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_shard_damaged_for_one_rank_is_named_by_it(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(world.shards, folder)
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    of_rank_1 = shards[1]["name"]  # lane 1 of two
+    flip_a_bit(folder / of_rank_1)
+    outcome = world.train(tmp_path / "run", f"data.path={folder}", ranks=2)
+    assert outcome.codes[1] == 3, outcome.text
+    assert of_rank_1 in outcome.output[1] and "Traceback" not in outcome.output[1]
+
+
+@pytest.mark.slow
 def test_every_rank_leaves_with_the_same_code(world: World, tmp_path: Path) -> None:
     outcome = world.train(tmp_path / "run", "objective.type=consistency_dpo", ranks=2)
     assert outcome.codes == [2, 2], outcome.text

@@ -78,7 +78,7 @@ def wait(children: list[int], seconds: float) -> list[int]:
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
                     if codes[child] != 0:
-                        deadline = min(deadline, time.monotonic() + 5)
+                        deadline = min(deadline, time.monotonic() + 15)
         if time.monotonic() > deadline:
             for child in children:
                 if child not in codes:
