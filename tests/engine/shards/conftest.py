@@ -1,5 +1,6 @@
 """Small shard sets: real ones in a folder, and manifests of sets that exist on paper only."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -17,7 +18,9 @@ from cdpo.engine.shards.manifest import (
     VaeSource,
     save_manifest,
 )
+from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
+from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
 
 SHAPE = (4, 2, 2)
@@ -108,3 +111,49 @@ def small() -> SimpleNamespace:
         write_set=write_set,
         tar=make_tar,
     )
+
+
+@pytest.fixture
+def read_bytes(tmp_path):
+    """Read all of a tar of ``count`` samples whose size and sha256 are as declared."""
+
+    def read(data: bytes, count: int = 2):
+        (tmp_path / "x.tar").write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry = ShardEntry(
+            name="x.tar", tier=1, count=count, bytes=max(1, len(data)), sha256=sha256
+        )
+        other = entry.model_copy(update={"name": "y.tar"})
+        readers = ShardReaders(tmp_path, make_manifest([entry, other], 2, 1))
+        return [readers.read(entry, index) for index in range(count)]
+
+    return read
+
+
+@pytest.fixture
+def good():
+    """Members (name, bytes) of a sound tar of two samples: json, latents, json, latents."""
+    members = []
+    for number in range(2):
+        meta = make_meta(1, number)
+        buffer = io.BytesIO()
+        np.save(buffer, make_latents(meta).astype(np.float16))
+        key = f"{meta.pair_id:016x}"
+        members.append((f"{key}.json", meta.model_dump_json().encode()))
+        members.append((f"{key}.latents.npy", buffer.getvalue()))
+    return members
+
+
+@pytest.fixture
+def refused(read_bytes):
+    """Check that a tar gives one line of ShardError with this reason, key and member."""
+
+    def check(data: bytes, *, reason: str, key: str | None = None, member: str | None = None):
+        with pytest.raises(ShardError) as error:
+            read_bytes(data)
+        assert "\n" not in str(error.value)
+        assert "x.tar" in error.value.shard
+        assert reason in error.value.reason
+        assert (error.value.key, error.value.member) == (key, member)
+
+    return check
