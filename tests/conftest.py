@@ -36,9 +36,7 @@ def tiny_recipe(tiny_world: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """
 
     def load(*overrides: str, run: str = "run") -> Recipe:
-        return load_recipe(
-            tiny_world / "recipe.yaml", [f"run_dir={tmp_path / run}", *overrides]
-        )
+        return load_recipe(tiny_world / "recipe.yaml", [f"run_dir={tmp_path / run}", *overrides])
 
     return load
 

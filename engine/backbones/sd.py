@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from ..errors import OutsideError
 from ..recipe import Model
 from .ddpm import DiscreteDDPM
+from .pretrained import reading, refuse_missing_weights
 from .protocol import Conditioning, NoiseProcess
+
+PIPELINE_MULTIPLE = 8  # diffusers refuses other sizes, also where VAE and UNet would take them
 
 
 class StableDiffusion:
@@ -43,26 +47,25 @@ class StableDiffusion:
         """Read the pipeline of a recipe; OutsideError names the folder and what it lacks."""
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        common = {"revision": spec.revision, "variant": spec.variant}
-        try:
-            parts = {}
-            if spec.vae is not None:
-                parts["vae"] = AutoencoderKL.from_pretrained(spec.vae, torch_dtype=torch.float32)
+        parts = {}
+        if spec.vae is not None:
+            with reading(f"model.vae={spec.vae}", "VAE"):
+                parts["vae"] = AutoencoderKL.from_pretrained(spec.vae, dtype=torch.float32)
+                refuse_missing_weights(parts["vae"], "VAE")
+        with reading(f"model.path={spec.path}", "Stable Diffusion model"):
             pipeline = StableDiffusionPipeline.from_pretrained(
                 spec.path,
-                # The VAE stays in float32 at every precision: half of them overflow in fp16, and its
-                # fingerprint must not depend on how a run computes.
-                torch_dtype={"vae": torch.float32, "default": dtype},
+                # The VAE stays in float32 at every precision: half of them overflow in fp16, and
+                # its fingerprint must not depend on how a run computes.
+                dtype={"vae": torch.float32, "default": dtype},
                 safety_checker=None,
                 requires_safety_checker=False,
-                **common,
+                revision=spec.revision,
+                variant=spec.variant,
                 **parts,
             )
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise OutsideError(
-                f"model.path={spec.path} is no Stable Diffusion model: {reason}"
-            ) from None
+            for name, part in (("UNet", pipeline.unet), ("VAE", pipeline.vae)):
+                refuse_missing_weights(part, name)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         backbone = cls(pipeline, device)
         backbone.check_resolution(spec.resolution)
@@ -71,7 +74,8 @@ class StableDiffusion:
     def check_resolution(self, resolution: tuple[int, int]) -> None:
         """OutsideError if the UNet cannot halve latents of this size often enough."""
         height, width = resolution
-        factor = self.vae_scale * 2 ** (len(self.denoiser.config["down_block_types"]) - 1)
+        halvings = len(self.denoiser.config["down_block_types"]) - 1
+        factor = math.lcm(self.vae_scale * 2**halvings, PIPELINE_MULTIPLE)
         if height % factor or width % factor:
             raise OutsideError(
                 f"model.resolution={height}x{width} does not fit this model: both must be "

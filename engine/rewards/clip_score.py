@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..backbones import fingerprint
-from ..errors import OutsideError
+from ..backbones.pretrained import reading
 from ..recipe import Reward
 
 
@@ -24,13 +24,17 @@ class ClipScore:
     """A CLIP model in float32; prompts are embedded once."""
 
     def __init__(self, spec: Reward, device: torch.device) -> None:
-        try:
-            self.model = CLIPModel.from_pretrained(spec.path, torch_dtype=torch.float32)
+        with reading(f"reward at {spec.path}", "CLIP model"):
+            self.model, report = CLIPModel.from_pretrained(
+                spec.path, dtype=torch.float32, output_loading_info=True
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(spec.path)
             self.processor = CLIPImageProcessorPil.from_pretrained(spec.path)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise OutsideError(f"reward at {spec.path} is no CLIP model: {reason}") from None
+            # transformers makes up what it does not find: random weights, an empty tokenizer.
+            if report["missing_keys"]:
+                raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+            if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
+                raise ValueError("it has no vocabulary")
         self.model.requires_grad_(False).eval().to(device)
         self.device = device
         self.batch_size = spec.batch_size

@@ -1,0 +1,179 @@
+"""The discrete DDPM process against its formulas in float64, from the betas up."""
+
+import numpy as np
+import pytest
+import torch
+from cdpo.engine.backbones.ddpm import DiscreteDDPM
+from cdpo.engine.backbones.protocol import Draw
+from cdpo.engine.errors import OutsideError
+from diffusers import DDIMScheduler
+
+CPU = torch.device("cpu")
+SHAPE = (4, 6, 5)
+START, END, NUM_TIMESTEPS = 0.00085, 0.012, 1000
+SCHEDULES = [
+    {"beta_schedule": "scaled_linear"},
+    {"beta_schedule": "linear"},
+    {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+]
+
+
+def process(prediction_type: str = "epsilon", **config: object) -> DiscreteDDPM:
+    config = {"beta_schedule": "scaled_linear"} | config
+    scheduler = DDIMScheduler(
+        beta_start=START, beta_end=END, prediction_type=prediction_type, **config
+    )
+    return DiscreteDDPM(scheduler, CPU)
+
+
+def coefficients(config: dict[str, object]) -> tuple[np.ndarray, np.ndarray]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), (1000,) float64."""
+    if config["beta_schedule"] == "linear":
+        betas = np.linspace(START, END, NUM_TIMESTEPS)
+    else:
+        betas = np.linspace(START**0.5, END**0.5, NUM_TIMESTEPS) ** 2
+    alpha = np.sqrt(np.cumprod(1 - betas))
+    if config.get("rescale_betas_zero_snr"):  # Lin et al., arXiv 2305.08891, algorithm 1
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def example(pairs: int = 6) -> tuple[torch.Tensor, Draw]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2 * pairs, *SHAPE, generator=generator)
+    timesteps = torch.tensor([0, 1, 250, 500, 998, 999])[:pairs]
+    return latents, Draw(timesteps, torch.randn(pairs, *SHAPE, generator=generator))
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_corruption_is_that_of_the_schedule(config):
+    latents, draw = example()
+    alpha, sigma = (c[draw.timesteps][:, None, None, None] for c in coefficients(config))
+    winners, losers = latents.double().numpy().reshape(2, 6, *SHAPE)
+    noise = draw.noise.double().numpy()
+    expected = np.concatenate([alpha * winners + sigma * noise, alpha * losers + sigma * noise])
+    noisy = process(**config).corrupt(latents, draw)
+    assert noisy.dtype == torch.float32
+    np.testing.assert_allclose(noisy.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_target_is_what_the_scheduler_says_the_network_predicts(config, prediction_type):
+    """eps; v = sqrt(abar) eps - sqrt(1 - abar) x0; x0. Only eps is shared by winner and loser."""
+    latents, draw = example()
+    alpha, sigma = (c[draw.timesteps][:, None, None, None] for c in coefficients(config))
+    winners, losers = latents.double().numpy().reshape(2, 6, *SHAPE)
+    noise = draw.noise.double().numpy()
+    expected = {
+        "epsilon": noise,
+        "v_prediction": np.concatenate(
+            [alpha * noise - sigma * winners, alpha * noise - sigma * losers]
+        ),
+        "sample": np.concatenate([winners, losers]),
+    }[prediction_type]
+    target = process(prediction_type, **config).target(latents, draw)
+    assert target.dtype == torch.float32
+    np.testing.assert_allclose(target.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_clean_image_follows_from_corruption_and_target(prediction_type):
+    """As DDIM recovers it: noise process and sampler agree on what the network predicts."""
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False
+    )
+    scheduler.set_timesteps(1000)
+    latents, draw = example()
+    noise = DiscreteDDPM(scheduler, CPU)
+    noisy, target = noise.corrupt(latents, draw), noise.target(latents, draw)
+    target = torch.cat([target, target]) if len(target) == len(draw.timesteps) else target
+    for row, timestep in enumerate([*draw.timesteps.tolist()] * 2):
+        step = scheduler.step(target[row], timestep, noisy[row])
+        torch.testing.assert_close(step.pred_original_sample, latents[row], rtol=0, atol=1e-4)
+
+
+def test_at_zero_terminal_snr_nothing_of_the_image_is_left():
+    latents, _ = example()
+    noise = process("v_prediction", rescale_betas_zero_snr=True)
+    draw = Draw(torch.full((6,), 999), torch.randn(6, *SHAPE))
+    assert torch.equal(noise.corrupt(latents, draw), torch.cat([draw.noise, draw.noise]))
+    assert torch.equal(noise.target(latents, draw), -latents)
+
+
+def test_winner_and_loser_share_noise_and_timestep():
+    latents, draw = example()
+    noise = process("v_prediction")
+    same = torch.cat([latents[:6], latents[:6]])
+    for values in (noise.corrupt(same, draw), noise.target(same, draw)):
+        winners, losers = values.chunk(2)
+        assert torch.equal(winners, losers)
+
+
+def test_half_precision_latents_are_corrupted_in_float32():
+    latents, draw = example()
+    half = latents.half()
+    noise = process("v_prediction")
+    assert torch.equal(noise.corrupt(half, draw), noise.corrupt(half.float(), draw))
+    assert torch.equal(noise.target(half, draw), noise.target(half.float(), draw))
+
+
+def test_timesteps_cover_the_whole_range_evenly():
+    draws = 20_000
+    ids = torch.arange(draws)
+    timesteps = process().draw(7, ids, torch.zeros_like(ids), (1,)).timesteps
+    assert timesteps.dtype == torch.int64
+    counts = np.bincount(timesteps.numpy(), minlength=1000)
+    assert len(counts) == 1000 and counts.min() > 0
+    expected = draws / 1000
+    chi_square = float(((counts - expected) ** 2 / expected).sum())  # 999 +- 45 if uniform
+    assert 999 - 5 * 45 < chi_square < 999 + 5 * 45
+
+
+def test_noise_is_standard_normal():
+    ids = torch.arange(200)
+    noise = process().draw(7, ids, torch.zeros_like(ids), SHAPE).noise.double()
+    count = noise.numel()
+    assert noise.shape == (200, *SHAPE)
+    assert abs(noise.mean()) < 5 / count**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+
+
+def test_a_draw_does_not_depend_on_who_shares_the_batch():
+    noise = process()
+    ids, visits = torch.tensor([11, 2**62, 5, 11]), torch.tensor([0, 3, 1, 1])
+    whole = noise.draw(3, ids, visits, SHAPE)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = noise.draw(3, ids[order], visits[order], SHAPE)
+    assert torch.equal(shuffled.noise, whole.noise[order])
+    assert torch.equal(shuffled.timesteps, whole.timesteps[order])
+    for row in range(4):
+        alone = noise.draw(3, ids[row : row + 1], visits[row : row + 1], SHAPE)
+        assert torch.equal(alone.noise[0], whole.noise[row])
+        assert alone.timesteps[0] == whole.timesteps[row]
+
+
+def test_seed_pair_and_visit_each_give_another_draw():
+    noise = process()
+    ids = torch.arange(64)
+    draws = [
+        noise.draw(seed, ids + first, torch.full_like(ids, visit), SHAPE)
+        for seed, first, visit in [(3, 0, 0), (4, 0, 0), (3, 64, 0), (3, 0, 1)]
+    ]
+    assert len({draw.noise[0].sum().item() for draw in draws}) == 4
+    assert len({tuple(draw.timesteps.tolist()) for draw in draws}) == 4
+
+
+def test_noise_and_timestep_come_from_different_streams():
+    """One stream for both would tie a pair's noise to its timestep."""
+    ids = torch.arange(4000)
+    draw = process().draw(3, ids, torch.zeros_like(ids), (1,))
+    pairs = torch.stack([draw.timesteps.double(), draw.noise.flatten().double()])
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 5 / 4000**0.5
+
+
+def test_a_prediction_type_we_do_not_know_is_refused():
+    scheduler = DDIMScheduler()
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    with pytest.raises(OutsideError, match="'flow_prediction'; known are epsilon, v_prediction"):
+        DiscreteDDPM(scheduler, CPU)
