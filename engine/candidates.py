@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,11 @@ class CandidateSet:
 
     folder: Path
     meta: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the settings: what scores and latents of these images are kept under."""
+        return hashlib.sha256(json.dumps(dict(self.meta), sort_keys=True).encode()).hexdigest()
 
     def has(self, prompt: str) -> bool:
         """Whether this prompt's images are there, whole and made with these settings."""

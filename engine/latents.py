@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .backbones import Backbone
@@ -17,6 +17,7 @@ from .candidates import CandidateSet
 from .errors import DataError
 from .failpoints import failpoint
 from .keyed import content_id
+from .shards.atomic import atomic_file
 
 
 class LatentStore:
@@ -32,8 +33,12 @@ class LatentStore:
     def encode(
         self, backbone: Backbone, prompt: str, candidates: Sequence[int], batch_size: int
     ) -> None:
-        """Encode these candidates of a prompt unless they are on disk, made with the same VAE."""
-        made_of = {"vae": self.vae, "candidates": ",".join(map(str, candidates))}
+        """Encode these candidates of a prompt unless they are on disk: the same images and VAE."""
+        made_of = {
+            "vae": self.vae,
+            "images": self.images.fingerprint,
+            "candidates": ",".join(map(str, candidates)),
+        }
         if self._is_done(prompt, made_of):
             return
         images = self.images.read(prompt)
@@ -48,10 +53,9 @@ class LatentStore:
                 f"latents of {prompt!r} overflow half precision or are NaN: name a "
                 "VAE that is safe in half precision as model.vae"
             )
-        temporary = self._path(prompt).with_suffix(".tmp")
         tensors = {"latents": latents, "candidates": torch.as_tensor(candidates)}
-        save_file(tensors, temporary, metadata=made_of)
-        temporary.replace(self._path(prompt))
+        with atomic_file(self._path(prompt)) as file:
+            file.write(save(tensors, metadata=made_of))
         failpoint("prepare.latents")
 
     def pair(self, prompt: str, winner: int, loser: int) -> np.ndarray:

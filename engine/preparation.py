@@ -43,6 +43,7 @@ from .shards.manifest import (
     load_manifest,
     save_manifest,
 )
+from .shards.reader import ShardReaders
 from .shards.sample import PairMeta
 from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 
@@ -103,7 +104,15 @@ class Preparation:
     def _already_done(self) -> bool:
         if not (self.shards_dir / "manifest.json").exists():
             return False
-        return load_manifest(self.shards_dir).fingerprint == self.inputs
+        try:
+            manifest = load_manifest(self.shards_dir)
+            if manifest.fingerprint != self.inputs:
+                return False
+            ShardReaders(self.shards_dir, manifest).check_present(manifest.shards)
+        except DataError as error:  # its remedy is to prepare again, which is what we are here for
+            self.terminal.warn(f"the shards are written again: {error}")
+            return False
+        return True
 
     def run(self) -> None:
         """Do what is not done yet. DataError if no shards can be made of these candidates."""
@@ -147,8 +156,8 @@ class Preparation:
         return sampler.images
 
     def _score(self, reward: RewardModel, images: CandidateSet) -> dict[str, np.ndarray]:
-        made_by = hashlib.sha256(json.dumps(images.meta, sort_keys=True).encode()).hexdigest()
-        scoring = Scoring(self.run_dir, f"{reward.fingerprint[:16]}:{made_by[:16]}", self.ranks)
+        source = f"{reward.fingerprint[:16]}:{images.fingerprint[:16]}"
+        scoring = Scoring(self.run_dir, source, self.ranks)
         scores = scoring.run(reward, images, self.prompts, self.terminal)
         failpoint("prepare.scored")
         return scores
@@ -166,8 +175,9 @@ class Preparation:
         pairs = [pair for outcome in formed.values() for pair in outcome.pairs]
         if not pairs:
             raise DataError(
-                f"no pairs in {len(self.prompts)} prompts: all candidates tie or differ by "
-                f"less than curriculum.min_score_gap={self.recipe.curriculum.min_score_gap}"
+                f"no pairs in {len(self.prompts)} prompts: all candidates tie, have no finite "
+                f"reward or differ by less than curriculum.min_score_gap="
+                f"{self.recipe.curriculum.min_score_gap}"
             )
         tiers = range(1, self.recipe.curriculum.tiers + 1)
         fills = [self._fill_tier(tier, [p for p in pairs if p.tier == tier]) for tier in tiers]
@@ -307,5 +317,5 @@ def _clear(folder: Path) -> None:
     """Remove the manifest and the shards of other inputs, manifest first: it would name them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    for old in folder.glob("*.tar"):
+    for old in folder.glob("tier-*.tar*"):  # ours only: data.path may name any folder
         old.unlink()

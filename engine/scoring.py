@@ -16,6 +16,7 @@ from .keyed import content_id
 from .launch import Ranks
 from .reporting.console import Terminal
 from .rewards import RewardModel
+from .shards.atomic import atomic_file
 
 SCHEMA = pa.schema(
     [
@@ -111,9 +112,10 @@ class Scoring:
             },
             schema=SCHEMA,
         )
-        temporary = path.with_suffix(".tmp")
-        pq.write_table(table, temporary)
-        temporary.replace(path)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        with atomic_file(path) as file:
+            file.write(buffer.getvalue().to_pybytes())
 
 
 def _checked(scores: np.ndarray, count: int) -> np.ndarray:
