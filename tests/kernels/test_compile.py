@@ -20,6 +20,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
 
 
+@pytest.mark.timeout(1200)  # 30 seconds of processor time if nothing is in Triton's cache
 def test_machine_code_without_spills(tmp_path):
     report = tmp_path / "report.json"
     done = run("--json", str(report))
