@@ -93,7 +93,7 @@ def sampling_weights(captions: list[str]) -> torch.Tensor:
 
 
 def read_prompts(*names: str) -> list[str]:
-    """The lines of prompts_NAME.txt for every name, `train` or `heldout`."""
+    """The lines of prompts_NAME.txt for every name: `train`, `heldout` or `favoured`."""
     folder = Path(__file__).resolve().parent
     return [p for name in names for p in (folder / f"prompts_{name}.txt").read_text().splitlines()]
 

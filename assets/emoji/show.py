@@ -1,6 +1,6 @@
 """Pictures for the README: sampled prompts, and VAE reconstructions beneath their originals.
 
-    python assets/emoji/show.py samples --guidance 4 --steps 15
+    python assets/emoji/show.py samples --guidance 2 --steps 15
     python assets/emoji/show.py reconstructions
 
 Both write a PNG of at most 255 colours next to this file.
@@ -93,9 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("samples", "reconstructions"))
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompts", type=Path, help="one a line; default: every second of ours")
+    parser.add_argument("--prompts", type=Path, help="one a line; default: 48 of ours")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     out = args.out or HERE / f"{args.what}.png"

@@ -1,6 +1,7 @@
 """Train the x4 AutoencoderKL of the small world on all pictures; writes assets/emoji/sd/vae.
 
-    python assets/emoji/train_vae.py --steps 1800
+    python assets/emoji/train_vae.py --steps 1000 --batch 56
+    python assets/emoji/train_vae.py --steps 1000 --decoder-only
 
 Loss: L1 on pixels + L1 on their finite differences (keeps edges sharp) + a small KL term, which
 also keeps the posterior wide enough that the decoder forgives the slips of the diffusion model.
@@ -88,19 +89,21 @@ def measure(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float, tor
 def main() -> None:
     """Train, whiten the latents, measure their scale and save in half precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--kl", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder-only", action="store_true", help="refine the saved decoder")
-    parser.add_argument("--checkpoint", type=Path, default=BUILD / "vae.pt")
+    parser.add_argument("--checkpoint", type=Path, help="default: build/emoji/vae*.pt")
     args = parser.parse_args()
+    checkpoint = args.checkpoint or BUILD / f"vae{'_decoder' * args.decoder_only}.pt"
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     pixels, captions = load_pairs()
     # The square root lies between even coverage of all pictures and the weights of the UNet.
-    weights = sampling_weights(captions).sqrt()
+    weights = sampling_weights(captions)
+    weights = weights if args.decoder_only else weights.sqrt()
     vae = AutoencoderKL.from_pretrained(OUT) if args.decoder_only else build_vae()
     vae = vae.float().to(memory_format=torch.channels_last).train()
     if args.decoder_only:  # the latents, and so a UNet trained on them, stay valid
@@ -113,8 +116,8 @@ def main() -> None:
         optimizer, args.lr, total_steps=args.steps, pct_start=0.05
     )
     first = 0
-    if args.checkpoint.exists():
-        state = torch.load(args.checkpoint)
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
         if state["step"] < args.steps:
             vae.load_state_dict(state["vae"])
             optimizer.load_state_dict(state["optimizer"])
@@ -123,7 +126,9 @@ def main() -> None:
     started = time.time()
     for step in range(first, args.steps):
         picked = torch.multinomial(weights, args.batch, generator=generator)
-        target = augment(to_unit(pixels[picked]), generator)
+        target = to_unit(pixels[picked])
+        if not args.decoder_only:
+            target = augment(target, generator)
         target = target.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist
@@ -141,11 +146,9 @@ def main() -> None:
         if step % 500 == 499 or step == args.steps - 1:
             psnr, std, mean = measure(vae, pixels[::8])
             print(f"{step + 1} PSNR {psnr:.2f} dB, latent std {std:.3f}, mean {mean}", flush=True)
-            args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(
-                {**state, "schedule": schedule.state_dict(), "step": step + 1}, args.checkpoint
-            )
+            torch.save({**state, "schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
     if not args.decoder_only:
         whiten(vae, pixels)
         vae.register_to_config(scaling_factor=1.0 / measure(vae, pixels)[1])
