@@ -26,9 +26,6 @@ channels_last are both read as they lie.
 Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
 """
 
-# Triton functions have no Python types:
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 import itertools
 import struct
 from typing import Any, NamedTuple
@@ -45,10 +42,10 @@ from .dispatch import (
     check_same_device,
     device_of,
     takes_triton,
-    tl,
     triton,
 )
 from .layout import empty_samples, match_samples, sample_strides
+from .paired_dpo_programs import backward_kernel, forward_kernel
 
 DISTANCES = ("mse", "pseudo_huber")
 MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
@@ -63,239 +60,6 @@ class PairedLoss(NamedTuple):
     logits: Tensor  # (B,), detached, as are the next two
     policy_error: Tensor  # (2B,)
     reference_error: Tensor  # (2B,)
-
-
-# ---------------------------------------------------------------------------------------- forward
-
-
-@triton.jit
-def _error_terms(x, c, HUBER: tl.constexpr):
-    """Per element: the error, and the root that the difference and the gradient divide by."""
-    if HUBER:
-        root = tl.sqrt(x * x + c * c)
-        return x * x / (root + c), root
-    else:
-        return x * x, x
-
-
-@triton.jit
-def _difference_terms(p, r, t, c, HUBER: tl.constexpr):
-    """Per element: policy error, reference error, and their difference without cancellation."""
-    policy_term, policy_root = _error_terms(p - t, c, HUBER)
-    reference_term, reference_root = _error_terms(r - t, c, HUBER)
-    difference = (p - r) * ((p - t) + (r - t))
-    if HUBER:
-        difference = difference / (policy_root + reference_root)
-    return policy_term, reference_term, difference
-
-
-@triton.jit
-def _negative_log_sigmoid(x):
-    """max(−x, 0) + log1p(e), e = exp(−|x|), with log1p(e) = 2 artanh(s), s = e/(2 + e) ≤ 1/3.
-
-    Eleven terms of the artanh series reach float32 precision, for tiny e as well, where log(1 + e)
-    rounds to 0.
-    """
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    square = s * s
-    series = 1.0 / 21.0
-    for term in tl.static_range(1, 11):
-        series = series * square + 1.0 / (21 - 2 * term)
-    return tl.maximum(-x, 0.0) + 2.0 * s * series
-
-
-@triton.jit
-def _forward_kernel(
-    policy_ptr,
-    reference_ptr,
-    target_ptr,
-    partials_ptr,  # (2 or 5, num_pairs, num_chunks)
-    tickets_ptr,  # (1 + num_pairs,) int32, all 0
-    loss_ptr,
-    logits_ptr,
-    policy_error_ptr,
-    reference_error_ptr,
-    scale,
-    huber_c,
-    num_elements,
-    policy_stride,
-    reference_stride,
-    target_stride,
-    HUBER: tl.constexpr,
-    CACHED: tl.constexpr,  # the reference is (2B,) errors, not predictions
-    SHARED: tl.constexpr,  # one target for winner and loser
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PAIR_TILES: tl.constexpr,
-):
-    pair = tl.program_id(0)
-    chunk = tl.program_id(1)
-    num_pairs = tl.num_programs(0)
-    num_chunks = tl.num_programs(1)
-    winner = pair.to(tl.int64)
-    loser = winner + num_pairs
-    offset = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < num_elements
-
-    # .to(float32) in registers; masked lanes have p = r = t = 0 and add nothing
-    p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
-    p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
-    t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
-    if SHARED:
-        t_l = t_w
-    else:
-        t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
-
-    plane = num_chunks.to(tl.int64) * num_pairs
-    partial = partials_ptr + winner * num_chunks + chunk
-    if CACHED:
-        policy_w, _ = _error_terms(p_w - t_w, huber_c, HUBER)
-        policy_l, _ = _error_terms(p_l - t_l, huber_c, HUBER)
-    else:
-        r_ptr = reference_ptr + offset
-        r_w = tl.load(r_ptr + winner * reference_stride, mask, 0.0).to(tl.float32)
-        r_l = tl.load(r_ptr + loser * reference_stride, mask, 0.0).to(tl.float32)
-        policy_w, reference_w, gain_w = _difference_terms(p_w, r_w, t_w, huber_c, HUBER)
-        policy_l, reference_l, gain_l = _difference_terms(p_l, r_l, t_l, huber_c, HUBER)
-        tl.store(partial + 2 * plane, tl.sum(reference_w))
-        tl.store(partial + 3 * plane, tl.sum(reference_l))
-        tl.store(partial + 4 * plane, tl.sum(gain_w - gain_l))
-    tl.store(partial, tl.sum(policy_w))
-    tl.store(partial + plane, tl.sum(policy_l))
-    # The barrier puts the stores of all threads before the ticket, which publishes them.
-    tl.debug_barrier()
-    if tl.atomic_add(tickets_ptr + 1 + pair, 1, sem="acq_rel") == num_chunks - 1:
-        tl.store(tickets_ptr + 1 + pair, 0)  # for the next launch
-        _finish_pair(
-            reference_ptr,
-            partials_ptr,
-            logits_ptr,
-            policy_error_ptr,
-            reference_error_ptr,
-            scale,
-            num_elements,
-            winner,
-            num_pairs,
-            num_chunks,
-            CACHED,
-            CHUNKS,
-            CHUNK_TILES,
-        )
-        tl.debug_barrier()
-        if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == num_pairs - 1:
-            tl.store(tickets_ptr, 0)
-            _mean_loss(logits_ptr, loss_ptr, num_pairs, PAIRS, PAIR_TILES)
-
-
-@triton.jit
-def _finish_pair(
-    reference_ptr,
-    partials_ptr,
-    logits_ptr,
-    policy_error_ptr,
-    reference_error_ptr,
-    scale,
-    num_elements,
-    winner,
-    num_pairs,
-    num_chunks,
-    CACHED: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
-):
-    """Errors and logit from the sums of a pair's chunks; run by the last program of the pair."""
-    loser = winner + num_pairs
-    plane = num_chunks.to(tl.int64) * num_pairs
-    partial = partials_ptr + winner * num_chunks
-    policy_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-    policy_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-    if CACHED:
-        reference_w = tl.load(reference_ptr + winner)
-        reference_l = tl.load(reference_ptr + loser)
-        margin = (policy_w - reference_w) - (policy_l - reference_l)
-    else:
-        partial += 2 * plane
-        reference_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-        reference_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-        margin = _add_chunks(partial + 2 * plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-    tl.store(logits_ptr + winner, -scale * margin)
-    tl.store(policy_error_ptr + winner, policy_w)
-    tl.store(policy_error_ptr + loser, policy_l)
-    tl.store(reference_error_ptr + winner, reference_w)
-    tl.store(reference_error_ptr + loser, reference_l)
-
-
-@triton.jit
-def _add_chunks(partial, num_chunks, CHUNKS: tl.constexpr, CHUNK_TILES: tl.constexpr):
-    sums = tl.zeros([CHUNKS], tl.float32)
-    for tile in range(CHUNK_TILES):
-        chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
-        # .cg: from L2, where the other programs' stores are
-        sums += tl.load(partial + chunk, chunk < num_chunks, 0.0, cache_modifier=".cg")
-    return tl.sum(sums)
-
-
-@triton.jit
-def _mean_loss(logits_ptr, loss_ptr, num_pairs, PAIRS: tl.constexpr, PAIR_TILES: tl.constexpr):
-    """Run by the last program of all."""
-    losses = tl.zeros([PAIRS], tl.float64)
-    for tile in range(PAIR_TILES):
-        pair = tile * PAIRS + tl.arange(0, PAIRS)
-        live = pair < num_pairs
-        logit = tl.load(logits_ptr + pair, live, 0.0, cache_modifier=".cg")
-        losses += tl.where(live, _negative_log_sigmoid(logit), 0.0).to(tl.float64)
-    tl.store(loss_ptr, (tl.sum(losses) / num_pairs).to(tl.float32))
-
-
-# --------------------------------------------------------------------------------------- backward
-
-
-@triton.jit
-def _backward_kernel(
-    grad_loss_ptr,
-    logits_ptr,
-    policy_ptr,
-    target_ptr,
-    grad_ptr,
-    scale,
-    huber_c,
-    num_elements,
-    policy_stride,
-    target_stride,
-    grad_stride,
-    HUBER: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    winner = tl.program_id(0).to(tl.int64)
-    num_pairs = tl.num_programs(0)
-    loser = winner + num_pairs
-    offset = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < num_elements
-    logit = tl.load(logits_ptr + winner)
-    weight = tl.load(grad_loss_ptr).to(tl.float32) * scale / (1.0 + tl.exp(logit))
-    weight = weight / num_pairs / num_elements
-
-    p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
-    p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
-    t_w = tl.load(target_ptr + winner * target_stride + offset, mask, 0.0).to(tl.float32)
-    if SHARED:
-        t_l = t_w
-    else:
-        t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
-    x_w = p_w - t_w
-    x_l = p_l - t_l
-    if HUBER:
-        grad_w = weight * (x_w / tl.sqrt(x_w * x_w + huber_c * huber_c))
-        grad_l = -weight * (x_l / tl.sqrt(x_l * x_l + huber_c * huber_c))
-    else:
-        grad_w = 2.0 * weight * x_w
-        grad_l = -2.0 * weight * x_l
-    tl.store(grad_ptr + winner * grad_stride + offset, grad_w, mask)
-    tl.store(grad_ptr + loser * grad_stride + offset, grad_l, mask)
 
 
 # --------------------------------------------------------------------------------------- launcher
@@ -354,7 +118,7 @@ def _forward_triton(
     partials = policy.new_empty((2 if cached else 5, num_pairs, num_chunks), dtype=torch.float32)
     outputs = _empty_outputs(policy, torch.float32)
     with device_of(policy):
-        _forward_kernel[(num_pairs, num_chunks)](
+        forward_kernel[(num_pairs, num_chunks)](
             policy,
             reference,
             target,
@@ -393,7 +157,7 @@ def _backward_triton(
     num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
     block = _block(num_elements)
     with device_of(policy):
-        _backward_kernel[(num_pairs, triton.cdiv(num_elements, block))](
+        backward_kernel[(num_pairs, triton.cdiv(num_elements, block))](
             grad_loss,
             logits,
             policy,
@@ -427,9 +191,9 @@ def compile_specs() -> list[CompileSpec]:
         flags = constants | {"HUBER": distance == "pseudo_huber"}
         name = f"paired_dpo_loss {dtype} {distance}"
         for suffix, kernel, more, reference in (
-            ("forward", _forward_kernel, {"CACHED": False}, f"*{dtype}"),
-            ("forward, cached", _forward_kernel, {"CACHED": True}, "*fp32"),
-            ("backward", _backward_kernel, {}, ""),
+            ("forward", forward_kernel, {"CACHED": False}, f"*{dtype}"),
+            ("forward, cached", forward_kernel, {"CACHED": True}, "*fp32"),
+            ("backward", backward_kernel, {}, ""),
         ):
             signature = types | {"reference_ptr": reference}
             specs.append(

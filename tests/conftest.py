@@ -6,7 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not a folder is an error, not a download
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
 from cdpo.engine.reporting.console import Terminal
+from launching import ForkServer, World, make_world
 
 CPU = torch.device("cpu")
 
@@ -57,3 +58,17 @@ def ranks() -> Ranks:
 def terminal() -> Terminal:
     """A terminal that says nothing."""
     return Terminal(enabled=False)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Runs verbs as processes of their own without importing everything each time."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
+    """A tiny world whose shards are made; runs go into folders of their own."""
+    return make_world(tmp_path_factory.mktemp("world"), server)

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ForkServer, Outcome, World, make_world
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), server)
+from launching import ForkServer, Outcome, World
 
 
 def refused(outcome: Outcome, code: int, *texts: str) -> None:

@@ -1,4 +1,4 @@
-"""Base against tuned on the tiny world: what is compared, what is written, what is not done twice."""
+"""Base against tuned on the tiny world: what is compared, written, and not done twice."""
 
 from __future__ import annotations
 

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import ForkServer, Outcome, World, losses, make_world, metrics
+from launching import Outcome, World, losses, metrics
 
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), server)
 
 
 @pytest.fixture(scope="module")

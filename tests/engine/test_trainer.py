@@ -6,13 +6,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from launching import ForkServer, World, losses, make_world, metrics
+from launching import World, losses, metrics
 from safetensors.torch import load_file
 
 LOG_2 = math.log(2)
@@ -21,18 +20,6 @@ LOG_2 = math.log(2)
 # the rounding of a gradient of 1e-8 into a whole step. With these two out of the way curves are
 # comparable at the 1e-5 that is promised.
 CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), server)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Runs verbs in forked children of a process that has imported everything once.
 
 A verb spends most of a tiny run importing torch, diffusers and DeepSpeed. This process imports
-them, computes nothing (so that no thread is lost in a fork), and for each JSON line on stdin forks the
-ranks asked for. Each child runs the real entry script and dies its own death, SIGKILL included.
+them, computes nothing (so that no thread is lost in a fork), and for each JSON line on stdin forks
+the ranks asked for. Each child runs the real entry script and dies its own death, SIGKILL included.
 
 Request:  {"script": path, "args": [...], "env": {...}, "ranks": n, "seconds": limit}
 Reply:    {"codes": [exit code, or minus a signal, of each rank], "output": [text of each rank]}
