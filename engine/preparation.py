@@ -112,7 +112,24 @@ class Preparation:
         except DataError as error:  # its remedy is to prepare again, which is what we are here for
             self.terminal.warn(f"the shards are written again: {error}")
             return False
-        return True
+        return self._is_of_these_weights(manifest)
+
+    def _is_of_these_weights(self, manifest: Manifest) -> bool:
+        """Whether model, VAE and reward still hold what made the shards: paths may stay the same
+        while somebody trains on.
+        """
+        backbone = load_backbone(
+            self.recipe.model, self.ranks.device, self.recipe.prepare.precision
+        )
+        reward = load_reward(self.recipe.reward, self.ranks.device)
+        now = {**backbone.fingerprints(), "reward": reward.fingerprint}
+        made_with = {"model": manifest.model, "vae": manifest.vae, "reward": manifest.reward}
+        changed = [name for name, source in made_with.items() if source.fingerprint != now[name]]
+        if changed:
+            self.terminal.warn(
+                f"the shards are written again: the weights of {', '.join(changed)} have changed"
+            )
+        return not changed
 
     def run(self) -> None:
         """Do what is not done yet. DataError if no shards can be made of these candidates."""

@@ -26,6 +26,7 @@ from cdpo.engine.shards.manifest import Manifest, load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 CANDIDATES, TIERS, BUDGET = 6, 3, 6  # of the tiny recipe
 
@@ -394,3 +395,22 @@ def test_images_that_were_sampled_are_not_sampled_for_another_reward(
     shards = prepare(recipe, ranks)
     assert load_manifest(shards).reward.path == str(tiny_world / "judge")
     assert contents(shards) != contents(plain / "shards")
+
+
+@pytest.mark.parametrize("part", ["sd/vae", "sd/unet", "reward"])
+def test_weights_that_change_under_the_same_path_make_the_set_stale(
+    tiny_world, tiny_recipe, ranks, tmp_path, capsys, part
+):
+    shutil.copytree(tiny_world, tmp_path / "world")
+    recipe = tiny_recipe(
+        f"model.path={tmp_path / 'world' / 'sd'}", f"reward.path={tmp_path / 'world' / 'reward'}"
+    )
+    prepare(recipe, ranks)
+    assert Preparation(ranks, recipe, Terminal()).is_finished
+    weights = next((tmp_path / "world" / part).glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 0.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert not Preparation(ranks, recipe, Terminal()).is_finished
+    assert "weights of" in capsys.readouterr().err
