@@ -73,7 +73,6 @@ class CheckpointStore:
         error: Exception | None = None
         own: dict[str, dict[str, Any]] = {}
         try:
-            failpoint("checkpoint.write")
             write(temporary)
             if self.ranks.is_first:
                 save_resolved(self.recipe, temporary / "recipe.yaml")

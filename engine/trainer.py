@@ -38,6 +38,7 @@ from .shards.manifest import Manifest, load_manifest, manifest_hash
 from .shards.reader import ShardReaders
 from .shards.stream import PairStream
 from .training_samples import TrainingSamples
+from .zero_checkpoint import read_partitions, write_partitions
 
 
 class PolicyAndReference(nn.Module):
@@ -191,7 +192,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go to the newest checkpoint, if there is one; whether there was."""
-        cursor = self.checkpoints.load_newest(self._read_checkpoint)
+        cursor = self.checkpoints.load_newest(partial(read_partitions, self.engine))
         if cursor is not None:
             self.cursor = cursor
         return cursor is not None
@@ -332,18 +333,18 @@ class Trainer:
         self.checkpoints.save(self.cursor, self._write_checkpoint)
 
     def _write_checkpoint(self, folder: Path) -> None:
-        self.engine.save_checkpoint(
-            str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True
-        )
-        self._export(folder / "lora")
+        """Both parts on every rank, whatever fails: each of them meets the other ranks."""
+        errors: list[OSError | RuntimeError] = []
+        for write in (partial(write_partitions, self.engine), self._export_into):
+            try:
+                write(folder)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
-    def _read_checkpoint(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(
-            str(folder), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if path is None:
-            # DeepSpeed says nothing and starts afresh; a resume that found nothing is an error.
-            raise ValueError("DeepSpeed found nothing to load in it")
+    def _export_into(self, folder: Path) -> None:
+        self._export(folder / "lora")
 
     def _export(self, folder: Path) -> None:
         export_lora(self.engine.module.policy, folder, write=self.ranks.is_first)

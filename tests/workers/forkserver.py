@@ -78,7 +78,9 @@ def wait(children: list[int], seconds: float) -> list[int]:
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
                     if codes[child] != 0:
-                        deadline = min(deadline, time.monotonic() + 15)
+                        # A rank that failed alone waits a little before it says so itself.
+                        grace = 1 if codes[child] < 0 else 6
+                        deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             for child in children:
                 if child not in codes:
