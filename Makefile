@@ -6,6 +6,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait give their core away: spinning ones make a busy machine ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+ifeq ($(shell command -v nvidia-smi),)
+export DS_ACCELERATOR ?= cpu  # or DeepSpeed's launcher warns that it found no GPU
+endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
 # `deepspeed` through python, because the shebang of its script breaks on spaces. One rank, so that

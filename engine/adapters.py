@@ -16,6 +16,7 @@ import torch
 from diffusers import ModelMixin, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import RecipeError
@@ -79,8 +80,13 @@ def export_lora(policy: ModelMixin, folder: Path, *, write: bool) -> None:
         if not write:
             return
         state = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers={name: value.detach().float().cpu() for name, value in state.items()},
-            unet_lora_adapter_metadata=policy.peft_config["default"].to_dict(),
-        )
+        try:
+            StableDiffusionPipeline.save_lora_weights(
+                folder,
+                unet_lora_layers={
+                    name: value.detach().float().cpu() for name, value in state.items()
+                },
+                unet_lora_adapter_metadata=policy.peft_config["default"].to_dict(),
+            )
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from None

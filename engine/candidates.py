@@ -117,7 +117,7 @@ class CandidateSampler:
             images += self.backbone.sample(
                 self.net,
                 prompts[rows],
-                keyed.normal(keys, self.shape),
+                keyed.normal(keys.to(self.backbone.device), self.shape),
                 steps=self.sampler.steps,
                 guidance=self.sampler.guidance,
             )

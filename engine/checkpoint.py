@@ -27,7 +27,7 @@ from .errors import CheckpointError
 from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
-from .recipe_file import diff_identity, save_resolved, training_identity
+from .recipe_file import diff_identity, recipe_hash, save_resolved, training_identity
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -46,14 +46,18 @@ class CheckpointStore:
         self.data_hash = data_hash
         self.keep = keep
 
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.folder / f"step-{step:08d}"
+
     def save(self, cursor: Cursor, write: Callable[[Path], None]) -> Path:
         """Commit ``cursor``; ``write(folder)`` is called on every rank to put its files there.
 
         Raises CheckpointError on every rank if any rank fails; the previous checkpoint survives.
         """
-        final = self.folder / f"step-{cursor.step:08d}"
+        final = self.folder_of(cursor.step)
         temporary = final.with_suffix(".tmp")
-        if self.ranks.on_first(lambda: _is_whole(final)):
+        if self.ranks.on_first(lambda: _is_whole(final, cursor)):
             return final
         try:
             self._first(lambda: _fresh_folder(temporary))
@@ -111,6 +115,7 @@ class CheckpointStore:
                 "skips": list(cursor.skips),
                 "world_size": self.ranks.world_size,
                 "zero": self.recipe.deepspeed,
+                "recipe": recipe_hash(self.recipe),
                 "identity": training_identity(self.recipe),
                 "data": self.data_hash,
                 "files": files,
@@ -119,19 +124,22 @@ class CheckpointStore:
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
                 _sync_folder(folder)
             failpoint("checkpoint.before_rename")
-            if final.exists():
-                # Only a folder that does not verify is ever written again: it is in the way.
-                shutil.rmtree(final)
+            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
+            if final.exists():  # damaged, or of the same step before further batches were skipped
+                final.rename(final.with_suffix(".old"))
             temporary.rename(final)
+            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
             _sync_folder(self.folder)
             failpoint("checkpoint.after_rename")
             _verify(final)
             _write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
             (self.folder / "latest.tmp").rename(self.folder / "latest")
             failpoint("checkpoint.before_prune")
-            for _, old in self._committed()[self.keep :]:
+            newer = [old for step, old in self._committed() if step > cursor.step]
+            older = [old for step, old in self._committed() if step <= cursor.step][self.keep :]
+            for old in newer + older:  # newer ones did not verify, or we would stand there
                 shutil.rmtree(old)
-        except OSError as exc:
+        except (OSError, ValueError, KeyError) as exc:
             raise self._cannot_write(temporary, exc) from None
 
     def load_newest(self, read: Callable[[Path], None]) -> Cursor | None:
@@ -246,12 +254,12 @@ def _verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, cursor: Cursor) -> bool:
+    """Whether ``folder`` already holds this very state."""
     try:
-        _verify(folder)
+        return tuple(_verify(folder)["skips"]) == cursor.skips
     except (OSError, ValueError, KeyError):
         return False
-    return True
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -44,6 +44,8 @@ FP16_DEFAULTS = {
     "hysteresis": 2,
     "min_loss_scale": 1,
 }
+# Without these DeepSpeed would take a step on NaN.
+NON_FINITE_CHECKS = (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow"))
 MAX_BYTES = 1 << 18
 NEVER = 1 << 62  # steps between DeepSpeed's own prints: the trainer reports instead
 
@@ -119,6 +121,10 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     own = "the trainer's own torch AdamW, which needs"
     filler.fill("zero_allow_untested_optimizer", True, f"{own} true")
     filler.fill("zero_force_ds_cpu_optimizer", False, f"{own} false")
+    for section, leaf in NON_FINITE_CHECKS:
+        holder = config.get(section)
+        if isinstance(holder, dict) and leaf in holder:
+            filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if problems:

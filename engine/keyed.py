@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SHARD_ORDER = 10
     PAIR_ORDER = 11
     BOOTSTRAP = 12
+    ADAPTER_DROPOUT = 13
 
 
 def content_id(*parts: str) -> int:

@@ -76,12 +76,13 @@ class Ranks:
                 raise peer_error
 
     def on_first(self, work: Callable[[], Any]) -> Any:
-        """Run ``work`` on rank 0 alone; all ranks get its result, or its user-facing error."""
-        result, error = None, None
+        """Run ``work`` on rank 0 alone; all ranks get its result, or raise what it raised."""
+        result: Any = None
+        error: Exception | None = None
         if self.is_first:
             try:
                 result = work()
-            except CdpoError as exc:
+            except Exception as exc:  # whatever it is, the others must not wait for a result
                 error = exc
         result, error = self.from_first((result, error))
         if error is not None:

@@ -57,7 +57,7 @@ class Sampler(Section):
 
     steps: PositiveInt = 50
     """Denoiser calls per image; more is slower and closer to the model's distribution."""
-    guidance: NonNegativeFloat = 7.5
+    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance scale; 1 turns it off and halves the cost."""
 
 
@@ -131,7 +131,7 @@ class Lora(Section):
     alpha: PositiveFloat = 8
     """Adapter output is scaled by alpha / rank."""
     dropout: Fraction = 0.0
-    """Dropout on adapter inputs. Above 0 the step-0 loss is no longer exactly log 2."""
+    """Dropout on adapter inputs. It repeats on a resume, but not on another number of ranks."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the linear layers (by suffix) that get adapters."""
 

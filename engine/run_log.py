@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,18 @@ class RunLog:
         self.latest: dict[str, float] = {}
         """What the progress bar shows of the last window."""
 
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Time spent inside is not training: it does not lower pairs/s."""
+        stopped = time.monotonic()
+        yield
+        self._window_started += time.monotonic() - stopped
+
     def start_after(self, step: int) -> None:
-        """Go on after ``step`` (rank 0): what a killed run logged beyond it is forgotten."""
-        self._file.rewind(step)
+        """Go on after ``step``: what a killed run logged beyond it is forgotten."""
+        self._window_started = time.monotonic()
+        if self._terminal.enabled:
+            self._file.rewind(step)
 
     def add(self, loss: Loss, timesteps: Tensor) -> None:
         """Add one micro-batch to the step in progress."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -23,7 +22,8 @@ from .backbones import Backbone, load_backbone
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
-from .errors import DataError, NumericsError, StopRequested
+from .deepspeed_engine import start_engine
+from .errors import CdpoError, DataError, NumericsError, RecipeError, StopRequested
 from .failpoints import failpoint
 from .keyed import Stream
 from .launch import Ranks, StopSignal
@@ -31,6 +31,7 @@ from .objectives import Loss, Objective, TrainingBatch, build_objective
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
+from .reporting.files import write_atomically
 from .run_log import RunLog
 from .shards.batch import PairBatch
 from .shards.lanes import LanePlan
@@ -39,6 +40,9 @@ from .shards.reader import ShardReaders
 from .shards.stream import PairStream
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
+
+# Skipped steps in which dynamic loss scaling finds its scale from 2**16: no fault of the data.
+SCALE_SEARCH = 16
 
 
 class PolicyAndReference(nn.Module):
@@ -85,7 +89,7 @@ class Trainer:
         shards_dir = Path(recipe.data.path) if recipe.data.path else self.run_dir / "shards"
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
-        use_kernels(recipe.train.kernels)
+        _choose_kernels(recipe.train.kernels, ranks.device)
 
         self.manifest = ranks.on_first(lambda: load_manifest(shards_dir))
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
@@ -99,7 +103,7 @@ class Trainer:
         reference = twin_of(self.backbone.denoiser)
         policy = add_lora(self.backbone.denoiser, recipe.adapter, recipe.seed)
         module = PolicyAndReference(policy.train(), reference.eval(), self.backbone, objective)
-        self.engine = self._initialise(module, config)
+        self.engine = start_engine(module, config, recipe.train.optimizer, ranks.device)
 
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -145,26 +149,6 @@ class Trainer:
                 "again with this model, or name that VAE as model.vae"
             )
 
-    def _initialise(self, module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-        spec = self.recipe.train.optimizer
-        optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=spec.lr,
-            betas=spec.betas,
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=self.ranks.device.type == "cuda",
-        )
-        _skip_shared_memory_build(self.ranks.device)
-        _fit_bucket(config, sum(p.numel() for p in module.parameters() if p.requires_grad))
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=config,
-            dist_init_required=False,
-        )
-        return engine
-
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
         recipe, spec = self.recipe, self.recipe.train
@@ -200,26 +184,30 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether every step is taken and the adapter is exported."""
-        exported = self.ranks.from_first((self.run_dir / "lora" / LORA_FILE).exists())
-        return exported and self.cursor.step >= self.recipe.train.steps
+        if self.cursor.step < self.recipe.train.steps:
+            return False
+        # The run may have been extended and killed before its last export.
+        newest = self.checkpoints.folder_of(self.cursor.step) / "lora" / LORA_FILE
+        exported = self.run_dir / "lora" / LORA_FILE
+        return bool(self.ranks.on_first(lambda: _same_content(newest, exported)))
 
     def run(self) -> None:
         """Train to the last step; NumericsError and StopRequested end it early, checkpoint made."""
+        self.log.start_after(self.cursor.step)
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
-            self.log.start_after(self.cursor.step)
+            self.samples.start_after(self.cursor.step)
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
         with StopSignal() as stop, progress as self.progress:
             while self.cursor.step < steps:
                 self._sample_if_due()
-                self._take_step()
-                self._checkpoint_if_due()
-                if self._any_rank(stop.requested):
-                    self._stop()
+                pairs = self._next_pairs(stop)
+                if self._take_step(pairs):
+                    self._checkpoint_if_due()
         self._sample_if_due()
-        self._export(self.run_dir / "lora")
+        self.ranks.on_first(self._publish)
         self.stream.close()
 
     def _stop(self) -> None:
@@ -228,17 +216,33 @@ class Trainer:
             f"stopped on request after step {self.cursor.step}; the same command goes on from there"
         )
 
-    def _take_step(self) -> None:
+    def _next_pairs(self, stop: StopSignal) -> PairBatch:
+        """The pairs of the next step; all ranks learn here that one cannot go on, or is to stop."""
+        failure: CdpoError | None = None
+        try:
+            pairs = self.stream.next(self.cursor.step, self.cursor.skips)
+        except CdpoError as error:
+            failure = error
+        failed, stopping = self._on_any_rank(failure is not None, stop.requested)
+        if failed:
+            raise failure or DataError("another rank cannot read its shards; it says why")
+        if stopping:
+            self._stop()
+        return pairs
+
+    def _take_step(self, pairs: PairBatch) -> bool:
+        """One optimiser step; whether it was taken (all ranks skip together)."""
         stage = self.pacing.stage_at(self.cursor.step)
         lr = self._set_learning_rate()
         failpoint("train.step")
-        pairs = self.stream.next(self.cursor.step, self.cursor.skips)
-        for part in pairs.split(self.batches.micro_batch):
+        for index, part in enumerate(pairs.split(self.batches.micro_batch)):
+            self._seed_dropout(index)
             self._forward_backward(part)
         if self.engine.optimizer.overflow:
             self._skip()
-        else:
-            self._finish_step(stage, lr)
+            return False
+        self._finish_step(stage, lr)
+        return True
 
     def _forward_backward(self, pairs: PairBatch) -> None:
         batch = self._corrupt(pairs)
@@ -252,6 +256,14 @@ class Trainer:
         # At the last micro-batch of a step this reduces, clips and updates; or, where the norm of
         # the gradient is not finite on any rank, drops the gradients on all of them.
         self.engine.step()
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Adapter dropout draws from torch's own generator: make it a function of the step."""
+        if self.recipe.adapter.dropout:
+            batch = self.cursor.step + sum(self.cursor.skips)
+            item = (batch << 16 | self.ranks.rank) << 16 | micro_batch
+            keys = keyed.make_keys(self.recipe.seed, Stream.ADAPTER_DROPOUT, [item])
+            torch.manual_seed(int(keyed.integers(keys, 2**31)))
 
     def _corrupt(self, pairs: PairBatch) -> TrainingBatch:
         """Noise, target and conditioning of a micro-batch, the same for winner and loser."""
@@ -300,13 +312,14 @@ class Trainer:
         """Count a non-finite step; it advances neither schedule nor curriculum."""
         self.log.discard_step()
         self.cursor = self.cursor.skipped(self.pacing)
-        if self.recipe.train.precision == "fp16" and self.engine.optimizer.loss_scale > 1:
-            return  # how dynamic loss scaling finds its scale, not a fault of the data
         self.skipped_in_a_row += 1
-        self.terminal.warn(
-            f"step {self.cursor.step + 1}: loss or gradients not finite; batch skipped on all ranks"
-        )
-        if self.skipped_in_a_row >= self.recipe.train.max_skipped:
+        searching = SCALE_SEARCH if self.recipe.train.precision == "fp16" else 0
+        if self.skipped_in_a_row > searching:
+            self.terminal.warn(
+                f"step {self.cursor.step + 1}: loss or gradients not finite; batch skipped on all "
+                "ranks"
+            )
+        if self.skipped_in_a_row >= self.recipe.train.max_skipped + searching:
             self._save()
             raise NumericsError(
                 f"{self.skipped_in_a_row} batches in a row gave non-finite loss or gradients after "
@@ -320,7 +333,8 @@ class Trainer:
         if self.samples.is_due(self.cursor.step):
             policy = self.engine.module.policy
             policy.eval()
-            self.samples.draw(policy, self.cursor.step)
+            with self.log.clock_stopped():
+                self.samples.draw(policy, self.cursor.step)
             policy.train()
 
     def _checkpoint_if_due(self) -> None:
@@ -330,7 +344,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
-        self.checkpoints.save(self.cursor, self._write_checkpoint)
+        with self.log.clock_stopped():
+            self.checkpoints.save(self.cursor, self._write_checkpoint)
 
     def _write_checkpoint(self, folder: Path) -> None:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""
@@ -344,34 +359,31 @@ class Trainer:
             raise errors[0]
 
     def _export_into(self, folder: Path) -> None:
-        self._export(folder / "lora")
+        export_lora(self.engine.module.policy, folder / "lora", write=self.ranks.is_first)
 
-    def _export(self, folder: Path) -> None:
-        export_lora(self.engine.module.policy, folder, write=self.ranks.is_first)
+    def _publish(self) -> None:
+        """Put the adapter of the last checkpoint where users look for it."""
+        newest = self.checkpoints.folder_of(self.cursor.step) / "lora" / LORA_FILE
+        content = newest.read_bytes()
+        write_atomically(self.run_dir / "lora" / LORA_FILE, lambda file: file.write(content))
 
-    def _any_rank(self, flag: bool) -> bool:
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Each flag, raised if it is on any rank: one small all-reduce."""
         if self.ranks.world_size == 1:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.int32, device=self.ranks.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
 
 
-def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
-    """Cap ZeRO's reduction bucket at the gradients there are.
+def _choose_kernels(mode: str, device: torch.device) -> None:
+    if mode == "triton" and device.type != "cuda":
+        raise RecipeError("train.kernels=triton needs a CUDA device: use auto or torch on a CPU")
+    try:
+        use_kernels(mode)
+    except RuntimeError as error:
+        raise RecipeError(f"train.kernels={mode}: {error}") from None
 
-    It is allocated whole, and its default of 5e8 elements is more memory than all the training
-    state of most adapters.
-    """
-    zero = config.setdefault("zero_optimization", {})
-    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), max(trainable, 1))
 
-
-def _skip_shared_memory_build(device: torch.device) -> None:
-    """Keep DeepSpeed from compiling its shared-memory helper for CPU ranks at first launch.
-
-    It takes a C++ compiler and a minute, hangs on the lock of a build that was killed, and speeds
-    up only large all-reduces among many ranks of one machine.
-    """
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def _same_content(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()

@@ -38,6 +38,12 @@ class TrainingSamples:
             return False
         return not self.ranks.from_first(self.path(step).exists())
 
+    def start_after(self, step: int) -> None:
+        """Go on after ``step``: pictures of a run that went further, or of another one, go."""
+        for path in self.folder.glob("step-*.png"):
+            if step == 0 or int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
     def path(self, step: int) -> Path:
         """Where the picture of a step is kept."""
         return self.folder / f"step-{step:08d}.png"
@@ -46,7 +52,8 @@ class TrainingSamples:
         """Sample on every rank (ZeRO-3 gathers for all or none), save on rank 0."""
         shape = self.backbone.latent_shape(self.recipe.model.resolution)
         items = [content_id(prompt) for prompt in self.prompts]
-        noise = keyed.normal(keyed.make_keys(self.recipe.seed, Stream.SAMPLE_NOISE, items), shape)
+        keys = keyed.make_keys(self.recipe.seed, Stream.SAMPLE_NOISE, items)
+        noise = keyed.normal(keys.to(self.ranks.device), shape)
         sampler, batch = self.recipe.compare.sampler, self.recipe.compare.batch_size
         images: list[Image.Image] = []
         for start in range(0, len(self.prompts), batch):

@@ -253,3 +253,8 @@ def test_a_micro_batch_larger_than_the_share_of_a_rank_is_the_whole_share():
 @pytest.mark.parametrize("zero", [{"stage": 0}, {}])
 def test_a_zero_stage_is_wanted(build, zero):
     assert "stage should be 1, 2 or 3" in refused(build, {"zero_optimization": zero})[0]
+
+
+def test_checks_for_non_finite_steps_cannot_be_turned_off(build):
+    off = {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}
+    assert "compute_grad_norm" in refused(build, off)[0]

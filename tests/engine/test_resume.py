@@ -188,3 +188,12 @@ def refused(outcome: Outcome, code: int, *texts: str) -> None:
     assert "Traceback" not in outcome.text
     line = next(line for line in outcome.text.splitlines() if line.startswith("error:"))
     assert [text for text in texts if text not in line] == []
+
+
+def test_bad_batches_are_not_met_again_after_a_stop(world: World, tmp_path: Path) -> None:
+    """A run that stopped over bad batches at a checkpointed step remembers that it skipped them."""
+    run = tmp_path / "run"
+    outcome = world.train(run, "train.max_skipped=2", failpoint="train.loss@5+:nan")
+    refused(outcome, 4, "2 batches in a row")
+    world.train(run).succeeded()
+    assert [row["skipped"] for row in metrics(run)] == [0, 0, 2, 2, 2, 2]

@@ -198,3 +198,30 @@ def test_a_finished_run_says_so_and_does_nothing(world: World, tmp_path: Path) -
     outcome = world.train(tmp_path / "run").succeeded()
     assert "nothing to do" in outcome.text
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_dropout_of_the_adapter_repeats_on_a_resume(world: World, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    world.train(whole, "adapter.dropout=0.3").succeeded()
+    world.train(run, "adapter.dropout=0.3", failpoint="train.step@5:kill")
+    world.train(run, "adapter.dropout=0.3").succeeded()
+    assert losses(run) == losses(whole)
+
+
+def test_an_extended_run_killed_before_its_last_export_is_not_finished(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    world.train(run, "train.steps=4").succeeded()
+    old = (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    world.train(run).succeeded()
+    new = (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert new != old
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(old)
+    assert "nothing to do" not in world.train(run).succeeded().text
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == new
+
+
+def test_triton_cannot_be_forced_without_a_gpu(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", "train.kernels=triton")
+    assert outcome.code == 2 and "train.kernels=triton needs a CUDA device" in outcome.text

@@ -1,0 +1,52 @@
+"""Starting DeepSpeed: our optimiser, buckets of the right size, no compiler at first launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from .recipe import Optimizer
+
+
+def start_engine(
+    module: nn.Module, config: dict[str, Any], spec: Optimizer, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """Hand ``module`` to DeepSpeed; what requires no gradient stays out of the optimiser."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=spec.lr,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+        fused=device.type == "cuda",
+    )
+    _skip_shared_memory_build(device)
+    _fit_bucket(config, sum(p.numel() for p in trainable))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
+    """Cap ZeRO's reduction bucket at the gradients there are.
+
+    It is allocated whole, and its default of 5e8 elements is more memory than all the training
+    state of most adapters.
+    """
+    zero = config.setdefault("zero_optimization", {})
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), max(trainable, 1))
+
+
+def _skip_shared_memory_build(device: torch.device) -> None:
+    """Keep DeepSpeed from compiling its shared-memory helper for CPU ranks at first launch.
+
+    It takes a C++ compiler and a minute, hangs on the lock of a build that was killed, and speeds
+    up only large all-reduces among many ranks of one machine.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
