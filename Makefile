@@ -6,8 +6,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait give their core away: spinning ones make a busy machine ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Said outright, or DeepSpeed's launcher warns that it found no GPU.
 ifeq ($(shell command -v nvidia-smi),)
-export DS_ACCELERATOR ?= cpu  # or DeepSpeed's launcher warns that it found no GPU
+export DS_ACCELERATOR ?= cpu
 endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
