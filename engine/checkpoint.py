@@ -213,6 +213,8 @@ class CheckpointStore:
 
     def _cannot_write(self, folder: Path, error: Exception) -> CheckpointError:
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        if not isinstance(error, OSError):  # torch does not say so when the disk is full
+            reason += f" ({shutil.disk_usage(self.folder).free >> 20} MiB free on the disk)"
         kept = self._committed()
         survivor = f"{kept[0][1].name} is untouched" if kept else "there was none before"
         return CheckpointError(f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}")
