@@ -60,10 +60,10 @@ class CheckpointStore:
         if self.ranks.on_first(lambda: _is_whole(final, cursor)):
             return final
         try:
-            self._first(lambda: _fresh_folder(temporary))
+            self.ranks.on_first(lambda: _fresh_folder(temporary))
             self.ranks.barrier()
             files = self._write_own(temporary, write)
-            self._first(lambda: self._commit(temporary, final, cursor, files))
+            self.ranks.on_first(lambda: self._commit(temporary, final, cursor, files))
         except CheckpointError:
             if self.ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -207,9 +207,6 @@ class CheckpointStore:
             if path.is_dir() and (match := _COMMITTED.fullmatch(path.name))
         ]
         return sorted(found, reverse=True)
-
-    def _first(self, work: Callable[[], None]) -> None:
-        self.ranks.on_first(work)
 
     def _cannot_write(self, folder: Path, error: Exception) -> CheckpointError:
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]

@@ -65,7 +65,7 @@ class Preparation:
         self.recipe = recipe
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
-        self.shards_dir = Path(recipe.data.path) if recipe.data.path else self.run_dir / "shards"
+        self.shards_dir = recipe.shards_dir
         self.prompts, _ = read_prompts(recipe.prompts)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)

@@ -7,6 +7,7 @@ file, applies ``dotted.key=value`` overrides and words the errors).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -266,6 +267,11 @@ class Recipe(Section):
     """Trackers."""
     compare: Compare = Compare()
     """Evidence."""
+
+    @property
+    def shards_dir(self) -> Path:
+        """Where `prepare` writes the pair shards and `train` reads them."""
+        return Path(self.data.path) if self.data.path else Path(self.run_dir) / "shards"
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:

@@ -86,16 +86,15 @@ class Trainer:
         self.recipe = recipe
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
-        shards_dir = Path(recipe.data.path) if recipe.data.path else self.run_dir / "shards"
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
         _choose_kernels(recipe.train.kernels, ranks.device)
 
-        self.manifest = ranks.on_first(lambda: load_manifest(shards_dir))
+        self.manifest = ranks.on_first(lambda: load_manifest(recipe.shards_dir))
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = Cursor.start(self.pacing)
         self.skipped_in_a_row = 0
-        self.stream = self._open_stream(shards_dir)
+        self.stream = self._open_stream()
 
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self._refuse_foreign_shards()
@@ -124,7 +123,7 @@ class Trainer:
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
 
-    def _open_stream(self, shards_dir: Path) -> PairStream:
+    def _open_stream(self) -> PairStream:
         """The pairs of this rank; absent shards are found here, before a model is loaded."""
         plan = LanePlan(
             self.manifest,
@@ -134,7 +133,7 @@ class Trainer:
             global_batch=self.recipe.train.global_batch,
             shuffle_shards=self.recipe.data.shuffle_shards,
         )
-        readers = ShardReaders(shards_dir, self.manifest)
+        readers = ShardReaders(self.recipe.shards_dir, self.manifest)
         stream = PairStream(plan, readers, self.pacing, workers=self.recipe.data.workers)
         stream.check_present()
         return stream

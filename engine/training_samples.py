@@ -13,6 +13,7 @@ from .keyed import Stream, content_id
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe
+from .reporting.files import write_atomically
 from .reporting.grids import image_grid
 
 
@@ -65,10 +66,8 @@ class TrainingSamples:
                 guidance=sampler.guidance,
             )
         if self.ranks.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.path(step).with_suffix(".tmp")
-            row_of(images).save(temporary, format="PNG")
-            temporary.replace(self.path(step))
+            row = row_of(images)
+            write_atomically(self.path(step), lambda file: row.save(file, format="PNG"))
 
 
 def row_of(images: list[Image.Image]) -> Image.Image:
