@@ -27,15 +27,22 @@ if __name__ == "kernels":
     _hand_over()
 else:
     from .dispatch import use
+    from .fuse import fuse, unfuse
+    from .geglu import geglu
+    from .group_norm_silu import group_norm_silu
     from .paired_add_noise import paired_add_noise
     from .paired_dpo_loss import PairedLoss, paired_dpo_loss
     from .philox import philox_normal, philox_uint32
 
     __all__ = [
         "PairedLoss",
+        "fuse",
+        "geglu",
+        "group_norm_silu",
         "paired_add_noise",
         "paired_dpo_loss",
         "philox_normal",
         "philox_uint32",
+        "unfuse",
         "use",
     ]

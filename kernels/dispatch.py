@@ -124,3 +124,20 @@ def check_positive(**scalars: float) -> None:
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def zero_tickets(count: int, device: torch.device) -> Tensor:
+    """int32 zeros that a kernel leaves zero, kept for each stream: kernels of one never overlap.
+
+    A CUDA graph gets its own, for it may be replayed on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets or len(_tickets[key]) < count:
+        size = triton.next_power_of_2(count)
+        _tickets[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _tickets[key]

@@ -43,6 +43,7 @@ from .dispatch import (
     device_of,
     takes_triton,
     triton,
+    zero_tickets,
 )
 from .layout import empty_samples, match_samples, sample_strides
 from .paired_dpo_programs import backward_kernel, forward_kernel
@@ -63,22 +64,6 @@ class PairedLoss(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------- launcher
-
-_tickets: dict[tuple[int, int], Tensor] = {}
-
-
-def _zero_tickets(count: int, device: torch.device) -> Tensor:
-    """Zeros that the kernel leaves zero, kept for each stream: kernels of one never overlap.
-
-    A CUDA graph gets its own, for it may be replayed on any stream.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets or len(_tickets[key]) < count:
-        size = triton.next_power_of_2(count)
-        _tickets[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _tickets[key]
 
 
 def _block(num_elements: int) -> int:
@@ -123,7 +108,7 @@ def _forward_triton(
             reference,
             target,
             partials,
-            _zero_tickets(1 + num_pairs, policy.device),
+            zero_tickets(1 + num_pairs, policy.device),
             *outputs,
             scale,
             huber_c,

@@ -1,0 +1,85 @@
+"""Puts the fused kernels into a diffusers UNet or VAE from outside, and takes them out again.
+
+A layer is replaced by giving it another class (see `fused_modules.py`): parameters, buffers, names,
+hooks and whatever refers to the layer stay, so state-dict keys, adapters, optimizers and ZeRO
+partitions do not notice, whether they came before or come after.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def fuse(module: Module) -> Module:
+    """Let every GroupNorm, GroupNorm → SiLU and GEGLU in `module` run as one kernel; returns it.
+
+    Norms followed by SiLU are those of diffusers' ResnetBlock2D and those before the last
+    convolution of a UNet and of a VAE's encoder and decoder. The kernels work channels-last: move
+    the network there, `module.to(memory_format=torch.channels_last)`, or each norm copies its
+    input. Already fused layers stay as they are. Raises ValueError if there is nothing to fuse.
+    """
+    swaps = list(_swaps(module))
+    if not swaps and not any(type(part) in _originals() for part in module.modules()):
+        raise ValueError(
+            f"{type(module).__name__} has nothing to fuse: fuse takes networks of diffusers that "
+            "hold GroupNorm or GEGLU layers"
+        )
+    for part, fused in swaps:
+        part.__class__ = fused
+    return module
+
+
+def unfuse(module: Module) -> Module:
+    """Undo `fuse`; returns the module."""
+    originals = _originals()
+    for part in module.modules():
+        part.__class__ = originals.get(type(part), type(part))
+    return module
+
+
+Swap = tuple[nn.Module, type[nn.Module]]  # a layer and the class it is to get
+
+
+def _originals() -> dict[type[nn.Module], type[nn.Module]]:
+    from . import fused_modules as fused  # here, for it takes seconds to import diffusers
+
+    return {
+        fused.FusedGroupNorm: nn.GroupNorm,
+        fused.FusedGroupNormSiLU: nn.GroupNorm,
+        fused.FusedResnetBlock2D: fused.ResnetBlock2D,
+        fused.AlreadyActivated: nn.SiLU,
+        fused.FusedGEGLU: fused.GEGLU,
+    }
+
+
+def _swaps(module: nn.Module) -> Iterator[Swap]:
+    from . import fused_modules as fused
+
+    activating = [swap for part in module.modules() for swap in _activating_norms(part)]
+    yield from activating
+    seen = {id(part) for part, _ in activating}
+    for part in module.modules():
+        if type(part) is nn.GroupNorm and id(part) not in seen:
+            yield part, fused.FusedGroupNorm
+        elif type(part) is fused.GEGLU:
+            yield part, fused.FusedGEGLU
+
+
+def _activating_norms(part: Any) -> list[Swap]:
+    """Norms of `part` that a SiLU follows, and the layer that will no longer apply that SiLU."""
+    from . import fused_modules as fused
+
+    if type(part) is fused.ResnetBlock2D:
+        norms, activation = [part.norm1, part.norm2], part.nonlinearity
+        swap: tuple[Any, type[nn.Module]] = part, fused.FusedResnetBlock2D
+        resampling = part.upsample is not None or part.downsample is not None
+        # With `scale_shift` the time embedding comes between the second norm and its SiLU.
+        fits = part.time_embedding_norm == "default" and not resampling
+    else:
+        norms, activation = [getattr(part, "conv_norm_out", None)], getattr(part, "conv_act", None)
+        swap, fits = (activation, fused.AlreadyActivated), True
+    fits &= type(activation) is nn.SiLU and all(type(norm) is nn.GroupNorm for norm in norms)
+    return [swap, *((norm, fused.FusedGroupNormSiLU) for norm in norms)] if fits else []

@@ -1,0 +1,203 @@
+"""GEGLU: `hidden · gelu(gate)` of one projection's two halves, one launch forward, one backward.
+
+    out     = hidden · gate · Φ(gate)              Φ the normal distribution, by erf: the exact GELU
+    dhidden = dout · gate · Φ(gate)
+    dgate   = dout · hidden · (Φ(gate) + gate · φ(gate))         φ the normal density
+
+Eager PyTorch writes the GELU and reads it again, and keeps both halves and the GELU for the
+backward; here the projection alone is kept, and Φ is computed again. The halves are read in place:
+a row of the projection holds hidden, then gate. All arithmetic is float32, so a half-precision
+result is rounded once, not twice.
+
+Layout: a program takes BLOCK neighbouring elements of one row of the output.
+
+Source: Shazeer, arXiv 2002.05202; Hendrycks and Gimpel, arXiv 1606.08415.
+"""
+
+# Triton functions have no Python types:
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import (
+    NO_FUSION,
+    CompileSpec,
+    check_floating,
+    device_of,
+    takes_triton,
+    tl,
+    triton,
+)
+
+MAX_BLOCK = 1024  # 8 elements a thread of 4 warps: 16-byte loads of half-precision values
+
+# ---------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _halves(projected_ptr, width, BLOCK: tl.constexpr):
+    """This program's hidden and gate in float32, with the offset of the hidden and the mask."""
+    num_blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    column = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    offset = row * 2 * width + column
+    hidden = tl.load(projected_ptr + offset, mask, 0.0).to(tl.float32)
+    gate = tl.load(projected_ptr + offset + width, mask, 0.0).to(tl.float32)
+    return hidden, gate, row * width + column, offset, mask
+
+
+@triton.jit
+def _normal_distribution(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _forward_kernel(projected_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    hidden, gate, out_offset, _, mask = _halves(projected_ptr, width, BLOCK)
+    tl.store(out_ptr + out_offset, hidden * (gate * _normal_distribution(gate)), mask)
+
+
+# --------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _backward_kernel(grad_ptr, projected_ptr, grad_projected_ptr, width, BLOCK: tl.constexpr):
+    hidden, gate, out_offset, offset, mask = _halves(projected_ptr, width, BLOCK)
+    grad = tl.load(grad_ptr + out_offset, mask, 0.0).to(tl.float32)
+    distribution = _normal_distribution(gate)
+    density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    grad_gate = grad * hidden * (distribution + gate * density)
+    tl.store(grad_projected_ptr + offset, grad * (gate * distribution), mask)
+    tl.store(grad_projected_ptr + offset + width, grad_gate, mask)
+
+
+# --------------------------------------------------------------------------------------- launcher
+
+
+def _launch(kernel: Any, num_rows: int, width: int, *tensors: Tensor) -> None:
+    block = min(max(triton.next_power_of_2(width), 128), MAX_BLOCK)
+    with device_of(tensors[0]):
+        kernel[(num_rows * triton.cdiv(width, block),)](
+            *tensors, width, BLOCK=block, num_warps=max(block * 4 // MAX_BLOCK, 1), **NO_FUSION
+        )
+
+
+def _forward_triton(projected: Tensor) -> Tensor:
+    out, width = _empty_output(projected), projected.shape[-1] // 2
+    _launch(_forward_kernel, out.numel() // width, width, projected.contiguous(), out)
+    return out
+
+
+def _backward_triton(grad: Tensor, projected: Tensor) -> Tensor:
+    grad_projected = projected.new_empty(projected.shape)
+    width = grad.shape[-1]
+    tensors = (grad.contiguous(), projected.contiguous(), grad_projected)
+    _launch(_backward_kernel, grad.numel() // width, width, *tensors)
+    return grad_projected
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The specialisations that `benchmarks/compile_report.py` compiles without a GPU."""
+    names = ("projected_ptr", "out_ptr", "grad_ptr", "grad_projected_ptr")
+    return [
+        CompileSpec(
+            f"geglu {dtype} {part}",
+            kernel,
+            {"width": "i32"} | dict.fromkeys(names, f"*{dtype}"),
+            {"BLOCK": MAX_BLOCK},
+            4,
+        )
+        for dtype in ("bf16", "fp16", "fp32")
+        for part, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel))
+    ]
+
+
+# ------------------------------------------------------------------------------------ torch.library
+
+
+def _empty_output(projected: Tensor) -> Tensor:
+    return projected.new_empty((*projected.shape[:-1], projected.shape[-1] // 2))
+
+
+@torch.library.custom_op("cdpo::geglu", mutates_args=())
+def _op(projected: Tensor) -> Tensor:
+    return _forward_triton(projected) if takes_triton(projected) else geglu_ref(projected)
+
+
+@_op.register_fake
+def _(projected: Tensor) -> Tensor:
+    return _empty_output(projected)
+
+
+@torch.library.custom_op("cdpo::geglu_backward", mutates_args=())
+def _backward_op(grad: Tensor, projected: Tensor) -> Tensor:
+    if takes_triton(projected, grad):
+        return _backward_triton(grad, projected)
+    return _backward_torch(grad, projected)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, projected: Tensor) -> Tensor:
+    return projected.new_empty(projected.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    grad_projected: Tensor = _backward_op(grad, *ctx.saved_tensors)
+    return grad_projected
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ----------------------------------------------------------------------------------------- public
+
+
+def geglu(projected: Tensor) -> Tensor:
+    """`hidden * gelu(gate)` with `hidden, gate = projected.chunk(2, -1)`, in projected's dtype.
+
+    projected: (..., 2D) bf16, fp16 or fp32 -> (..., D). Raises ValueError or TypeError that says
+    what was given and what is taken.
+    """
+    _check(projected)
+    out: Tensor = _op(projected)
+    return out
+
+
+def _check(projected: Tensor) -> None:
+    check_floating(projected=projected)
+    if projected.ndim < 1 or projected.numel() == 0 or projected.shape[-1] % 2:
+        raise ValueError(
+            f"projected is {tuple(projected.shape)}; it must be (..., 2D), no size zero: hidden "
+            "and gate, equally wide"
+        )
+
+
+# -------------------------------------------------------------------------------------- reference
+
+
+def geglu_ref(projected: Tensor) -> Tensor:
+    """The same in plain PyTorch, differentiated by PyTorch."""
+    _check(projected)
+    hidden, gate = _wide(projected).chunk(2, -1)
+    return (hidden * torch.nn.functional.gelu(gate)).to(projected.dtype)
+
+
+def _backward_torch(grad: Tensor, projected: Tensor) -> Tensor:
+    hidden, gate = _wide(projected).chunk(2, -1)
+    grad = grad.to(hidden.dtype)
+    distribution = 0.5 * (1 + torch.erf(gate * 0.5**0.5))
+    density = torch.exp(-0.5 * gate * gate) * (2 * torch.pi) ** -0.5
+    grad_gate = grad * hidden * (distribution + gate * density)
+    return torch.cat([grad * (gate * distribution), grad_gate], -1).to(projected.dtype)
+
+
+def _wide(projected: Tensor) -> Tensor:
+    return projected if projected.dtype == torch.float64 else projected.float()
