@@ -16,7 +16,14 @@ from pathlib import Path
 import diffusers
 import torch
 from data import load_pairs, read_prompts, to_unit
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +38,20 @@ def load_pipeline() -> StableDiffusionPipeline:
     return pipeline
 
 
+def load_lcm_pipeline() -> LatentConsistencyModelPipeline:
+    """The distilled UNet among the parts of the pipeline it was distilled from, in float32."""
+    parts = load_pipeline().components
+    unet = UNet2DConditionModel.from_pretrained(HERE / "lcm", torch_dtype=torch.float32)
+    scheduler = LCMScheduler.from_config(parts["scheduler"].config)
+    pipeline = LatentConsistencyModelPipeline(
+        **{**parts, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def sample(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance: float
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance: float
 ) -> torch.Tensor:
     """One picture a prompt, (N, 3, 32, 32) in 0..1; each prompt has a noise of its own."""
     images = []
