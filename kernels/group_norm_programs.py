@@ -128,7 +128,10 @@ def forward_statistics_kernel(
         lane_mean += deviation / step
         lane_squares += deviation * (x - lane_mean)
     rows = (last - first).to(tl.float32)
-    mean = tl.sum(lane_mean * count[:, None], 0) / rows
+    # Means are added up as distances from a value among them: far from zero that rounds less.
+    origin_ptr = x_ptr + (sample * num_rows + first) * channels + channel
+    origin = tl.load(origin_ptr, channel < channels, 0.0).to(tl.float32)
+    mean = origin + tl.sum((lane_mean - origin[None, :]) * count[:, None], 0) / rows
     deviation = lane_mean - mean[None, :]
     squares = tl.sum(lane_squares + count[:, None] * deviation * deviation, 0)
 
@@ -176,13 +179,16 @@ def _combine_chunks(
     group_channels = channels // num_groups
     tiles = tl.cdiv(num_chunks * group_channels, FLAT)
     size = 1.0 * num_rows * group_channels
+    live = group < num_groups
+    # .cg: from L2, where the other programs' stores are
+    origin = tl.load(means_ptr + group * group_channels, live, 0.0, cache_modifier=".cg")
     sums = tl.zeros([GROUPS, FLAT], tl.float32)
     for tile in range(tiles):
         chunk, offset, _, mask = _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT)
         rows = tl.minimum(num_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
-        # .cg: from L2, where the other programs' stores are
-        sums += rows * tl.load(means_ptr + offset, mask, 0.0, cache_modifier=".cg")
-    mean = tl.sum(sums, 1) / size
+        distance = tl.load(means_ptr + offset, mask, 0.0, cache_modifier=".cg") - origin[:, None]
+        sums += tl.where(mask, rows * distance, 0.0)
+    mean = origin + tl.sum(sums, 1) / size
     squares = tl.zeros([GROUPS, FLAT], tl.float32)
     for tile in range(tiles):
         chunk, offset, _, mask = _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT)

@@ -6,12 +6,13 @@ when kernels are defined, and the rest of the test suite wants them uninterprete
 run `test_interpreter.py` starts a second pytest for the interpreted half.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from cdpo.kernels import use
 from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
+from torch import Tensor
 
 TRITON_RUNS = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
 
@@ -34,3 +35,42 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Fences:
+    """Tensors with sentinels before and behind them in memory, to be found unharmed.
+
+    A read outside of a tensor meets NaN, which spreads; a write outside is seen by `intact`.
+    """
+
+    PAD = 1 << 13  # elements: more than any tile of a kernel
+
+    def __init__(self) -> None:
+        self._fences: list[Tensor] = []
+
+    def around(self, tensor: Tensor) -> Tensor:
+        """The tensor's values with its strides, between two fences."""
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        sentinel = float("nan") if tensor.is_floating_point() else -77
+        buffer = torch.full((span + 2 * self.PAD,), sentinel, dtype=tensor.dtype)
+        buffer = buffer.to(tensor.device)
+        self._fences += [buffer[: self.PAD], buffer[-self.PAD :]]
+        view = buffer.as_strided(tensor.shape, tensor.stride(), self.PAD)
+        return view.copy_(tensor.detach())
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on fresh memory is fenced too, whichever way it is asked for."""
+        for owner, name in ((Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
+            make: Callable[..., Tensor] = getattr(owner, name)
+            fenced = lambda *a, _make=make, **k: self.around(_make(*a, **k))  # noqa: E731
+            monkeypatch.setattr(owner, name, fenced)
+
+    def intact(self) -> bool:
+        return len(self._fences) > 0 and all(
+            bool((x.isnan() if x.is_floating_point() else x == -77).all()) for x in self._fences
+        )
+
+
+@pytest.fixture
+def fences() -> Fences:
+    return Fences()
