@@ -55,3 +55,25 @@ def test_a_spill_fails_the_report():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "spills: philox_normal on sm_80" in done.stderr
+
+
+SIZES_OF_ONE = """
+import sys
+sys.path.insert(0, {folder!r})
+import compile_report
+for spec in {{spec.kernel: spec for spec in compile_report.collect_specs()}}.values():
+    sizes = [name for name, kind in spec.signature.items() if kind == "i32"]
+    ones = spec.constants | dict.fromkeys(sizes, 1)
+    compile_report.compile_spec(spec._replace(constants=ones), 90)
+    print(spec.name)
+"""
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an integer argument that is 1; methods of tensors then fail."""
+    code = SIZES_OF_ONE.format(folder=str(REPORT.parent))
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=inherited, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) >= 8
