@@ -183,7 +183,7 @@ class Train(Section):
     caption_dropout: Fraction = 0.0
     """Share of pairs trained with the empty caption (winner and loser together)."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """`auto`: Triton on CUDA, PyTorch elsewhere."""
+    """`auto`: Triton on CUDA, PyTorch elsewhere; on a CPU `triton` wants TRITON_INTERPRET=1."""
     threads: NonNegativeInt = 0
     """CPU threads a rank computes with; 0 divides the machine's cores among its ranks. Fix it
     where float32 results should repeat to the last bit on other machines."""

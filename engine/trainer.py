@@ -7,18 +7,19 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..kernels import use as use_kernels
+from ..kernels.dispatch import INTERPRETED
 from . import keyed
 from .adapters import LORA_FILE, add_lora, export_lora, twin_of
-from .backbones import Backbone, load_backbone
+from .backbones import DTYPES, Backbone, load_backbone
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
@@ -27,7 +28,9 @@ from .errors import CdpoError, DataError, NumericsError, RecipeError, StopReques
 from .failpoints import failpoint
 from .keyed import Stream
 from .launch import Ranks, StopSignal
-from .objectives import Loss, Objective, TrainingBatch, build_objective
+from .objectives import Loss, TrainingBatch, build_objective
+from .phases import phase
+from .policy_and_reference import PolicyAndReference
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
@@ -43,24 +46,6 @@ from .zero_checkpoint import read_partitions, write_partitions
 
 # Skipped steps in which dynamic loss scaling finds its scale from 2**16: no fault of the data.
 SCALE_SEARCH = 16
-
-
-class PolicyAndReference(nn.Module):
-    """Both networks as children of the one module DeepSpeed gets, so ZeRO-3 gathers for both."""
-
-    def __init__(
-        self, policy: nn.Module, reference: nn.Module, backbone: Backbone, objective: Objective
-    ) -> None:
-        super().__init__()
-        self.policy = policy
-        self.reference = reference
-        self._predict = backbone.predict
-        self._objective = objective
-
-    def forward(self, batch: TrainingBatch) -> Loss:
-        return self._objective(
-            partial(self._predict, self.policy), partial(self._predict, self.reference), batch
-        )
 
 
 class Trainer:
@@ -190,8 +175,11 @@ class Trainer:
         exported = self.run_dir / "lora" / LORA_FILE
         return bool(self.ranks.on_first(lambda: _same_content(newest, exported)))
 
-    def run(self) -> None:
-        """Train to the last step; NumericsError and StopRequested end it early, checkpoint made."""
+    def run(self, after_step: Callable[[], object] = lambda: None) -> None:
+        """Train to the last step; NumericsError and StopRequested end it early, checkpoint made.
+
+        ``after_step`` is called when a step is taken and logged, before its checkpoint.
+        """
         self.log.start_after(self.cursor.step)
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
@@ -204,6 +192,7 @@ class Trainer:
                 self._sample_if_due()
                 pairs = self._next_pairs(stop)
                 if self._take_step(pairs):
+                    after_step()
                     self._checkpoint_if_due()
         self._sample_if_due()
         self.ranks.on_first(self._publish)
@@ -219,7 +208,8 @@ class Trainer:
         """The pairs of the next step; all ranks learn here that one cannot go on, or is to stop."""
         failure: CdpoError | None = None
         try:
-            pairs = self.stream.next(self.cursor.step, self.cursor.skips)
+            with phase("data"):
+                pairs = self.stream.next(self.cursor.step, self.cursor.skips)
         except CdpoError as error:
             failure = error
         failed, stopping = self._on_any_rank(failure is not None, stop.requested)
@@ -244,17 +234,20 @@ class Trainer:
         return True
 
     def _forward_backward(self, pairs: PairBatch) -> None:
-        batch = self._corrupt(pairs)
+        batch = self._prepare_batch(pairs)
         loss: Loss = self.engine(batch)
-        if failpoint("train.loss") == "nan":
-            loss.loss.data.fill_(float("nan"))
-            self.engine.backward(loss.loss * float("nan"))
-        else:
-            self.engine.backward(loss.loss)
-        self.log.add(loss, batch.draw.timesteps)
+        with phase("backward"):
+            if failpoint("train.loss") == "nan":
+                loss.loss.data.fill_(float("nan"))
+                self.engine.backward(loss.loss * float("nan"))
+            else:
+                self.engine.backward(loss.loss)
+        with phase("log"):
+            self.log.add(loss, batch.draw.timesteps)
         # At the last micro-batch of a step this reduces, clips and updates; or, where the norm of
         # the gradient is not finite on any rank, drops the gradients on all of them.
-        self.engine.step()
+        with phase("optimizer"):
+            self.engine.step()
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Adapter dropout draws from torch's own generator: make it a function of the step."""
@@ -264,22 +257,25 @@ class Trainer:
             keys = keyed.make_keys(self.recipe.seed, Stream.ADAPTER_DROPOUT, [item])
             torch.manual_seed(int(keyed.integers(keys, 2**31)))
 
-    def _corrupt(self, pairs: PairBatch) -> TrainingBatch:
+    def _prepare_batch(self, pairs: PairBatch) -> TrainingBatch:
         """Noise, target and conditioning of a micro-batch, the same for winner and loser."""
-        device, seed = self.ranks.device, self.recipe.seed
-        pair_ids, visits = pairs.pair_ids.to(device), pairs.visits.to(device)
-        latents = pairs.latents.to(device, torch.float32)
-        noise = self.backbone.noise
-        draw = noise.draw(seed, pair_ids, visits, latents.shape[1:])
-        dropout_keys = keyed.make_keys(seed, Stream.CAPTION_DROPOUT, pairs.pair_ids, pairs.visits)
-        dropped = (keyed.uniform(dropout_keys) < self.recipe.train.caption_dropout).tolist()
-        prompts = ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
-        return TrainingBatch(
-            noisy=noise.corrupt(latents, draw),
-            target=noise.target(latents, draw),
-            draw=draw,
-            conditioning=self.backbone.encode_prompts(prompts).for_pairs(),
+        with phase("corrupt"):
+            noise, dtype = self.backbone.noise, DTYPES[self.recipe.train.precision]
+            draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
+            latents = pairs.latents.to(self.ranks.device, non_blocking=True)
+            noisy, target = noise.corrupt(latents, draw, dtype)
+        with phase("encode_prompts"):
+            prompts = self._drop_captions(pairs)
+            conditioning = self.backbone.encode_prompts(prompts).for_pairs()
+        return TrainingBatch(noisy, target, draw, conditioning)
+
+    def _drop_captions(self, pairs: PairBatch) -> list[str]:
+        """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""
+        keys = keyed.make_keys(
+            self.recipe.seed, Stream.CAPTION_DROPOUT, pairs.pair_ids, pairs.visits
         )
+        dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
+        return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
 
     def _set_learning_rate(self) -> float:
         """Linear warm-up, then constant; a function of the step, so a resume needs no scheduler."""
@@ -300,7 +296,8 @@ class Trainer:
             "lr": lr,
             "skipped": sum(self.cursor.skips),
         }
-        self.log.close_step(host, self.engine.get_global_grad_norm())
+        with phase("log"):
+            self.log.close_step(host, self.engine.get_global_grad_norm())
         shown: dict[str, float | str] = {
             "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
             **self.log.latest,
@@ -376,8 +373,11 @@ class Trainer:
 
 
 def _choose_kernels(mode: str, device: torch.device) -> None:
-    if mode == "triton" and device.type != "cuda":
-        raise RecipeError("train.kernels=triton needs a CUDA device: use auto or torch on a CPU")
+    if mode == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise RecipeError(
+            "train.kernels=triton needs a CUDA device: use auto or torch on a CPU, or start with "
+            "TRITON_INTERPRET=1 to run the kernels there in Triton's interpreter, slowly"
+        )
     try:
         use_kernels(mode)
     except RuntimeError as error:

@@ -38,10 +38,10 @@ class Outcome:
 
 
 class ForkServer:
-    """See tests/workers/forkserver.py."""
+    """See tests/workers/forkserver.py; ``env`` is for what libraries read at their import."""
 
-    def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CDPO_FAILPOINT": ""}
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CDPO_FAILPOINT": ""} | dict(env or {})
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "workers" / "forkserver.py")],
             stdin=subprocess.PIPE,

@@ -17,7 +17,8 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 ENTRIES = {"prepare", "train", "compare"}
-BASE = {"errors", "keyed", "recipe", "recipe_yaml", "recipe_file", "deepspeed_config"}
+BASE = {"errors", "keyed", "phases"}
+BASE |= {"recipe", "recipe_yaml", "recipe_file", "deepspeed_config"}
 MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards"}
 PROTOCOL = "cdpo.engine.backbones.protocol."  # all that an objective knows of a backbone
 # Not installed here, perhaps, but imported by the libraries we use when they are.

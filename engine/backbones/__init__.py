@@ -10,6 +10,7 @@ from .protocol import Backbone, Conditioning, Draw, NoiseProcess
 from .sd import StableDiffusion, fingerprint
 
 __all__ = [
+    "DTYPES",
     "Backbone",
     "Conditioning",
     "Draw",

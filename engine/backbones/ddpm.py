@@ -2,17 +2,17 @@
 
 ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`` (Ho et al., arXiv 2006.11239) with targets
 ``eps``, ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0`` (Salimans and Ho, arXiv 2202.00512) or
-``x_0``, as the scheduler's own config says.
+``x_0``, as the scheduler's own config says. The arithmetic is that of
+:func:`cdpo.kernels.paired_add_noise`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from ...kernels import paired_add_noise
 from .. import keyed
 from ..errors import OutsideError
 from ..keyed import Stream
@@ -36,32 +36,24 @@ class DiscreteDDPM:
         self._alpha = alphas_cumprod.sqrt().float()
         self._sigma = (1 - alphas_cumprod).sqrt().float()
 
-    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor, shape: Sequence[int]) -> Draw:
+    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
+        # Made on the host: a hundred operations on a handful of integers would be as many launches.
         timestep_keys = keyed.make_keys(seed, Stream.TIMESTEP, pair_ids, visits)
+        timesteps = keyed.integers(timestep_keys, self.num_timesteps)
         noise_keys = keyed.make_keys(seed, Stream.NOISE, pair_ids, visits)
         return Draw(
-            timesteps=keyed.integers(timestep_keys, self.num_timesteps),
-            noise=keyed.normal(noise_keys, shape),
+            timesteps=timesteps.to(self._alpha.device, non_blocking=True),
+            noise_keys=noise_keys.to(self._alpha.device, non_blocking=True),
         )
 
-    def corrupt(self, latents: Tensor, draw: Draw) -> Tensor:
-        alpha, sigma = self._coefficients(draw)
-        winners, losers = latents.float().chunk(2)
-        noise = sigma * draw.noise
-        return torch.cat([alpha * winners + noise, alpha * losers + noise])
-
-    def target(self, latents: Tensor, draw: Draw) -> Tensor:
-        if self.prediction_type == "epsilon":
-            return draw.noise
-        if self.prediction_type == "sample":
-            return latents.float()
-        alpha, sigma = self._coefficients(draw)
-        winners, losers = latents.float().chunk(2)
-        noise = alpha * draw.noise
-        return torch.cat([noise - sigma * winners, noise - sigma * losers])
-
-    def _coefficients(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Factors alpha and sigma of each pair, (B, 1, 1, 1)."""
-        return self._alpha[draw.timesteps, None, None, None], self._sigma[
-            draw.timesteps, None, None, None
-        ]
+    def corrupt(
+        self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        return paired_add_noise(
+            latents,
+            draw.noise_keys,
+            self._alpha[draw.timesteps],
+            self._sigma[draw.timesteps],
+            target=self.prediction_type,
+            dtype=dtype,
+        )

@@ -44,12 +44,12 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of a training example, shared by its winner and loser."""
+    """The random numbers of B training examples, each shared by its winner and loser."""
 
     timesteps: Tensor
     """(B,) int64."""
-    noise: Tensor
-    """(B, C, h, w) float32."""
+    noise_keys: Tensor
+    """(B, 4) int64: what the noise is a function of. The corruption makes it where it needs it."""
 
 
 class NoiseProcess(Protocol):
@@ -57,16 +57,21 @@ class NoiseProcess(Protocol):
 
     num_timesteps: int
 
-    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor, shape: Sequence[int]) -> Draw:
-        """Timestep and noise of each pair, from keys."""
+    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
+        """The random numbers of B pairs, from their ids and visits, (B,) int64 on the host."""
         ...
 
-    def corrupt(self, latents: Tensor, draw: Draw) -> Tensor:
-        """Noisy latents (2B, C, h, w) of clean ones (2B, C, h, w)."""
-        ...
+    def corrupt(
+        self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Noisy latents, and what a perfect denoiser predicts for them.
 
-    def target(self, latents: Tensor, draw: Draw) -> Tensor:
-        """What a perfect denoiser predicts: (B, ...) if a pair shares it, else (2B, ...)."""
+        Args:
+            latents: (2B, C, h, w) in bf16, fp16 or fp32, winners first; the arithmetic is float32.
+            draw: of the B pairs.
+            dtype: of the noisy latents, (2B, C, h, w); the target is float32, (B, C, h, w) if a
+                pair shares it, else (2B, C, h, w).
+        """
         ...
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels import paired_dpo_loss
+from ..phases import phase
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Predict, TrainingBatch
 
@@ -28,13 +29,14 @@ class DiffusionDPO:
         with torch.no_grad():
             reference_prediction = reference(batch.noisy, timesteps, batch.conditioning)
         prediction = policy(batch.noisy, timesteps, batch.conditioning)
-        paired = paired_dpo_loss(
-            prediction,
-            reference_prediction,
-            batch.target,
-            self.scale,
-            distance=self.distance,
-            huber_c=self.huber_c,
-        )
-        winner_error, loser_error = (paired.policy_error - paired.reference_error).chunk(2)
+        with phase("loss"):
+            paired = paired_dpo_loss(
+                prediction,
+                reference_prediction,
+                batch.target,
+                self.scale,
+                distance=self.distance,
+                huber_c=self.huber_c,
+            )
+            winner_error, loser_error = (paired.policy_error - paired.reference_error).chunk(2)
         return Loss(paired.loss, paired.logits, winner_error, loser_error)

@@ -19,11 +19,11 @@ class TrainingBatch:
     """B pairs, corrupted: everything a step needs that no trained network computes."""
 
     noisy: Tensor
-    """(2B, C, h, w) float32, winners first."""
+    """(2B, C, h, w) in the dtype the networks compute in, winners first."""
     target: Tensor
-    """(B, C, h, w) shared by winner and loser, or (2B, C, h, w)."""
+    """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w)."""
     draw: Draw
-    """Timesteps and noise of each pair."""
+    """Timesteps, and whatever else was drawn for each pair."""
     conditioning: Conditioning
     """Of 2B images, winners first."""
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from cdpo.engine import keyed
 from cdpo.engine.backbones.ddpm import DiscreteDDPM
 from cdpo.engine.backbones.protocol import Draw
 from cdpo.engine.errors import OutsideError
+from cdpo.engine.keyed import Stream
 from diffusers import DDIMScheduler
 
 CPU = torch.device("cpu")
@@ -38,11 +40,15 @@ def coefficients(config: dict[str, object]) -> tuple[np.ndarray, np.ndarray]:
     return alpha, np.sqrt(1 - alpha**2)
 
 
-def example(pairs: int = 6) -> tuple[torch.Tensor, Draw]:
+def example(timesteps: tuple[int, ...] = (0, 1, 250, 500, 998, 999)) -> tuple[torch.Tensor, Draw]:
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2 * pairs, *SHAPE, generator=generator)
-    timesteps = torch.tensor([0, 1, 250, 500, 998, 999])[:pairs]
-    return latents, Draw(timesteps, torch.randn(pairs, *SHAPE, generator=generator))
+    latents = torch.randn(2 * len(timesteps), *SHAPE, generator=generator)
+    keys = keyed.make_keys(7, Stream.NOISE, range(len(timesteps)))
+    return latents, Draw(torch.tensor(timesteps), keys)
+
+
+def noise_of(draw: Draw) -> torch.Tensor:
+    return keyed.normal(draw.noise_keys, SHAPE)
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
@@ -50,9 +56,9 @@ def test_corruption_is_that_of_the_schedule(config):
     latents, draw = example()
     alpha, sigma = (c[draw.timesteps][:, None, None, None] for c in coefficients(config))
     winners, losers = latents.double().numpy().reshape(2, 6, *SHAPE)
-    noise = draw.noise.double().numpy()
+    noise = noise_of(draw).double().numpy()
     expected = np.concatenate([alpha * winners + sigma * noise, alpha * losers + sigma * noise])
-    noisy = process(**config).corrupt(latents, draw)
+    noisy, _ = process(**config).corrupt(latents, draw)
     assert noisy.dtype == torch.float32
     np.testing.assert_allclose(noisy.numpy(), expected, rtol=0, atol=1e-5)
 
@@ -64,7 +70,7 @@ def test_target_is_what_the_scheduler_says_the_network_predicts(config, predicti
     latents, draw = example()
     alpha, sigma = (c[draw.timesteps][:, None, None, None] for c in coefficients(config))
     winners, losers = latents.double().numpy().reshape(2, 6, *SHAPE)
-    noise = draw.noise.double().numpy()
+    noise = noise_of(draw).double().numpy()
     expected = {
         "epsilon": noise,
         "v_prediction": np.concatenate(
@@ -72,7 +78,7 @@ def test_target_is_what_the_scheduler_says_the_network_predicts(config, predicti
         ),
         "sample": np.concatenate([winners, losers]),
     }[prediction_type]
-    target = process(prediction_type, **config).target(latents, draw)
+    _, target = process(prediction_type, **config).corrupt(latents, draw)
     assert target.dtype == torch.float32
     np.testing.assert_allclose(target.numpy(), expected, rtol=0, atol=1e-5)
 
@@ -85,8 +91,7 @@ def test_the_clean_image_follows_from_corruption_and_target(prediction_type):
     )
     scheduler.set_timesteps(1000)
     latents, draw = example()
-    noise = DiscreteDDPM(scheduler, CPU)
-    noisy, target = noise.corrupt(latents, draw), noise.target(latents, draw)
+    noisy, target = DiscreteDDPM(scheduler, CPU).corrupt(latents, draw)
     target = torch.cat([target, target]) if len(target) == len(draw.timesteps) else target
     for row, timestep in enumerate([*draw.timesteps.tolist()] * 2):
         step = scheduler.step(target[row], timestep, noisy[row])
@@ -94,18 +99,16 @@ def test_the_clean_image_follows_from_corruption_and_target(prediction_type):
 
 
 def test_at_zero_terminal_snr_nothing_of_the_image_is_left():
-    latents, _ = example()
-    noise = process("v_prediction", rescale_betas_zero_snr=True)
-    draw = Draw(torch.full((6,), 999), torch.randn(6, *SHAPE))
-    assert torch.equal(noise.corrupt(latents, draw), torch.cat([draw.noise, draw.noise]))
-    assert torch.equal(noise.target(latents, draw), -latents)
+    latents, draw = example((999,) * 6)
+    noisy, target = process("v_prediction", rescale_betas_zero_snr=True).corrupt(latents, draw)
+    assert torch.equal(noisy, torch.cat([noise_of(draw), noise_of(draw)]))
+    assert torch.equal(target, -latents)
 
 
 def test_winner_and_loser_share_noise_and_timestep():
     latents, draw = example()
-    noise = process("v_prediction")
     same = torch.cat([latents[:6], latents[:6]])
-    for values in (noise.corrupt(same, draw), noise.target(same, draw)):
+    for values in process("v_prediction").corrupt(same, draw):
         winners, losers = values.chunk(2)
         assert torch.equal(winners, losers)
 
@@ -114,14 +117,16 @@ def test_half_precision_latents_are_corrupted_in_float32():
     latents, draw = example()
     half = latents.half()
     noise = process("v_prediction")
-    assert torch.equal(noise.corrupt(half, draw), noise.corrupt(half.float(), draw))
-    assert torch.equal(noise.target(half, draw), noise.target(half.float(), draw))
+    plain, target = noise.corrupt(half.float(), draw)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = noise.corrupt(half, draw, dtype)
+        assert torch.equal(found[0], plain.to(dtype)) and torch.equal(found[1], target)
 
 
 def test_timesteps_cover_the_whole_range_evenly():
     draws = 20_000
     ids = torch.arange(draws)
-    timesteps = process().draw(7, ids, torch.zeros_like(ids), (1,)).timesteps
+    timesteps = process().draw(7, ids, torch.zeros_like(ids)).timesteps
     assert timesteps.dtype == torch.int64
     counts = np.bincount(timesteps.numpy(), minlength=1000)
     assert len(counts) == 1000 and counts.min() > 0
@@ -132,7 +137,7 @@ def test_timesteps_cover_the_whole_range_evenly():
 
 def test_noise_is_standard_normal():
     ids = torch.arange(200)
-    noise = process().draw(7, ids, torch.zeros_like(ids), SHAPE).noise.double()
+    noise = noise_of(process().draw(7, ids, torch.zeros_like(ids))).double()
     count = noise.numel()
     assert noise.shape == (200, *SHAPE)
     assert abs(noise.mean()) < 5 / count**0.5
@@ -142,14 +147,14 @@ def test_noise_is_standard_normal():
 def test_a_draw_does_not_depend_on_who_shares_the_batch():
     noise = process()
     ids, visits = torch.tensor([11, 2**62, 5, 11]), torch.tensor([0, 3, 1, 1])
-    whole = noise.draw(3, ids, visits, SHAPE)
+    whole = noise.draw(3, ids, visits)
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = noise.draw(3, ids[order], visits[order], SHAPE)
-    assert torch.equal(shuffled.noise, whole.noise[order])
+    shuffled = noise.draw(3, ids[order], visits[order])
+    assert torch.equal(noise_of(shuffled), noise_of(whole)[order])
     assert torch.equal(shuffled.timesteps, whole.timesteps[order])
     for row in range(4):
-        alone = noise.draw(3, ids[row : row + 1], visits[row : row + 1], SHAPE)
-        assert torch.equal(alone.noise[0], whole.noise[row])
+        alone = noise.draw(3, ids[row : row + 1], visits[row : row + 1])
+        assert torch.equal(noise_of(alone)[0], noise_of(whole)[row])
         assert alone.timesteps[0] == whole.timesteps[row]
 
 
@@ -157,18 +162,18 @@ def test_seed_pair_and_visit_each_give_another_draw():
     noise = process()
     ids = torch.arange(64)
     draws = [
-        noise.draw(seed, ids + first, torch.full_like(ids, visit), SHAPE)
+        noise.draw(seed, ids + first, torch.full_like(ids, visit))
         for seed, first, visit in [(3, 0, 0), (4, 0, 0), (3, 64, 0), (3, 0, 1)]
     ]
-    assert len({draw.noise[0].sum().item() for draw in draws}) == 4
+    assert len({noise_of(draw)[0].sum().item() for draw in draws}) == 4
     assert len({tuple(draw.timesteps.tolist()) for draw in draws}) == 4
 
 
 def test_noise_and_timestep_come_from_different_streams():
     """One stream for both would tie a pair's noise to its timestep."""
     ids = torch.arange(4000)
-    draw = process().draw(3, ids, torch.zeros_like(ids), (1,))
-    pairs = torch.stack([draw.timesteps.double(), draw.noise.flatten().double()])
+    draw = process().draw(3, ids, torch.zeros_like(ids))
+    pairs = torch.stack([draw.timesteps.double(), noise_of(draw)[:, 0, 0, 0].double()])
     assert abs(torch.corrcoef(pairs)[0, 1]) < 5 / 4000**0.5
 
 

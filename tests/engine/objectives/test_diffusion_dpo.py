@@ -25,19 +25,15 @@ def corrupted(backbone: StableDiffusion, prompts: list[str]) -> TrainingBatch:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2 * len(prompts), 4, 8, 8, generator=generator)
     ids = torch.arange(len(prompts))
-    draw = backbone.noise.draw(3, ids, torch.zeros_like(ids), latents.shape[1:])
-    return TrainingBatch(
-        noisy=backbone.noise.corrupt(latents, draw),
-        target=backbone.noise.target(latents, draw),
-        draw=draw,
-        conditioning=backbone.encode_prompts(prompts).for_pairs(),
-    )
+    draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
+    noisy, target = backbone.noise.corrupt(latents, draw, backbone.denoiser.dtype)
+    return TrainingBatch(noisy, target, draw, backbone.encode_prompts(prompts).for_pairs())
 
 
 def bare(target: Tensor) -> TrainingBatch:
     """A batch for networks that look at nothing."""
     pairs = len(target)
-    draw = Draw(torch.arange(pairs) * 7, target)
+    draw = Draw(torch.arange(pairs) * 7, torch.zeros(pairs, 4, dtype=torch.int64))
     noisy = torch.cat([target, target])
     return TrainingBatch(noisy, target, draw, Conditioning(torch.zeros(2 * pairs, 1, 1)))
 
