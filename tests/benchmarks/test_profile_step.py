@@ -1,0 +1,103 @@
+"""benchmarks/profile_step.py on the tiny world: the trace, the tables, the command it prints."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cdpo.engine.phases import PHASES
+from launching import ROOT, World
+from step_trace import KernelTotals, PhaseTotals, StepTrace, read_trace
+
+
+def profile_step(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "benchmarks/profile_step.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def rows_under(title: str, output: str) -> dict[str, tuple[float, float, float]]:
+    """Calls, milliseconds and percent of each row of a table, by name."""
+    lines = output.split(title, 1)[1].splitlines()[3:]
+    found = {}
+    for line in lines:
+        row = re.match(r"(\S+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)%\s*$", line)
+        if row is None:
+            break
+        found[row[1]] = tuple(map(float, row.groups()[1:]))
+    return found
+
+
+@pytest.mark.slow
+def test_two_steps_of_the_real_trainer(world: World, tmp_path: Path) -> None:
+    before = sorted((world.folder / "run").iterdir())
+    done = profile_step("--recipe", world.recipe, "--steps", 2, "--out", tmp_path, "seed=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted((world.folder / "run").iterdir()) == before  # it trained elsewhere
+
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = [e["name"] for e in events if e.get("cat") == "user_annotation"]
+    assert set(PHASES) <= set(names)
+    # 8 pairs in micro-batches of 4: two of each phase a step, but one read
+    assert (names.count("data"), names.count("policy"), names.count("backward")) == (2, 4, 4)
+
+    trace = read_trace(tmp_path / "trace.json.gz")
+    times = [trace.phases[name].host_ms for name in PHASES]
+    assert trace.num_steps == 2
+    assert min(times) > 0
+    assert 0.5 * trace.host_ms < sum(times) <= trace.host_ms
+
+    phases = rows_under("Phases of a step", done.stdout)
+    assert list(phases) == [*PHASES, "other", "step"]
+    calls, step_ms, share = phases.pop("step")
+    assert (calls, share) == (1, 100)
+    assert sum(ms for _, ms, _ in phases.values()) == pytest.approx(step_ms, abs=0.01 * len(phases))
+    operators = rows_under("Operators", done.stdout)
+    assert any(name.startswith("aten::") for name in operators)
+    assert sum(ms for _, ms, _ in operators.values()) <= step_ms
+    assert "no GPU here" in done.stdout
+    command = re.search(r"ncu --set full .*", done.stdout)
+    assert command is not None
+    words = shlex.split(command[0])
+    # three steps of warm-up with two launches each
+    assert words[words.index("--launch-skip") + 1] == "6"
+    assert words[words.index("python") + 1 :] == [
+        *("benchmarks/profile_step.py", "--recipe", str(world.recipe), "--steps", "2"),
+        *("seed=4", "--no-profiler"),
+    ]
+
+
+@pytest.mark.slow
+def test_without_shards_it_says_what_to_run_first(world: World, tmp_path: Path) -> None:
+    done = profile_step("--recipe", world.recipe, f"data.path={tmp_path / 'none'}")
+    assert done.returncode == 3
+    assert "run prepare first" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_ncu_command_is_for_the_costliest_kernel_unless_one_is_named(tmp_path: Path) -> None:
+    from profile_step import ncu_command
+
+    kernels = {"gemm": KernelTotals(40, 9.0), "backward_kernel": KernelTotals(4, 1.0)}
+    trace = StepTrace(2, 20.0, 10.0, 0, {"loss": PhaseTotals(calls=4)}, kernels)
+    for given, name, skip in ((None, "gemm", 60), ("backward_kernel", "backward_kernel", 6)):
+        command = ncu_command(trace, tmp_path, given, ["--recipe", "a recipe.yaml"])
+        words = shlex.split(command)
+        assert words[:5] == ["ncu", "--set", "full", "--kernel-name", f"regex:^{name}$"]
+        assert words[5:9] == ["--launch-skip", str(skip), "--launch-count", "1"]
+        assert words[-4:] == [
+            "benchmarks/profile_step.py",
+            "--recipe",
+            "a recipe.yaml",
+            "--no-profiler",
+        ]
