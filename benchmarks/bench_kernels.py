@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from agreement import Function, Inputs, leaves, weights_like
+from agreement import Function, Inputs, as_list, leaves, weights_like
+from bench_case import Case
 from bench_plots import draw_all
 from device_costs import count_launches, count_operators, peak_bytes
-from kernel_cases import Case, cases
+from kernel_cases import cases
 from kernel_results import (
     NOTES,
     OURS,
@@ -41,7 +42,7 @@ from unet_layers import NETWORKS
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY_MODEL, TINY_BATCHES = "tiny@64", [2, 8]
-BUDGET_S, TINY_BUDGET_S = 0.5, 0.05  # for one phase of one case
+BUDGET_S, TINY_BUDGET_S = 0.3, 0.05  # for one phase of one case
 
 
 def phase_of(phase: str, function: Function, inputs: Inputs) -> Prepare:
@@ -50,15 +51,19 @@ def phase_of(phase: str, function: Function, inputs: Inputs) -> Prepare:
     def forward():
         return function(**inputs)
 
-    def backward_of(output):
-        return lambda: torch.autograd.grad(output, wanted, weights)
+    def differentiable(outputs):
+        return [output for output in as_list(outputs) if output.requires_grad]
+
+    def backward_of(outputs):
+        return lambda: torch.autograd.grad(outputs, wanted, weights)
 
     if phase == "forward":
         return lambda: forward
-    wanted, weights = leaves(inputs), weights_like(forward())
+    wanted = leaves(inputs)
+    weights = [weights_like(output) for output in differentiable(forward())]
     if phase == "backward":
-        return lambda: backward_of(forward())
-    return lambda: lambda: backward_of(forward())()
+        return lambda: backward_of(differentiable(forward()))
+    return lambda: lambda: backward_of(differentiable(forward()))()
 
 
 def compile_eager(case: Case, inputs: Inputs, console: Console) -> dict[str, Function]:
@@ -122,14 +127,16 @@ def run(options: argparse.Namespace, device: torch.device, console: Console) -> 
     clock = clock_of(device)
     budget_s = TINY_BUDGET_S if options.tiny else BUDGET_S
     rows: list[Row] = []
+    too_large: list[Case] = []
     for case in track(chosen, "timing", console=console):
+        # Compiling is most of a tiny run's time, so there it is done once a shape.
+        compiles = not options.tiny or case.pairs == max(options.batches)
         try:
-            # Compiling is most of a tiny run's time, so there it is done once a shape.
-            compiles = not options.tiny or case.pairs == max(options.batches)
-            rows += measure(case, clock, budget_s, compiles, console)
+            rows += list(measure(case, clock, budget_s, compiles, console))
         except torch.OutOfMemoryError:
+            too_large.append(case)
             console.print(f"out of memory: {case.kernel}, {case.shape}", style="yellow")
-    summary = summarise(rows)
+    summary = summarise(rows, [(case.kernel, case.model, case.pairs) for case in too_large])
     result = {
         "benchmark": "kernels",
         **provenance(device),
@@ -137,6 +144,7 @@ def run(options: argparse.Namespace, device: torch.device, console: Console) -> 
         "note": NOTES[device.type],
         "ours": OURS[device.type],
         "caches": clock.caches,
+        "out_of_memory": [f"{case.kernel}, {case.model}, {case.shape}" for case in too_large],
         "summary": summary,
         "rows": rows,
     }

@@ -4,6 +4,8 @@ Written as a careful user would: a target that winner and loser share is broadca
 nothing runs that the result does not need.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -65,6 +67,60 @@ def add_noise(latents: Tensor, timesteps: Tensor, noise: Tensor | None = None) -
     noise = torch.randn_like(winners) if noise is None else noise.to(latents.dtype)
     noisy = [SCHEDULER.add_noise(samples, noise, timesteps) for samples in (winners, losers)]
     return [torch.cat(noisy), noise]
+
+
+def consistency_solver_step(
+    teacher: Tensor,
+    noisy: Tensor,
+    guidance: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    earlier_alpha: Tensor,
+    earlier_sigma: Tensor,
+    **_: Tensor,
+) -> Tensor:
+    """Guidance on x0 and ε and one DDIM step, as in diffusers' LCM distillation scripts."""
+    w, alpha, sigma = _per_image(guidance), _per_image(alpha), _per_image(sigma)
+    conditional, unconditional = teacher.chunk(2)
+    clean, unguided = ((noisy - sigma * x) / alpha for x in (conditional, unconditional))
+    clean = clean + w * (clean - unguided)
+    noise = conditional + w * (conditional - unconditional)
+    previous = _per_image(earlier_alpha) * clean + _per_image(earlier_sigma) * noise
+    return previous.to(noisy.dtype)
+
+
+def consistency_outputs(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    noisy: Tensor,
+    previous: Tensor,
+    timesteps: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    earlier_timesteps: Tensor,
+    earlier_alpha: Tensor,
+    earlier_sigma: Tensor,
+) -> list[Tensor]:
+    """Consistency functions of all three networks; only the policy's is differentiated."""
+    now = _consistency_at(timesteps, alpha, sigma)
+    earlier = _consistency_at(earlier_timesteps, earlier_alpha, earlier_sigma)
+    output = now(policy, noisy)
+    with torch.no_grad():
+        return [output, now(reference, noisy), earlier(target, previous)]
+
+
+def _consistency_at(timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Callable[..., Tensor]:
+    """`c_skip · noisy + c_out · x0`, the scalings those of diffusers' LCM scripts."""
+    scaled = timesteps * 10.0
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+    c_skip, c_out, alpha, sigma = (_per_image(x) for x in (c_skip, c_out, alpha, sigma))
+    return lambda x, noisy: c_skip * noisy + c_out * ((noisy - sigma * x) / alpha)
+
+
+def _per_image(x: Tensor) -> Tensor:
+    """(B,) numbers of pairs, for the winners and losers of (2B, C, h, w)."""
+    return torch.cat([x, x])[:, None, None, None]
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:

@@ -12,7 +12,7 @@ A summary row puts all shapes of a UNet's forward together, each with its count.
 bandwidths say nothing about the kernels and are left out: ratios remain.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -46,12 +46,12 @@ def speedups(times: Mapping[str, Times]) -> dict[str, dict[str, float]]:
     }
 
 
-def summarise(rows: Iterable[Row]) -> list[Row]:
-    """One row a kernel, model, batch and phase."""
+def summarise(rows: Iterable[Row], incomplete: Collection[tuple[str, str, int]] = ()) -> list[Row]:
+    """One row a kernel, model, batch and phase; none for what lacks a shape."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
-    return [_summary(group) for group in groups.values()]
+    return [_summary(group) for key, group in groups.items() if key[:3] not in incomplete]
 
 
 def _summary(rows: list[Row]) -> Row:
@@ -118,7 +118,8 @@ def table(result: Row) -> Table:
     on_gpu = result["device"]["type"] == "cuda"
     shown = Table(
         title=f"Kernels on {result['device']['name']}; ours: {result['ours']}",
-        caption="times as long as ours: median [20th, 80th percentile]",
+        caption="eager, compiled, others: times as long as ours, median [20th, 80th percentile]; "
+        "layers: all of one UNet forward",
     )
     for name in (*GROUP, "eager", "compiled", "others"):
         shown.add_column(name, justify="right" if name == "pairs" else "left")

@@ -18,7 +18,7 @@ Prepare = Callable[[], Run]  # does what is not timed and returns what is
 FLUSH_BYTES = 512 << 20  # several times the L2 of any GPU
 COPY_BYTES = 1 << 30
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-WARM_UP_ROUNDS = 3
+WARM_UP_ROUNDS = 2
 
 
 class Spread(NamedTuple):
@@ -68,12 +68,12 @@ class CudaClock:
         self.device = device
         self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush_ms = 1.0  # until it is known
         self._flush_ms = min(self.measure(self._buffer.zero_, 0.0)[0] for _ in range(5))
 
     def measure(self, run: Run, host_ms: float) -> tuple[float, float]:
         """Milliseconds of device and host; `host_ms` is how long the host is expected to take."""
-        flushes = 1 + ceil(2 * host_ms / self._flush_ms) if host_ms else 1
-        for _ in range(flushes):
+        for _ in range(1 + ceil(2 * host_ms / self._flush_ms)):
             self._buffer.zero_()
         self._start.record()
         begin = time.perf_counter()
@@ -93,11 +93,14 @@ def clock_of(device: torch.device) -> Clock:
 
 def take_turns(tasks: Mapping[str, Prepare], clock: Clock, budget_s: float) -> dict[str, Times]:
     """Time every task once a round, for about `budget_s` seconds."""
-    expected = dict.fromkeys(tasks, 0.0)
+    for prepare in tasks.values():
+        prepare()()  # compiles, perhaps
+    expected = {name: clock.measure(prepare(), 0.0)[1] for name, prepare in tasks.items()}
     for _ in range(WARM_UP_ROUNDS):
         begin = time.perf_counter()
         for name, prepare in tasks.items():
-            expected[name] = clock.measure(prepare(), expected[name])[1]
+            host_ms = clock.measure(prepare(), expected[name])[1]
+            expected[name] = min(host_ms, expected[name])
         round_s = time.perf_counter() - begin
     num_rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
     times = {name: Times([], []) for name in tasks}
