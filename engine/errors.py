@@ -34,7 +34,7 @@ class DataError(CdpoError):
 
 
 class NumericsError(CdpoError):
-    """Loss or gradients stayed non-finite for too many steps in a row."""
+    """Loss or gradients stayed non-finite for too many steps in a row, or an image came out NaN."""
 
     exit_code = EXIT_NUMERICS
 

@@ -38,6 +38,9 @@ class Model(Section):
     """Weight variant on the hub, e.g. `fp16`."""
     vae: str | None = None
     """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
+    unet: str | None = None
+    """Another UNet (folder or hub id) in place of the model's own, e.g.
+    `latent-consistency/lcm-sdxl`."""
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling."""
 

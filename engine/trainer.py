@@ -19,7 +19,7 @@ from ..kernels import use as use_kernels
 from ..kernels.dispatch import INTERPRETED
 from . import keyed
 from .adapters import LORA_FILE, add_lora, export_lora, twin_of
-from .backbones import DTYPES, Backbone, load_backbone
+from .backbones import DTYPES, Backbone, Framing, load_backbone
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
@@ -266,7 +266,8 @@ class Trainer:
             noisy, target = noise.corrupt(latents, draw, dtype)
         with phase("encode_prompts"):
             prompts = self._drop_captions(pairs)
-            conditioning = self.backbone.encode_prompts(prompts).for_pairs()
+            framing = Framing(pairs.original_sizes, pairs.crops, self.manifest.resolution)
+            conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
         return TrainingBatch(noisy, target, draw, conditioning)
 
     def _drop_captions(self, pairs: PairBatch) -> list[str]:
@@ -330,7 +331,10 @@ class Trainer:
             policy = self.engine.module.policy
             policy.eval()
             with self.log.clock_stopped():
-                self.samples.draw(policy, self.cursor.step)
+                try:
+                    self.samples.draw(policy, self.cursor.step)
+                except NumericsError as error:  # a missing picture is no reason to stop training
+                    self.terminal.warn(f"no sample picture of step {self.cursor.step}: {error}")
             policy.train()
 
     def _checkpoint_if_due(self) -> None:

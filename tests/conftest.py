@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.backbones import sd
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
@@ -43,9 +44,9 @@ def tiny_recipe(tiny_world: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def tiny_backbone(tiny_recipe: Callable[..., Recipe]) -> StableDiffusion:
+def tiny_backbone(tiny_recipe: Callable[..., Recipe]) -> LatentDiffusion:
     """The tiny Stable Diffusion in float32, freshly loaded: tests may change it."""
-    return StableDiffusion.load(tiny_recipe().model, CPU, torch.float32)
+    return sd.load(tiny_recipe().model, CPU, torch.float32)
 
 
 @pytest.fixture

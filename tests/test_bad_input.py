@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import ForkServer, Outcome, World
+from safetensors.torch import load_file, save_file
 
 
 def refused(outcome: Outcome, code: int, *texts: str) -> None:
@@ -33,7 +34,6 @@ def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
         ("data.lanes=3", ["global_batch", "lanes"]),
         ("train.micro_batch=3", ["train.micro_batch=3", "1, 2, 4 or 8"]),
         ("model.backbone=lcm", ["lcm", "consistency_dpo"]),
-        ("model.backbone=sdxl", ["sdxl", "not built yet"]),
         ("adapter.targets=[to_qq]", ["to_qq", "to_q"]),
     ],
 )
@@ -53,6 +53,8 @@ def test_a_conflict_with_the_deepspeed_file_shows_both_values(world: World, tmp_
     [
         ("prompts.train=nowhere.txt", 3, ["nowhere.txt"]),
         ("model.path=nowhere", 6, ["model.path=nowhere"]),
+        ("model.unet=nowhere", 6, ["model.unet=nowhere"]),
+        ("model.backbone=sdxl", 6, ["model.backbone=sd fits, not sdxl"]),
         ("reward.path=nowhere", 6, ["nowhere"]),
         ("model.resolution=[20, 16]", 6, ["20x16", "multiples of"]),
         ("data.lanes=8 data.pairs_per_shard=1 curriculum.tiers=5", 3, ["tier"]),
@@ -66,6 +68,20 @@ def test_prepare_refuses(
     overrides = override.replace(", ", ",").split()
     outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", *overrides])
     refused(outcome, code, *texts)
+    assert not (run / "shards" / "manifest.json").exists()
+
+
+def test_a_vae_that_overflows_is_found_at_prepare(world: World, tmp_path: Path) -> None:
+    """Its images would be black and all tie: the error names what to change instead."""
+    vae = tmp_path / "vae"
+    shutil.copytree(world.folder / "sd" / "vae", vae)
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_in.weight"][0, 0, 0, 0] = 7e4  # infinite in fp16
+    save_file({name: value.half() for name, value in state.items()}, weights)
+    run = tmp_path / "run"
+    outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", f"model.vae={vae}"])
+    refused(outcome, 4, "VAE makes NaN", "model.vae")
     assert not (run / "shards" / "manifest.json").exists()
 
 

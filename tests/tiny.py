@@ -1,23 +1,34 @@
 """A world small enough for unit tests: random weights, but real classes in the real folder format.
 
 `build(folder)` writes a Stable Diffusion pipeline, two CLIP models and prompt files, and returns a
-recipe for them. Tokenizers are those of `assets/emoji`.
+recipe for them; `build(folder, "sdxl")` does so with a Stable Diffusion XL. Tokenizers are those of
+`assets/emoji`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
 )
@@ -32,51 +43,71 @@ TEXT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+# As the base model's on the hub, with what other schedulers than Euler's are to read in it.
+XL_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
-def text_config(tokens: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokens: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokens),
         max_position_embeddings=tokens.model_max_length,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
-        projection_dim=16,
-        **TEXT,
+        **{"projection_dim": 16, **TEXT, **changes},
     )
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    """A UNet of 8x8 latents with 4 channels, halved once."""
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+    }
+    return UNet2DConditionModel(**config | changes)
+
+
+def vae(**changes: Any) -> AutoencoderKL:
+    """A VAE that halves 16x16 pixels."""
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 0.5,
+    }
+    return AutoencoderKL(**config | changes)
 
 
 def pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     """A Stable Diffusion of some 30,000 parameters: 16x16 pixels, 8x8 latents of 4 channels."""
     torch.manual_seed(seed)
     tokens = tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.5,
-    )
     return StableDiffusionPipeline(
-        vae=vae,
+        unet=unet(),
+        vae=vae(),
         text_encoder=CLIPTextModel(text_config(tokens)),
         tokenizer=tokens,
-        unet=unet,
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear",
             clip_sample=False,
@@ -86,6 +117,33 @@ def pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusion
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def xl_pipeline(seed: int = 0, **changes: Any) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL of that size: text of widths 16 and 24, pooled to 12, and time ids."""
+    torch.manual_seed(seed)
+    tokens = tokenizer()
+    second = text_config(tokens, hidden_size=24, num_hidden_layers=2, projection_dim=12)
+    parts: dict[str, Any] = {
+        "unet": unet(
+            cross_attention_dim=16 + 24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=12 + 6 * 8,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+        ),
+        "vae": vae(),
+        "text_encoder": CLIPTextModel(text_config(tokens, num_hidden_layers=2)),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "tokenizer": tokens,
+        "tokenizer_2": tokens,
+        "scheduler": EulerDiscreteScheduler.from_config(XL_SCHEDULE),
+    }
+    return StableDiffusionXLPipeline(**parts | changes, add_watermarker=False)
+
+
+PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {"sd": pipeline, "sdxl": xl_pipeline}
 
 
 def save_clip(folder: Path, seed: int) -> None:
@@ -111,9 +169,9 @@ def save_clip(folder: Path, seed: int) -> None:
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
 
 
-def build(folder: Path) -> dict[str, Any]:
+def build(folder: Path, backbone: str = "sd") -> dict[str, Any]:
     """Write the world under ``folder``; returns a recipe as plain data, run in ``folder/run``."""
-    pipeline().save_pretrained(folder / "sd")
+    PIPELINES[backbone]().save_pretrained(folder / backbone)
     save_clip(folder / "reward", seed=1)
     save_clip(folder / "judge", seed=2)
     (folder / "train.txt").write_text("\n".join(PROMPTS))
@@ -122,7 +180,11 @@ def build(folder: Path) -> dict[str, Any]:
     return {
         "run_dir": str(folder / "run"),
         "seed": 3,
-        "model": {"path": str(folder / "sd"), "resolution": [16, 16]},
+        "model": {
+            "backbone": backbone,
+            "path": str(folder / backbone),
+            "resolution": [16, 16],
+        },
         "prompts": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")},
         "reward": {"path": str(folder / "reward")},
         "prepare": {

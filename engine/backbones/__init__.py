@@ -6,27 +6,30 @@ import torch
 
 from ..errors import RecipeError
 from ..recipe import Model
-from .protocol import Backbone, Conditioning, Draw, NoiseProcess
-from .sd import StableDiffusion, fingerprint
+from . import sd, sdxl
+from .pretrained import fingerprint
+from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess
 
 __all__ = [
     "DTYPES",
     "Backbone",
     "Conditioning",
     "Draw",
+    "Framing",
     "NoiseProcess",
     "fingerprint",
     "load_backbone",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILIES = {"sd": sd.load, "sdxl": sdxl.load}
 
 
 def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> Backbone:
     """The backbone a recipe names; RecipeError for families that are declared but not built yet."""
-    if spec.backbone != "sd":
+    if spec.backbone not in FAMILIES:
         raise RecipeError(
-            f"model.backbone={spec.backbone} is not built yet: this version runs `sd` "
-            "(Stable Diffusion 1.x and 2.x)"
+            f"model.backbone={spec.backbone} is not built yet: this version runs "
+            f"{' and '.join(FAMILIES)}"
         )
-    return StableDiffusion.load(spec, device, DTYPES[precision])
+    return FAMILIES[spec.backbone](spec, device, DTYPES[precision])

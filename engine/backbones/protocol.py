@@ -24,7 +24,8 @@ class Conditioning:
     text: Tensor
     """Token embeddings (N, T, D)."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Further per-image tensors a family needs (SDXL: pooled text and time ids), each (N, ...)."""
+    """Further per-image tensors (N, ...) by the UNet's name for them: SDXL's pooled `text_embeds`
+    and `time_ids`; whatever else stands here is an argument of the UNet's forward."""
 
     def select(self, rows: Sequence[int] | Tensor) -> Conditioning:
         """The rows asked for, in that order."""
@@ -34,12 +35,17 @@ class Conditioning:
             {name: value.index_select(0, rows) for name, value in self.extras.items()},
         )
 
-    def for_pairs(self) -> Conditioning:
-        """Conditioning of B prompts repeated for ``[winners; losers]``: (2B, ...)."""
-        return Conditioning(
-            torch.cat([self.text, self.text]),
-            {name: torch.cat([value, value]) for name, value in self.extras.items()},
-        )
+
+@dataclass(frozen=True)
+class Framing:
+    """How each of N images was cut out of its original, in pixels; some families are told it."""
+
+    original_sizes: Tensor
+    """(N, 2) int64: height and width before resizing and cropping."""
+    crops: Tensor
+    """(N, 2) int64: top and left of the crop."""
+    target_size: tuple[int, int]
+    """Height and width of what the model works on."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,10 @@ class Backbone(Protocol):
         """Scaled latents (N, C, h, w) float32 of RGB images."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of N prompts; each distinct prompt is encoded once in a process."""
+    def encode_prompts(
+        self, prompts: Sequence[str], framing: Framing | None = None
+    ) -> Conditioning:
+        """Conditioning of N images by their prompts, encoded once each, and by their framing."""
         ...
 
     def predict(

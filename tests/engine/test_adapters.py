@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from cdpo.engine.adapters import LORA_FILE, add_lora, export_lora, twin_of
-from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.backbones import sd
 from cdpo.engine.errors import RecipeError
 from cdpo.engine.recipe import Lora
 from diffusers import StableDiffusionPipeline
@@ -40,7 +40,7 @@ def trainable(net: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_shares_the_weights_and_never_sees_the_adapter(tiny_recipe, dtype):
-    backbone = StableDiffusion.load(tiny_recipe().model, torch.device("cpu"), dtype)
+    backbone = sd.load(tiny_recipe().model, torch.device("cpu"), dtype)
     base = backbone.denoiser
     before = predict(base)
     reference = twin_of(base)
@@ -82,7 +82,7 @@ def test_every_named_layer_and_no_other_gets_one(tiny_backbone):
 def test_the_start_is_a_function_of_the_seed(tiny_recipe):
     def start(seed: int) -> dict[str, Tensor]:
         torch.rand(seed + 1)  # global state is neither used ...
-        backbone = StableDiffusion.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
+        backbone = sd.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
         state = torch.get_rng_state()
         found = trainable(add_lora(backbone.denoiser, Lora(rank=2), seed))
         assert torch.equal(torch.get_rng_state(), state)  # ... nor advanced
@@ -130,13 +130,13 @@ def test_a_backbone_loads_what_is_exported(tiny_backbone, tiny_recipe, tmp_path)
     policy = add_lora(tiny_backbone.denoiser, Lora(rank=2, alpha=5.0), seed=0)
     perturb(policy)
     export_lora(policy, tmp_path / "lora", write=True)
-    other = StableDiffusion.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
+    other = sd.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
     other.load_adapter(tmp_path / "lora")
     torch.testing.assert_close(predict(other.denoiser), predict(policy), rtol=0, atol=1e-5)
 
 
 def test_exports_in_float32_what_was_trained_in_bfloat16(tiny_recipe, tmp_path, tiny_world):
-    backbone = StableDiffusion.load(tiny_recipe().model, torch.device("cpu"), torch.bfloat16)
+    backbone = sd.load(tiny_recipe().model, torch.device("cpu"), torch.bfloat16)
     policy = add_lora(backbone.denoiser, Lora(rank=2, alpha=5.0), seed=0)
     perturb(policy)
     export_lora(policy, tmp_path / "lora", write=True)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine import candidates
-from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.backbones import sd
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.candidates import CandidateSampler
 from cdpo.engine.errors import DataError
 from cdpo.engine.keyed import Stream
@@ -21,13 +22,13 @@ COUNT = 3
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_world: Path) -> StableDiffusion:
+def backbone(tiny_world: Path) -> LatentDiffusion:
     spec = Model(path=str(tiny_world / "sd"), resolution=(16, 16))
-    return StableDiffusion.load(spec, torch.device("cpu"), torch.float32)
+    return sd.load(spec, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
-def sampler(backbone: StableDiffusion, tmp_path: Path) -> Callable[..., CandidateSampler]:
+def sampler(backbone: LatentDiffusion, tmp_path: Path) -> Callable[..., CandidateSampler]:
     def make(folder: str = "candidates", **changes: object) -> CandidateSampler:
         settings = {
             "seed": 3,
@@ -46,7 +47,7 @@ def sampler(backbone: StableDiffusion, tmp_path: Path) -> Callable[..., Candidat
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, backbone: StableDiffusion) -> list[str]:
+def drawn(monkeypatch: pytest.MonkeyPatch, backbone: LatentDiffusion) -> list[str]:
     """The prompts of all images drawn so far."""
     prompts: list[str] = []
     original = backbone.sample

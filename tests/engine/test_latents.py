@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.errors import DataError
 from cdpo.engine.latents import LatentStore
@@ -26,7 +26,7 @@ def pictures(seed: int, count: int = 4) -> list[Image.Image]:
 class CountingBackbone:
     """Encodes images with the tiny VAE and remembers how many at a time."""
 
-    def __init__(self, backbone: StableDiffusion) -> None:
+    def __init__(self, backbone: LatentDiffusion) -> None:
         self.backbone = backbone
         self.calls: list[int] = []
         self.change: Callable[[Tensor], Tensor] = lambda latents: latents
@@ -37,7 +37,7 @@ class CountingBackbone:
 
 
 @pytest.fixture
-def backbone(tiny_backbone: StableDiffusion) -> CountingBackbone:
+def backbone(tiny_backbone: LatentDiffusion) -> CountingBackbone:
     return CountingBackbone(tiny_backbone)
 
 

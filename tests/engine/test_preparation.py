@@ -14,7 +14,7 @@ import tiny
 import torch
 import webdataset
 from cdpo.engine import candidates, latents, preparation
-from cdpo.engine.backbones.sd import StableDiffusion
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.errors import DataError
 from cdpo.engine.launch import Ranks
@@ -131,7 +131,7 @@ def test_latents_are_those_of_the_images_the_record_names(plain, tiny_backbone):
 
 
 def preparation_images(
-    run_dir: Path, backbone: StableDiffusion
+    run_dir: Path, backbone: LatentDiffusion
 ) -> Callable[[str], list[Image.Image]]:
     """Images of a prompt straight out of the tars, whatever their settings."""
     by_prompt: dict[str, list[Image.Image]] = {}

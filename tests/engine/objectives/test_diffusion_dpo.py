@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cdpo.engine.adapters import add_lora, twin_of
+from cdpo.engine.backbones import sd
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.protocol import Conditioning, Draw
-from cdpo.engine.backbones.sd import StableDiffusion
 from cdpo.engine.errors import RecipeError
 from cdpo.engine.objectives import Loss, TrainingBatch, build_objective
 from cdpo.engine.recipe import Lora, Objective
@@ -20,14 +21,15 @@ LOG_2 = math.log(2)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def corrupted(backbone: StableDiffusion, prompts: list[str]) -> TrainingBatch:
+def corrupted(backbone: LatentDiffusion, prompts: list[str]) -> TrainingBatch:
     """A batch as the trainer makes it, of latents of size 1."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2 * len(prompts), 4, 8, 8, generator=generator)
     ids = torch.arange(len(prompts))
     draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
     noisy, target = backbone.noise.corrupt(latents, draw, backbone.denoiser.dtype)
-    return TrainingBatch(noisy, target, draw, backbone.encode_prompts(prompts).for_pairs())
+    conditioning = backbone.encode_prompts([*prompts, *prompts])
+    return TrainingBatch(noisy, target, draw, conditioning)
 
 
 def bare(target: Tensor) -> TrainingBatch:
@@ -43,7 +45,7 @@ def constant(prediction: Tensor) -> Callable[..., Tensor]:
 
 
 def policy_and_reference(
-    backbone: StableDiffusion, perturb: float = 0.0
+    backbone: LatentDiffusion, perturb: float = 0.0
 ) -> tuple[nn.Module, nn.Module]:
     """The backbone's denoiser with an adapter, moved away from the reference, and its twin."""
     reference = twin_of(backbone.denoiser)
@@ -121,7 +123,7 @@ def test_loss_and_gradients_are_those_of_the_formula_in_float64(tiny_backbone, p
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_fresh_adapter_starts_at_log_2_exactly(tiny_recipe, precision):
-    backbone = StableDiffusion.load(tiny_recipe().model, torch.device("cpu"), DTYPES[precision])
+    backbone = sd.load(tiny_recipe().model, torch.device("cpu"), DTYPES[precision])
     policy, reference = policy_and_reference(backbone)
     found = build_objective(Objective(beta=5000))(
         partial(backbone.predict, policy.train()),

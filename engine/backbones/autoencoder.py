@@ -1,0 +1,78 @@
+"""The KL autoencoder between pixels and latents, in float32 at every precision of the run.
+
+Half of the published VAEs overflow in fp16 (SDXL's own does), and the fingerprint in the shards
+must not depend on how a run computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from ..errors import NumericsError
+from .pretrained import fingerprint
+
+
+class Autoencoder:
+    """Images to scaled latents and back: ``latents = (z - shift) * scale``, z what the VAE makes.
+
+    Latents are (N, C, h, w) float32; an image is ``scale_factor`` times as high and wide.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.channels = int(vae.config["latent_channels"])
+        self.scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.scaling_factor = float(vae.config["scaling_factor"])
+        self.shift_factor = float(vae.config.get("shift_factor") or 0.0)
+        self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
+
+    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of an image of (height, width) pixels."""
+        height, width = resolution
+        return self.channels, height // self.scale_factor, width // self.scale_factor
+
+    def pixel_shape(self, latents: Tensor) -> tuple[int, int]:
+        """(height, width) in pixels of latents (..., h, w)."""
+        height, width = latents.shape[-2:]
+        return height * self.scale_factor, width * self.scale_factor
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the weights."""
+        return fingerprint(self.vae)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Latents of images of one size.
+
+        They are the posterior's mean, not a sample: an image met twice has one latent, and the
+        noise of the VAE's posterior is far below that of almost every timestep.
+        """
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        batch = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
+        mean = self.vae.encode(batch.float() / 127.5 - 1).latent_dist.mean.float()
+        return (mean - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Images of latents of any float type; NumericsError where one would be black NaN."""
+        if not latents.isfinite().all():
+            raise NumericsError(
+                "the denoiser made latents that are NaN or infinite: it overflows at this "
+                "precision (prepare.precision, train.precision), take bf16 or fp32, or its weights "
+                "are broken"
+            )
+        pixels = self.vae.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+        if not pixels.isfinite().all():
+            raise NumericsError(
+                "the VAE makes NaN of finite latents: its weights are broken or overflowed when "
+                "they were stored, name another one as model.vae"
+            )
+        return self._processor.postprocess(pixels, output_type="pil")

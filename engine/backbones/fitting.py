@@ -1,0 +1,99 @@
+"""Whether the parts of a model fit together, and the recipe fits them: each misfit is one line."""
+
+from __future__ import annotations
+
+import math
+
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import SchedulerMixin
+
+from ..errors import OutsideError
+from ..recipe import Model
+from .ddpm import PREDICTION_TYPES
+
+PIPELINE_MULTIPLE = 8  # diffusers refuses other sizes, also where VAE and UNet would take them
+
+
+def check_parts(spec: Model, pipeline: DiffusionPipeline, text_width: int) -> None:
+    """OutsideError unless UNet, VAE, text encoders and the resolution go together.
+
+    Args:
+        spec: names the parts in messages.
+        pipeline: with `unet` and `vae`.
+        text_width: of the token embeddings, all text encoders side by side.
+    """
+    _check_latents(spec, pipeline.unet, pipeline.vae)
+    _check_text(spec, pipeline.unet, text_width)
+    _check_resolution(spec.resolution, pipeline.unet, pipeline.vae_scale_factor)
+
+
+def check_diffusion_unet(spec: Model, unet: UNet2DConditionModel) -> None:
+    """OutsideError for a latent consistency model, which is trained and sampled another way."""
+    guidance_width = unet.config["time_cond_proj_dim"]
+    if guidance_width is not None:
+        raise OutsideError(
+            f"{unet_name(spec)} is a latent consistency model "
+            f"(time_cond_proj_dim={guidance_width}): model.backbone=lcm fits, "
+            f"not {spec.backbone}"
+        )
+
+
+def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
+    """OutsideError for a noise schedule that is not a discrete DDPM, or that DDIM cannot sample."""
+    config, name = scheduler.config, f"model.path={spec.path}: its {type(scheduler).__name__}"
+    if "beta_schedule" not in config:
+        raise OutsideError(f"{name} has no beta schedule: model.backbone={spec.backbone} needs one")
+    if config["prediction_type"] not in PREDICTION_TYPES:
+        raise OutsideError(
+            f"{name} has prediction_type={config['prediction_type']!r}; known are "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    from_pure_noise = config.get("timestep_spacing", "leading") != "leading"
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    if zero_snr and from_pure_noise and config["prediction_type"] == "epsilon":
+        raise OutsideError(
+            f"{name} has rescale_betas_zero_snr with prediction_type='epsilon' and "
+            f"timestep_spacing={config['timestep_spacing']!r}: from pure noise the noise says "
+            "nothing of the image; such models predict v"
+        )
+
+
+def unet_name(spec: Model) -> str:
+    """How messages call the UNet: by the key that chose it."""
+    return f"model.unet={spec.unet}" if spec.unet else f"the UNet of model.path={spec.path}"
+
+
+def _check_latents(spec: Model, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    vae_name = f"model.vae={spec.vae}" if spec.vae else f"the VAE of model.path={spec.path}"
+    if vae.config.get("latents_mean") is not None:
+        raise OutsideError(
+            f"{vae_name} normalises each channel (latents_mean), which this backbone does not"
+        )
+    for end in ("in_channels", "out_channels"):
+        if unet.config[end] != vae.config["latent_channels"]:
+            raise OutsideError(
+                f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet.config[end]}, "
+                f"latent_channels={vae.config['latent_channels']}"
+            )
+
+
+def _check_text(spec: Model, unet: UNet2DConditionModel, text_width: int) -> None:
+    taken = unet.config["cross_attention_dim"]
+    widths = {taken} if isinstance(taken, int) else set(taken)
+    if widths != {text_width}:
+        raise OutsideError(
+            f"{unet_name(spec)} and the text encoder of model.path={spec.path} do not fit: "
+            f"cross_attention_dim={taken}, embeddings of width {text_width}"
+        )
+
+
+def _check_resolution(resolution: tuple[int, int], unet: UNet2DConditionModel, scale: int) -> None:
+    """The UNet must be able to halve latents of this size often enough."""
+    height, width = resolution
+    halvings = len(unet.config["down_block_types"]) - 1
+    factor = math.lcm(scale * 2**halvings, PIPELINE_MULTIPLE)
+    if height % factor or width % factor:
+        raise OutsideError(
+            f"model.resolution={height}x{width} does not fit this model: both must be "
+            f"multiples of {factor}"
+        )

@@ -1,0 +1,116 @@
+"""A UNet in the latents of a KL autoencoder, driven through its stock diffusers pipeline.
+
+Families differ in how they tell the UNet what to draw (a :class:`~.text.TextConditioner`) and in
+their noise process; the rest is here. Sampling runs the stock pipeline with the scheduler that it
+was loaded with, so what we rank is what users draw.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from PIL import Image
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder
+from .pretrained import fingerprint
+from .protocol import Conditioning, Framing, NoiseProcess
+from .text import TextConditioner
+
+# Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
+ADDED_CONDITIONS = ("text_embeds", "time_ids")
+
+
+class LatentDiffusion:
+    """The frozen parts of the model, and the calls that take a denoiser (policy or reference)."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        text: TextConditioner,
+        noise: NoiseProcess,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.pipeline = pipeline.to(device)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.denoiser: ModelMixin = pipeline.unet
+        self.vae = Autoencoder(pipeline.vae)
+        self.noise = noise
+        self._text = text
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the VAE's latents are multiplied by."""
+        return self.vae.scaling_factor
+
+    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of an image of (height, width) pixels."""
+        return self.vae.latent_shape(resolution)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the denoiser and the VAE, whatever their files look like."""
+        return {"model": fingerprint(self.denoiser), "vae": self.vae.fingerprint}
+
+    def load_adapter(self, folder: Path) -> None:
+        """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""
+        self.pipeline.load_lora_weights(folder)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.vae.encode(images)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], framing: Framing | None = None
+    ) -> Conditioning:
+        return self._text.encode(prompts, framing)
+
+    def predict(
+        self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        dtype = next(net.parameters()).dtype
+        extras = dict(conditioning.extras)
+        # The UNet casts these itself, after the sinusoids of the time ids: bfloat16 would round the
+        # ids (1023 pixels to 1024).
+        added = {name: extras.pop(name) for name in ADDED_CONDITIONS if name in extras}
+        return net(
+            noisy.to(dtype),
+            timesteps,
+            encoder_hidden_states=conditioning.text.to(dtype),
+            added_cond_kwargs=added or None,
+            return_dict=False,
+            **{name: value.to(dtype) for name, value in extras.items()},
+        )[0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        net: nn.Module,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+    ) -> list[Image.Image]:
+        # A shallow copy with its own scheduler: `net` may be the policy, and samplers keep state.
+        pipeline = copy.copy(self.pipeline)
+        pipeline.unet = net
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        dtype = next(net.parameters()).dtype
+        embeddings = self._text.pipeline_inputs(prompts)
+        height, width = self.vae.pixel_shape(noise)
+        latents = pipeline(
+            **{name: value.to(dtype) for name, value in embeddings.items()},
+            latents=noise.to(self.device, dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            output_type="latent",
+        ).images
+        return self.vae.decode(latents)

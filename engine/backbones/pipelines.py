@@ -1,0 +1,92 @@
+"""Loading the stock diffusers pipeline of a recipe, with the parts that it replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import SchedulerMixin
+
+from ..recipe import Model
+from .fitting import check_schedule
+from .pretrained import read_network, reading, refuse_missing_weights
+
+# What model_index.json may say, and the backbone that reads it.
+BACKBONES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "LatentConsistencyModelPipeline": "lcm",
+}
+
+
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline],
+    spec: Model,
+    dtype: torch.dtype,
+    *,
+    kind: str,
+    scheduler_class: type[SchedulerMixin] = DDIMScheduler,
+    **options: Any,
+) -> Any:
+    """The pipeline of a folder or hub id, with the recipe's own UNet and VAE where it names them.
+
+    Args:
+        pipeline_class: what the folder must hold, e.g. `StableDiffusionPipeline`.
+        spec: path, revision, variant and replacements.
+        dtype: of every network but the VAE, which is float32.
+        kind: what the folder should have been, for messages.
+        scheduler_class: how the pipeline samples, on the schedule that its folder describes.
+        options: further arguments of `pipeline_class.from_pretrained`.
+
+    Raises:
+        OutsideError: names the folder and what it lacks, or the backbone that fits it.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    with reading(f"model.path={spec.path}", kind):
+        _refuse_other_family(pipeline_class, spec)
+    replaced = _replacements(spec, dtype)
+    with reading(f"model.path={spec.path}", kind):
+        pipeline = pipeline_class.from_pretrained(
+            spec.path,
+            dtype={"vae": torch.float32, "default": dtype},
+            revision=spec.revision,
+            variant=spec.variant,
+            **replaced,
+            **options,
+        )
+        for name, part in (("UNet", pipeline.unet), ("VAE", pipeline.vae)):
+            refuse_missing_weights(part, name)
+    check_schedule(spec, pipeline.scheduler)
+    with reading(f"model.path={spec.path}", f"model that {scheduler_class.__name__} can sample"):
+        # Latents are not pixels in [-1, 1], to which some folders would have them clipped.
+        pipeline.scheduler = scheduler_class.from_config(
+            pipeline.scheduler.config, clip_sample=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _refuse_other_family(pipeline_class: type[DiffusionPipeline], spec: Model) -> None:
+    index = pipeline_class.load_config(spec.path, revision=spec.revision)
+    found = index.get("_class_name")
+    if found in BACKBONES and found != pipeline_class.__name__:
+        raise ValueError(
+            f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
+        )
+
+
+def _replacements(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
+    replaced: dict[str, Any] = {}
+    if spec.vae is not None:
+        replaced["vae"] = read_network(
+            AutoencoderKL, spec.vae, torch.float32, key="model.vae", kind="VAE"
+        )
+    if spec.unet is not None:
+        replaced["unet"] = read_network(
+            UNet2DConditionModel, spec.unet, dtype, key="model.unet", kind="UNet"
+        )
+    return replaced

@@ -1,0 +1,112 @@
+"""Stable Diffusion XL (Podell et al., arXiv 2307.01952): two text encoders, and size conditioning.
+
+Besides the token embeddings of both encoders the UNet is told the pooled embedding of the second
+and six numbers of each image: its original size, the corner it was cropped at, and the size it is
+shown in. Takes the base model in diffusers' `StableDiffusionXLPipeline` layout; the refiner, which
+has one text encoder and an aesthetic score in place of the target size, is not supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from ..errors import OutsideError
+from ..recipe import Model
+from .ddpm import DiscreteDDPM
+from .fitting import check_diffusion_unet, check_parts, unet_name
+from .latent_diffusion import LatentDiffusion
+from .pipelines import load_pipeline
+from .protocol import Conditioning, Framing
+from .text import PromptCache
+
+TIME_IDS = 6  # original height and width, crop top and left, target height and width
+
+
+def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    """The model a recipe names; OutsideError tells what is wrong with its folder."""
+    pipeline = load_pipeline(
+        StableDiffusionXLPipeline, spec, dtype, kind="Stable Diffusion XL model"
+    )
+    check_diffusion_unet(spec, pipeline.unet)
+    check_xl(spec, pipeline)
+    noise = DiscreteDDPM(pipeline.scheduler, device)
+    return LatentDiffusion(pipeline, StableDiffusionXLText(pipeline), noise, device)
+
+
+def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:
+    """OutsideError unless the parts go together, two text encoders and size conditioning among
+    them.
+    """
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    if None in encoders:
+        raise OutsideError(
+            f"model.path={spec.path} has one text encoder, where Stable Diffusion XL has two: its "
+            "refiner is not supported, give the base model"
+        )
+    check_parts(spec, pipeline, sum(encoder.config.hidden_size for encoder in encoders))
+    unet, pooled = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
+    if unet["addition_embed_type"] != "text_time":
+        raise OutsideError(
+            f"{unet_name(spec)} takes no sizes and pooled text "
+            f"(addition_embed_type={unet['addition_embed_type']!r}): it is not of Stable "
+            "Diffusion XL"
+        )
+    width = pooled + TIME_IDS * unet["addition_time_embed_dim"]
+    if unet["projection_class_embeddings_input_dim"] != width:
+        raise OutsideError(
+            f"{unet_name(spec)} and text_encoder_2 of model.path={spec.path} do not fit: "
+            f"projection_class_embeddings_input_dim="
+            f"{unet['projection_class_embeddings_input_dim']}, where pooled text and {TIME_IDS} "
+            f"time ids make {width}"
+        )
+
+
+class StableDiffusionXLText:
+    """Token embeddings (N, T, D), pooled ones (N, P) and time ids (N, 6).
+
+    The empty prompt is what the pipeline's own unconditional input is: zeros if its config says
+    `force_zeros_for_empty_prompt`, as the base model's does.
+    """
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
+        self._pipeline = pipeline
+        self._embed = PromptCache(self._embed_anew)
+
+    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
+        """Without framing the time ids are left out: the stock pipeline makes its own."""
+        text, pooled = self._embed(prompts)
+        extras = {"text_embeds": pooled}
+        if framing is not None:
+            extras["time_ids"] = time_ids(framing).to(text.device)
+        return Conditioning(text, extras)
+
+    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        text, pooled = self._embed(prompts)
+        negative, negative_pooled = self._embed([""] * len(prompts))
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        text, _, pooled, _ = self._pipeline.encode_prompt(
+            prompts,
+            device=self._pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+        )
+        if self._pipeline.config["force_zeros_for_empty_prompt"]:
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=text.device)
+            text[empty], pooled[empty] = 0, 0
+        return text, pooled
+
+
+def time_ids(framing: Framing) -> Tensor:
+    """(N, 6) float32: original (height, width), crop (top, left), target (height, width)."""
+    target = torch.tensor(framing.target_size).expand_as(framing.original_sizes)
+    return torch.cat([framing.original_sizes, framing.crops, target], dim=1).float()
