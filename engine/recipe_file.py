@@ -101,16 +101,25 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def diff_identity(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``."""
+    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``.
+
+    A knob that is younger than the checkpoint counts as its default there: defaults of new knobs
+    are what was done before.
+    """
     absent = object()
+
+    def value_of(identity: Mapping[str, object], key: str) -> object:
+        default = SCHEMA[key].get_default() if key in SCHEMA else PydanticUndefined
+        return identity.get(key, absent if default is PydanticUndefined else default)
 
     def show(value: object) -> str:
         return "not set" if value is absent else shown(value)
 
+    pairs = {key: (value_of(old, key), value_of(new, key)) for key in (*new, *old)}
     return [
-        f"{key}: checkpoint {show(old.get(key, absent))}, recipe {show(new.get(key, absent))}"
-        for key in dict.fromkeys((*new, *old))
-        if old.get(key, absent) != new.get(key, absent)
+        f"{key}: checkpoint {show(before)}, recipe {show(now)}"
+        for key, (before, now) in pairs.items()
+        if before != now
     ]
 
 

@@ -117,13 +117,15 @@ class World:
         )
 
 
-def make_world(folder: Path, server: ForkServer, **changes: Any) -> World:
-    recipe = tiny.build(folder)
+def make_world(
+    folder: Path, server: ForkServer, *, backbone: str = "sd", ranks: int = 1, **changes: Any
+) -> World:
+    recipe = tiny.build(folder, backbone)
     for dotted, value in changes.items():
         section, _, key = dotted.rpartition("__")
         (recipe[section] if section else recipe)[key] = value
     path = tiny.write_recipe(folder / "recipe.yaml", recipe)
-    server.run("prepare", path).succeeded()
+    server.run("prepare", path, ranks=ranks).succeeded()
     return World(folder, path, server)
 
 

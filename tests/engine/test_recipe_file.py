@@ -68,7 +68,7 @@ def test_a_minimal_recipe_has_the_defaults_of_the_schema(write):
     assert recipe.compare.judge is None
 
 
-@pytest.mark.parametrize("name", ["emoji_cdpo", "sd15_cdpo", "sdxl_cdpo", "lcm_cdpo"])
+@pytest.mark.parametrize("name", ["emoji_cdpo", "sd15_cdpo", "sd21_cdpo", "sdxl_cdpo", "lcm_cdpo"])
 def test_shipped_recipes_are_valid_and_show_every_knob(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = Path("recipes") / f"{name}.yaml"
@@ -467,6 +467,16 @@ def test_identity_allows_an_extended_run_and_refuses_another_beta(write):
     assert diff_identity({"gone": 1}, {"new": "x"}) == [
         "new: checkpoint not set, recipe 'x'",
         "gone: checkpoint 1, recipe not set",
+    ]
+
+
+def test_a_checkpoint_older_than_a_knob_had_its_default(write):
+    older = training_identity(load_recipe(write()))
+    del older["model.unet"]
+    assert diff_identity(older, training_identity(load_recipe(write()))) == []
+    other = load_recipe(write(), ["model.unet=some/unet"])
+    assert diff_identity(older, training_identity(other)) == [
+        "model.unet: checkpoint null, recipe 'some/unet'"
     ]
 
 
