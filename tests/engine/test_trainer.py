@@ -228,3 +228,13 @@ def test_triton_cannot_be_forced_without_a_gpu(world: World, tmp_path: Path) -> 
     outcome = world.train(tmp_path / "run", "train.kernels=triton")
     assert outcome.code == 2 and "train.kernels=triton needs a CUDA device" in outcome.text
     assert "TRITON_INTERPRET=1" in outcome.text and "Traceback" not in outcome.text
+
+
+def test_a_policy_that_overflows_costs_the_picture_not_the_run(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outcome = world.train(run, "train.steps=1", "train.optimizer.lr=1e37").succeeded()
+    assert "no sample picture of step 1: the denoiser made latents that are NaN" in outcome.text
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-00000000.png"]
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").exists()

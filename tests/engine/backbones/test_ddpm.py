@@ -105,6 +105,19 @@ def test_at_zero_terminal_snr_nothing_of_the_image_is_left():
     assert torch.equal(target, -latents)
 
 
+def test_a_last_alpha_of_almost_zero_keeps_what_it_says_of_the_image():
+    """Some of diffusers' schedulers set it to 2**-24 where the rescaled betas give 0."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler.alphas_cumprod[-1] = 2**-24
+    latents, draw = example((999,) * 6)
+    noisy, target = DiscreteDDPM(scheduler, CPU).corrupt(latents, draw)
+    alpha, sigma = 2.0**-12, (1 - 2.0**-24) ** 0.5
+    noise = torch.cat([noise_of(draw), noise_of(draw)]).double()
+    clean = latents.double()
+    torch.testing.assert_close(noisy.double(), alpha * clean + sigma * noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(target.double(), alpha * noise - sigma * clean, rtol=0, atol=1e-6)
+
+
 def test_winner_and_loser_share_noise_and_timestep():
     latents, draw = example()
     same = torch.cat([latents[:6], latents[:6]])
