@@ -7,6 +7,7 @@ optional; without it `auto` means PyTorch everywhere, and says so once if there 
 """
 
 import math
+import struct
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace, TracebackType
@@ -114,11 +115,45 @@ def check_same_device(**tensors: Tensor) -> None:
         raise ValueError(f"all tensors must be on one device; given {given}")
 
 
+def check_choice(name: str, value: str, taken: tuple[str, ...]) -> None:
+    """Refuse a word that is not among those taken."""
+    if value not in taken:
+        raise ValueError(f"{name} is {value!r}; taken are {', '.join(taken)}")
+
+
+def check_pairs(given: str, tensor: Tensor) -> None:
+    """Refuse what is not `[winners; losers]`; `given` begins the message: "latents are"."""
+    if tensor.ndim < 2 or tensor.numel() == 0 or tensor.shape[0] % 2:
+        raise ValueError(
+            f"{given} {tuple(tensor.shape)}; taken is (2B, ...): at least one pair, as many losers "
+            "as winners, no empty sample"
+        )
+
+
+def check_per_pair(pairs: int, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Refuse what is not one number a pair, of this dtype."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
+        if tensor.shape != (pairs,):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be ({pairs},)")
+
+
 def check_positive(**scalars: float) -> None:
     """Refuse zero, negative, infinite and NaN scalars."""
     for name, value in scalars.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be positive and finite")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Of the arithmetic: float32, as in the kernels, or float64 if a tensor is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def as_float32(value: float) -> float:
+    """The scalar as a kernel sees it, so that every implementation computes with the same one."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:

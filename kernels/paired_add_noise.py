@@ -32,6 +32,9 @@ from .dispatch import (
     FLOATS,
     NO_FUSION,
     CompileSpec,
+    check_choice,
+    check_pairs,
+    check_per_pair,
     check_same_device,
     device_of,
     takes_triton,
@@ -218,21 +221,12 @@ def _check(
             raise TypeError(f"{name} {given}; taken are bfloat16, float16 and float32")
     check_keys(keys)
     check_same_device(latents=latents, keys=keys, alpha=alpha, sigma=sigma)
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; taken are {', '.join(TARGETS)}")
-    if latents.ndim < 2 or latents.numel() == 0 or latents.shape[0] % 2:
-        raise ValueError(
-            f"latents are {tuple(latents.shape)}; they must be (2B, ...): at least one pair, as "
-            "many losers as winners, no empty sample"
-        )
+    check_choice("target", target, TARGETS)
+    check_pairs("latents are", latents)
     pairs = latents.shape[0] // 2
     if keys.shape[0] != pairs:
         raise ValueError(f"there are {keys.shape[0]} keys for {pairs} pairs; each pair has one")
-    for name, factor in (("alpha", alpha), ("sigma", sigma)):
-        if factor.dtype != torch.float32:
-            raise TypeError(f"{name} is {factor.dtype}; it must be float32")
-        if factor.shape != (pairs,):
-            raise ValueError(f"{name} is {tuple(factor.shape)}; it must be ({pairs},)")
+    check_per_pair(pairs, torch.float32, alpha=alpha, sigma=sigma)
 
 
 # -------------------------------------------------------------------------------------- reference

@@ -27,7 +27,6 @@ Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
 """
 
 import itertools
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +36,13 @@ from torch import Tensor
 from .dispatch import (
     NO_FUSION,
     CompileSpec,
+    as_float32,
+    check_choice,
     check_floating,
+    check_pairs,
     check_positive,
     check_same_device,
+    compute_dtype,
     device_of,
     takes_triton,
     triton,
@@ -190,10 +193,6 @@ def compile_specs() -> list[CompileSpec]:
 # ------------------------------------------------------------------------------------ torch.library
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = policy.shape[0]
     loss = policy.new_empty((), dtype=dtype)
@@ -201,16 +200,11 @@ def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return loss, logits, policy.new_empty((batch,), dtype=dtype), logits.new_empty((batch,))
 
 
-def _float32(value: float) -> float:
-    """The scalar as the kernel sees it, so that every implementation computes with the same one."""
-    return float(struct.unpack("f", struct.pack("f", value))[0])
-
-
 @torch.library.custom_op("cdpo::paired_dpo_loss", mutates_args=())
 def _op(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale, huber_c = _float32(scale), _float32(huber_c)
+    scale, huber_c = as_float32(scale), as_float32(huber_c)
     if takes_triton(policy, reference, target):
         return _forward_triton(policy, reference, target, scale, distance, huber_c)
     result = _ref(policy, reference, target, scale, distance, huber_c)
@@ -221,7 +215,7 @@ def _op(
 def _(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(policy, _compute_dtype(policy, reference, target))
+    return _empty_outputs(policy, compute_dtype(policy, reference, target))
 
 
 @torch.library.custom_op("cdpo::paired_dpo_loss_backward", mutates_args=())
@@ -234,7 +228,7 @@ def _backward_op(
     distance: str,
     huber_c: float,
 ) -> Tensor:
-    scale, huber_c = _float32(scale), _float32(huber_c)
+    scale, huber_c = as_float32(scale), as_float32(huber_c)
     if takes_triton(policy, target, logits):
         return _backward_triton(grad_loss, logits, policy, target, scale, distance, huber_c)
     return _backward_torch(grad_loss, logits, policy, target, scale, distance, huber_c)
@@ -300,14 +294,9 @@ def _check(
     check_floating(policy=policy, reference=reference, target=target)
     check_same_device(policy=policy, reference=reference, target=target)
     check_positive(scale=scale, huber_c=huber_c)
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; taken are {', '.join(DISTANCES)}")
+    check_choice("distance", distance, DISTANCES)
+    check_pairs("policy is", policy)
     batch, sample = policy.shape[:1], policy.shape[1:]
-    if policy.ndim < 2 or policy.numel() == 0 or batch[0] % 2:
-        raise ValueError(
-            f"policy is {tuple(policy.shape)}; it must be (2B, ...): at least one pair, as many "
-            "losers as winners, no empty sample"
-        )
     if reference.ndim == 1 and reference.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"reference errors are {reference.dtype}; they must be float32")
     if reference.shape not in (policy.shape, batch):
@@ -336,13 +325,13 @@ def paired_dpo_loss_ref(
 ) -> PairedLoss:
     """The same in plain PyTorch, differentiated by PyTorch."""
     _check(policy, reference, target, scale, distance, huber_c)
-    return _ref(policy, reference, target, _float32(scale), distance, _float32(huber_c))
+    return _ref(policy, reference, target, as_float32(scale), distance, as_float32(huber_c))
 
 
 def _ref(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> PairedLoss:
-    dtype, sample = _compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
+    dtype, sample = compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
     if target.shape[0] != policy.shape[0]:
         target = torch.cat([target, target])
     huber, t, p, r = distance == "pseudo_huber", *(x.to(dtype) for x in (target, policy, reference))

@@ -472,7 +472,7 @@ ONE = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"policy is \(3, 3\); it must be \(2B", {"policy": torch.zeros(3, 3)}),
+        (ValueError, r"policy is \(3, 3\); taken is \(2B", {"policy": torch.zeros(3, 3)}),
         (ValueError, r"policy is \(0, 3\)", {"policy": torch.zeros(0, 3)}),
         (ValueError, r"policy is \(2, 0\)", {"policy": torch.zeros(2, 0)}),
         (ValueError, r"policy is \(2,\)", {"policy": torch.zeros(2)}),
