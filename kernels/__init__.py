@@ -26,6 +26,12 @@ def _hand_over() -> None:
 if __name__ == "kernels":
     _hand_over()
 else:
+    from .consistency_step import (
+        ConsistencyOutputs,
+        SchedulePoint,
+        consistency_outputs,
+        consistency_solver_step,
+    )
     from .dispatch import use
     from .fuse import fuse, unfuse
     from .geglu import geglu
@@ -35,7 +41,11 @@ else:
     from .philox import philox_normal, philox_uint32
 
     __all__ = [
+        "ConsistencyOutputs",
         "PairedLoss",
+        "SchedulePoint",
+        "consistency_outputs",
+        "consistency_solver_step",
         "fuse",
         "geglu",
         "group_norm_silu",

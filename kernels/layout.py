@@ -43,3 +43,11 @@ def empty_samples(like: Tensor, leader: Tensor) -> Tensor:
     """Uninitialised tensor of `like`'s shape and dtype, its samples laid out as the leader's."""
     strides = (leader[0].numel(), *leader.stride()[1:])
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+
+
+def empty_whole_samples(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised tensor in `like`'s memory format if that is one dense sample after another."""
+    out = torch.empty_like(like, dtype=dtype)
+    if out.stride(0) == out[0].numel():
+        return out
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
