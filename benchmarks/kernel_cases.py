@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import latent_cases
 import layer_cases
+import lcm_cases
 from bench_case import Case
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # pairs
@@ -18,6 +19,7 @@ FAMILIES: dict[Family, tuple[int, ...]] = {  # with the batches it runs at
     latent_cases.paired_dpo_loss_cases: BATCHES,
     latent_cases.philox_normal_cases: BATCHES,
     latent_cases.paired_add_noise_cases: BATCHES,
+    lcm_cases.consistency_cases: BATCHES,
     layer_cases.group_norm_silu_cases: LAYER_BATCHES,
     layer_cases.geglu_cases: LAYER_BATCHES,
 }

@@ -1,0 +1,103 @@
+"""Kernels on latents between the networks of a latent consistency model's step."""
+
+from collections.abc import Iterator
+from math import prod
+
+import eager_baselines as eager
+import torch
+from bench_case import BF16, DTYPE, FP32, Case, name_of
+from cdpo.kernels import (
+    ConsistencyOutputs,
+    SchedulePoint,
+    consistency_outputs,
+    consistency_solver_step,
+)
+from torch import Tensor
+from unet_layers import NETWORKS
+
+Points = dict[str, Tensor]  # where pairs are on the schedule: now, and at the solver's earlier step
+
+
+def _points(pairs: int, device: torch.device) -> Points:
+    """One of the 50 steps of the solver for each pair, and the one before it."""
+    alphas_cumprod = eager.SCHEDULER.alphas_cumprod.to(device, torch.float32)
+    timesteps = 20 * torch.randint(1, 51, (pairs,), device=device) - 1
+    points: Points = {}
+    for prefix, at in (("", timesteps), ("earlier_", (timesteps - 20).clamp(min=0))):
+        points[f"{prefix}timesteps"] = at
+        points[f"{prefix}alpha"] = alphas_cumprod[at].sqrt()
+        points[f"{prefix}sigma"] = (1 - alphas_cumprod[at]).sqrt()
+    return points
+
+
+def _solver_step(teacher: Tensor, noisy: Tensor, guidance: Tensor, **points: Tensor) -> Tensor:
+    return consistency_solver_step(teacher, noisy, guidance, *_schedule_points(**points))
+
+
+def _outputs(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    noisy: Tensor,
+    previous: Tensor,
+    **points: Tensor,
+) -> ConsistencyOutputs:
+    return consistency_outputs(
+        policy, reference, target, noisy, previous, *_schedule_points(**points)
+    )
+
+
+def _schedule_points(
+    timesteps: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    earlier_timesteps: Tensor,
+    earlier_alpha: Tensor,
+    earlier_sigma: Tensor,
+) -> tuple[SchedulePoint, SchedulePoint]:
+    now = SchedulePoint(timesteps, alpha, sigma)
+    return now, SchedulePoint(earlier_timesteps, earlier_alpha, earlier_sigma)
+
+
+def consistency_cases(model: str, pairs: int) -> Iterator[Case]:
+    latents = (2 * pairs, *NETWORKS[model].latents)
+    elements = prod(latents)
+
+    def networks(device: torch.device, *names: str) -> dict[str, Tensor]:
+        return {name: torch.randn(latents, device=device).to(DTYPE) for name in names}
+
+    def solver_inputs(device: torch.device) -> dict[str, Tensor]:
+        teacher = networks(device, "conditional", "unconditional").values()
+        guidance = 5 + 10 * torch.rand(pairs, device=device)
+        more = {"teacher": torch.cat([*teacher]), "guidance": guidance}
+        return networks(device, "noisy") | more | _points(pairs, device)
+
+    def output_inputs(device: torch.device) -> dict[str, Tensor]:
+        names = ("policy", "reference", "target", "noisy", "previous")
+        inputs = networks(device, *names) | _points(pairs, device)
+        inputs["policy"].requires_grad_()
+        return inputs
+
+    yield Case(
+        kernel="consistency_solver_step",
+        model=model,
+        pairs=pairs,
+        shape=name_of(latents),
+        make_inputs=solver_inputs,
+        ours=_solver_step,
+        eager=eager.consistency_solver_step,
+        # teacher twice, noisy and previous; guidance and two pairs of factors
+        bytes_forward=4 * elements * BF16 + 5 * pairs * FP32,
+    )
+    yield Case(
+        kernel="consistency_outputs",
+        model=model,
+        pairs=pairs,
+        shape=name_of(latents),
+        make_inputs=output_inputs,
+        ours=_outputs,
+        eager=eager.consistency_outputs,
+        # three predictions and two latents in, three outputs; two timesteps and pairs of factors
+        bytes_forward=5 * elements * BF16 + 3 * elements * FP32 + pairs * (2 * 8 + 4 * FP32),
+        bytes_backward=elements * (FP32 + BF16) + pairs * (8 + 2 * FP32),
+    )
