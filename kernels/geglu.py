@@ -1,8 +1,8 @@
 """GEGLU: `hidden · gelu(gate)` of one projection's two halves, one launch forward, one backward.
 
     out     = hidden · gate · Φ(gate)              Φ the normal distribution, by erf: the exact GELU
-    dhidden = dout · gate · Φ(gate)
-    dgate   = dout · hidden · (Φ(gate) + gate · φ(gate))         φ the normal density
+    ∂hidden = ∂out · gate · Φ(gate)
+    ∂gate   = ∂out · hidden · (Φ(gate) + gate · φ(gate))         φ the normal density
 
 Eager PyTorch writes the GELU and reads it again, and keeps both halves and the GELU for the
 backward; here the projection alone is kept, and Φ is computed again. The halves are read in place:

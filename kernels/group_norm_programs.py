@@ -247,7 +247,7 @@ def backward_sums_kernel(
     bias_ptr,
     mean_ptr,
     rstd_ptr,
-    partials_ptr,  # (2, num_samples, num_chunks, channels): Σ dz, Σ dz·x̂
+    partials_ptr,  # (2, num_samples, num_chunks, channels): Σ ∂z, Σ ∂z·x̂
     tickets_ptr,  # (num_samples,) int32, all 0
     group_sums_ptr,  # (2, num_samples, num_groups): both sums with weight, over m
     num_rows,

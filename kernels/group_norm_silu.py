@@ -6,9 +6,9 @@ For sample n, channel c of group g, m elements in a group of a sample:
     z   = x̂ · weight_c + bias_c
     out = z · σ(z)                          or z itself without SiLU
 
-    dz  = dout · σ(z) · (1 + z · (1 − σ(z)))
-    dx  = rstd · (weight_c · dz − (Σ weight·dz + x̂ · Σ weight·dz·x̂) / m)     sums over the group
-    dweight_c = Σ dz · x̂      dbias_c = Σ dz                                 sums over n and space
+    ∂z  = ∂out · σ(z) · (1 + z · (1 − σ(z)))
+    ∂x  = rstd · (weight_c · ∂z − (Σ weight·∂z + x̂ · Σ weight·∂z·x̂) / m)     sums over the group
+    ∂weight_c = Σ ∂z · x̂      ∂bias_c = Σ ∂z                                 sums over n and space
 
 Eager PyTorch copies a channels-last tensor to NCHW first, normalises it, writes it, reads it for
 the SiLU, writes it again, and the next convolution copies it back; between the passes it keeps the
@@ -39,6 +39,7 @@ from .dispatch import (
     CompileSpec,
     check_floating,
     check_same_device,
+    compute_dtype,
     device_of,
     takes_triton,
     triton,
@@ -219,7 +220,7 @@ def _op(
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty((x.shape[0], num_groups), dtype=_compute_dtype(x))
+    mean = x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x))
     return _empty_rows(x), mean, torch.empty_like(mean)
 
 
@@ -338,10 +339,6 @@ def group_norm_silu_ref(
     return _forward_torch(x, weight, bias, num_groups, eps, silu)[0]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _forward_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +385,7 @@ def _backward_torch(
 
 def _by_group(x: Tensor, num_groups: int) -> Tensor:
     """(N, C, ...) as (N, G, elements of a group), float32 or float64."""
-    return x.to(_compute_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    return x.to(compute_dtype(x)).reshape(x.shape[0], num_groups, -1)
 
 
 def _per_channel(parameter: Tensor | None, like: Tensor) -> Tensor:

@@ -36,11 +36,11 @@ def run(projected: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def oracle(projected: Tensor, grad: Tensor) -> tuple[np.ndarray, np.ndarray]:
     hidden, gate = np.split(projected.double().cpu().numpy(), 2, -1)
-    dout = grad.double().cpu().numpy()
+    d_out = grad.double().cpu().numpy()
     distribution = 0.5 * np.vectorize(math.erfc)(-gate / math.sqrt(2))
     density = np.exp(-(gate**2) / 2) / math.sqrt(2 * math.pi)
-    d_gate = dout * hidden * (distribution + gate * density)
-    return hidden * gate * distribution, np.concatenate([dout * gate * distribution, d_gate], -1)
+    d_gate = d_out * hidden * (distribution + gate * density)
+    return hidden * gate * distribution, np.concatenate([d_out * gate * distribution, d_gate], -1)
 
 
 def plain(projected: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
