@@ -18,6 +18,10 @@ from torch import Tensor
 from ..errors import NumericsError
 from .pretrained import fingerprint
 
+# Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,
+# take gigabytes for each of the two 1024 x 1024 (eight 512 x 512) images that these are.
+MAX_PIXELS = 2**21
+
 
 class Autoencoder:
     """Images to scaled latents and back: ``latents = (z - shift) * scale``, z what the VAE makes.
@@ -57,8 +61,11 @@ class Autoencoder:
         """
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
         batch = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
-        mean = self.vae.encode(batch.float() / 127.5 - 1).latent_dist.mean.float()
-        return (mean - self.shift_factor) * self.scaling_factor
+        means = [
+            self.vae.encode(part.float() / 127.5 - 1).latent_dist.mean.float()
+            for part in batch.split(self._images_a_call(batch.shape[-2:]))
+        ]
+        return (torch.cat(means) - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -69,10 +76,16 @@ class Autoencoder:
                 "precision (prepare.precision, train.precision), take bf16 or fp32, or its weights "
                 "are broken"
             )
-        pixels = self.vae.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+        unscaled = latents.float() / self.scaling_factor + self.shift_factor
+        parts = unscaled.split(self._images_a_call(self.pixel_shape(latents)))
+        pixels = torch.cat([self.vae.decode(part).sample for part in parts])
         if not pixels.isfinite().all():
             raise NumericsError(
                 "the VAE makes NaN of finite latents: its weights are broken or overflowed when "
                 "they were stored, name another one as model.vae"
             )
         return self._processor.postprocess(pixels, output_type="pil")
+
+    def _images_a_call(self, resolution: Sequence[int]) -> int:
+        height, width = resolution
+        return max(1, MAX_PIXELS // (height * width))

@@ -42,6 +42,21 @@ def test_decoding_undoes_what_encoding_does(change, height, width):
     assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 1
 
 
+def test_large_batches_go_through_the_vae_in_parts(monkeypatch):
+    codec, images = autoencoder(), [picture(16, 16)] * 5
+    whole = codec.encode(images)
+    decoded = codec.decode(whole)
+    monkeypatch.setattr("cdpo.engine.backbones.autoencoder.MAX_PIXELS", 2 * 16 * 16 + 5)
+    sizes: list[int] = []
+    for layer in (codec.vae.encoder, codec.vae.decoder):
+        layer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    torch.testing.assert_close(codec.encode(images), whole, rtol=0, atol=1e-6)
+    again = codec.decode(whole)
+    assert sizes == [2, 2, 1] * 2
+    difference = np.asarray(again[4]).astype(int) - np.asarray(decoded[4])
+    assert len(again) == 5 and np.abs(difference).max() <= 1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_denoiser_that_overflowed_is_named_as_the_denoiser(bad):
     latents = torch.zeros(2, 4, 8, 8)
