@@ -14,6 +14,8 @@ Phase = Literal[
     "corrupt",
     "encode_prompts",
     "reference",
+    "teacher",
+    "solver",
     "policy",
     "loss",
     "backward",

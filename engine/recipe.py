@@ -143,14 +143,50 @@ class Lora(Section):
 class Objective(Section):
     """What is optimised."""
 
-    type: Literal["diffusion_dpo", "consistency_dpo"] = "diffusion_dpo"
-    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta)."""
+    type: Literal["diffusion_dpo", "consistency_dpo", "sft"] = "diffusion_dpo"
+    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta), `sft` on
+    the winners alone: the baseline."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
     distance: Literal["mse", "pseudo_huber"] = "mse"
     """Error of a prediction: mean square (diffusion) or pseudo-Huber (consistency)."""
     huber_c: PositiveFloat = 1e-3
     """Bend of the pseudo-Huber distance; unused for mse."""
+    guidance: tuple[NonNegativeFloat, NonNegativeFloat] = (5.0, 15.0)
+    """Range of the guidance weight w that a consistency model's teacher is guided by; it is the
+    `guidance` of a sampler minus 1."""
+    solver_steps: PositiveInt = 50
+    """Steps of the teacher's DDIM solver the consistency model was distilled with."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of a margin: DPO's log-sigmoid, or IPO's square, which stops at a margin instead of
+    widening it for ever."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
+    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """How much a timestep counts: all the same (as published), or min-SNR-5 with a mean of 1."""
+    loser_gradient: Fraction = 1.0
+    """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
+    errors of winner and loser rise together."""
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Objective:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} needs loss=sigmoid; loss={self.loss} has "
+                "no labels to smooth"
+            )
+        without_pairs = {"loss": "sigmoid", "label_smoothing": 0, "loser_gradient": 1}
+        given = [name for name, off in without_pairs.items() if getattr(self, name) != off]
+        if self.type == "sft" and given:
+            raise ValueError(
+                f"{', '.join(given)} has no effect with type=sft, which compares nothing"
+            )
+        if self.type == "consistency_dpo" and self.timestep_weighting != "uniform":
+            raise ValueError(
+                "timestep_weighting=min_snr is for diffusion models: a consistency model always "
+                "predicts x0"
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -287,6 +323,6 @@ class Recipe(Section):
             raise ValueError(
                 f"model.backbone={self.model.backbone} does not go with "
                 f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the "
-                "others with diffusion_dpo"
+                "others with diffusion_dpo or sft"
             )
         return self

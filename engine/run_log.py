@@ -87,14 +87,14 @@ class RunLog:
         if self._write_events is not None:
             self._write_events(_events(rows))
         self._warn_if_both_errors_rise(rows)
-        self.latest = {
-            "loss": rows[-1]["loss"],
-            "accuracy": rows[-1]["accuracy"],
-            "pairs_s": pairs_per_second,
-        }
+        shown = {name: rows[-1][name] for name in ("loss", "accuracy")}
+        self.latest = {name: value for name, value in shown.items() if value is not None}
+        self.latest["pairs_s"] = pairs_per_second
 
     def _warn_if_both_errors_rise(self, rows: list[dict[str, Any]]) -> None:
         """DPO's known failure: the margin grows while both images become less likely."""
+        if rows[-1]["winner_error"] is None:  # this objective knows no reference
+            return
         winner = sum(row["winner_error"] for row in rows) / len(rows)
         loser = sum(row["loser_error"] for row in rows) / len(rows)
         # A rise of the winner's error that is small beside the loser's is noise of the timesteps.

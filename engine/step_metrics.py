@@ -94,11 +94,10 @@ def _describe(values: Tensor) -> dict[str, float | None]:
         "grad_norm": None if values[-1].isnan() else float(values[-1]),
     }
     for name, total in zip(_SUMS[1:], sums[1:], strict=True):
-        described[name] = float(total[0] / pairs[0])
-        for quartile in range(1, 1 + QUARTILES):
-            present = pairs[quartile] > 0
-            mean = float(total[quartile] / pairs[quartile]) if present else None
-            described[f"{name}_q{quartile}"] = mean
+        # NaN where no pair is in the quartile, and where the objective does not compute it.
+        overall, *by_quartile = (None if x != x else x for x in (total / pairs).tolist())
+        described[name] = overall
+        described |= {f"{name}_q{q}": mean for q, mean in enumerate(by_quartile, 1)}
     return described
 
 

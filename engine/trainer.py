@@ -19,7 +19,8 @@ from ..kernels import use as use_kernels
 from ..kernels.dispatch import INTERPRETED
 from . import keyed
 from .adapters import LORA_FILE, add_lora, export_lora, twin_of
-from .backbones import DTYPES, Backbone, Framing, load_backbone
+from .backbones import Backbone, load_backbone
+from .batch_maker import BatchMaker
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
@@ -28,7 +29,7 @@ from .errors import CdpoError, DataError, NumericsError, RecipeError, StopReques
 from .failpoints import failpoint
 from .keyed import Stream
 from .launch import Ranks, StopSignal
-from .objectives import Loss, TrainingBatch, build_objective
+from .objectives import Loss, build_objective
 from .phases import phase
 from .policy_and_reference import PolicyAndReference
 from .recipe import Recipe
@@ -57,6 +58,7 @@ class Trainer:
     backbone: Backbone
     engine: deepspeed.DeepSpeedEngine
     stream: PairStream
+    batch_maker: BatchMaker
     pacing: Pacing
     # where the run stands
     cursor: Cursor
@@ -107,6 +109,7 @@ class Trainer:
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
+        self.batch_maker = BatchMaker(recipe, self.backbone, self.manifest.resolution, ranks.device)
 
     def _open_stream(self) -> PairStream:
         """The pairs of this rank; absent shards are found here, before a model is loaded."""
@@ -234,7 +237,7 @@ class Trainer:
         return True
 
     def _forward_backward(self, pairs: PairBatch) -> None:
-        batch = self._prepare_batch(pairs)
+        batch = self.batch_maker.make(pairs)
         loss: Loss = self.engine(batch)
         with phase("backward"):
             if failpoint("train.loss") == "nan":
@@ -256,27 +259,6 @@ class Trainer:
             item = (batch << 16 | self.ranks.rank) << 16 | micro_batch
             keys = keyed.make_keys(self.recipe.seed, Stream.ADAPTER_DROPOUT, [item])
             torch.manual_seed(int(keyed.integers(keys, 2**31)))
-
-    def _prepare_batch(self, pairs: PairBatch) -> TrainingBatch:
-        """Noise, target and conditioning of a micro-batch, the same for winner and loser."""
-        with phase("corrupt"):
-            noise, dtype = self.backbone.noise, DTYPES[self.recipe.train.precision]
-            draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
-            latents = pairs.latents.to(self.ranks.device, non_blocking=True)
-            noisy, target = noise.corrupt(latents, draw, dtype)
-        with phase("encode_prompts"):
-            prompts = self._drop_captions(pairs)
-            framing = Framing(pairs.original_sizes, pairs.crops, self.manifest.resolution)
-            conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
-        return TrainingBatch(noisy, target, draw, conditioning)
-
-    def _drop_captions(self, pairs: PairBatch) -> list[str]:
-        """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""
-        keys = keyed.make_keys(
-            self.recipe.seed, Stream.CAPTION_DROPOUT, pairs.pair_ids, pairs.visits
-        )
-        dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
-        return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
 
     def _set_learning_rate(self) -> float:
         """Linear warm-up, then constant; a function of the step, so a resume needs no scheduler."""

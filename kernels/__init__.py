@@ -37,11 +37,13 @@ else:
     from .geglu import geglu
     from .group_norm_silu import group_norm_silu
     from .paired_add_noise import paired_add_noise
+    from .paired_differences import PairedDifferences, paired_differences
     from .paired_dpo_loss import PairedLoss, paired_dpo_loss
     from .philox import philox_normal, philox_uint32
 
     __all__ = [
         "ConsistencyOutputs",
+        "PairedDifferences",
         "PairedLoss",
         "SchedulePoint",
         "consistency_outputs",
@@ -50,6 +52,7 @@ else:
         "geglu",
         "group_norm_silu",
         "paired_add_noise",
+        "paired_differences",
         "paired_dpo_loss",
         "philox_normal",
         "philox_uint32",

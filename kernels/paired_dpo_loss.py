@@ -37,11 +37,6 @@ from .dispatch import (
     NO_FUSION,
     CompileSpec,
     as_float32,
-    check_choice,
-    check_floating,
-    check_pairs,
-    check_positive,
-    check_same_device,
     compute_dtype,
     device_of,
     takes_triton,
@@ -49,9 +44,9 @@ from .dispatch import (
     zero_tickets,
 )
 from .layout import empty_samples, match_samples, sample_strides
+from .paired_differences import DISTANCES, check_comparison, differences
 from .paired_dpo_programs import backward_kernel, forward_kernel
 
-DISTANCES = ("mse", "pseudo_huber")
 MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
 MAX_WARPS = 8
 MAX_TILE = 512  # chunks or pairs that are added at a time
@@ -284,31 +279,8 @@ def paired_dpo_loss(
     Inputs may be bf16, fp16 or fp32, also mixed. reference and target are constants: no gradient
     reaches them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
     """
-    _check(policy, reference, target, scale, distance, huber_c)
+    check_comparison(policy, reference, target, scale, distance, huber_c)
     return PairedLoss(*_op(policy, reference, target, scale, distance, huber_c))
-
-
-def _check(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
-) -> None:
-    check_floating(policy=policy, reference=reference, target=target)
-    check_same_device(policy=policy, reference=reference, target=target)
-    check_positive(scale=scale, huber_c=huber_c)
-    check_choice("distance", distance, DISTANCES)
-    check_pairs("policy is", policy)
-    batch, sample = policy.shape[:1], policy.shape[1:]
-    if reference.ndim == 1 and reference.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"reference errors are {reference.dtype}; they must be float32")
-    if reference.shape not in (policy.shape, batch):
-        raise ValueError(
-            f"reference is {tuple(reference.shape)}; it must be {tuple(policy.shape)} like policy, "
-            f"or {tuple(batch)} for cached errors"
-        )
-    if target.shape not in (policy.shape, (batch[0] // 2, *sample)):
-        raise ValueError(
-            f"target is {tuple(target.shape)}; it must be {tuple(policy.shape)} like policy, or "
-            f"{(batch[0] // 2, *sample)} shared by winner and loser"
-        )
 
 
 # -------------------------------------------------------------------------------------- reference
@@ -324,31 +296,19 @@ def paired_dpo_loss_ref(
     huber_c: float = 1e-3,
 ) -> PairedLoss:
     """The same in plain PyTorch, differentiated by PyTorch."""
-    _check(policy, reference, target, scale, distance, huber_c)
+    check_comparison(policy, reference, target, scale, distance, huber_c)
     return _ref(policy, reference, target, as_float32(scale), distance, as_float32(huber_c))
 
 
 def _ref(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> PairedLoss:
-    dtype, sample = compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
-    if target.shape[0] != policy.shape[0]:
-        target = torch.cat([target, target])
-    huber, t, p, r = distance == "pseudo_huber", *(x.to(dtype) for x in (target, policy, reference))
-    x_p = p - t
-    root_p = (x_p * x_p + huber_c * huber_c).sqrt() if huber else x_p
-    policy_error = (x_p * x_p / (root_p + huber_c) if huber else x_p * x_p).mean(sample)
-    if r.ndim == 1:
-        reference_error, difference = r.clone(), policy_error - r
-    else:
-        x_r = r - t
-        root_r = (x_r * x_r + huber_c * huber_c).sqrt() if huber else x_r
-        reference_error = (x_r * x_r / (root_r + huber_c) if huber else x_r * x_r).mean(sample)
-        difference = (p - r) * (x_p + x_r)
-        difference = (difference / (root_p + root_r) if huber else difference).mean(sample)
+    difference, policy_error, reference_error = differences(
+        policy, reference, target, distance, huber_c
+    )
     difference_w, difference_l = difference.chunk(2)
     logits = -scale * (difference_w - difference_l)
-    loss = -F.logsigmoid(logits).double().mean().to(dtype)
+    loss = -F.logsigmoid(logits).double().mean().to(logits.dtype)
     return PairedLoss(loss, logits.detach(), policy_error.detach(), reference_error.detach())
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ...kernels import paired_add_noise
+from ...kernels import SchedulePoint, paired_add_noise
 from .. import keyed
 from ..errors import OutsideError
 from ..keyed import Stream
@@ -49,11 +49,15 @@ class DiscreteDDPM:
     def corrupt(
         self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
+        point = self.at(draw.timesteps)
         return paired_add_noise(
             latents,
             draw.noise_keys,
-            self._alpha[draw.timesteps],
-            self._sigma[draw.timesteps],
+            point.alpha,
+            point.sigma,
             target=self.prediction_type,
             dtype=dtype,
         )
+
+    def at(self, timesteps: Tensor) -> SchedulePoint:
+        return SchedulePoint(timesteps, self._alpha[timesteps], self._sigma[timesteps])

@@ -16,6 +16,8 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from ...kernels import SchedulePoint
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -35,6 +37,17 @@ class Conditioning:
             {name: value.index_select(0, rows) for name, value in self.extras.items()},
         )
 
+    def with_extras(self, **extras: Tensor) -> Conditioning:
+        """The same with further per-image tensors, each (N, ...)."""
+        return Conditioning(self.text, self.extras | extras)
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """The images of both, in that order; both have the same extras."""
+        extras = {
+            name: torch.cat([value, other.extras[name]]) for name, value in self.extras.items()
+        }
+        return Conditioning(torch.cat([self.text, other.text]), extras)
+
 
 @dataclass(frozen=True)
 class Framing:
@@ -49,6 +62,20 @@ class Framing:
 
 
 @dataclass(frozen=True)
+class SolverStep:
+    """One step of a teacher's DDIM solver for B pairs, and how it is guided."""
+
+    now: SchedulePoint
+    """Where the noisy latents are."""
+    earlier: SchedulePoint
+    """Where the step leads: nearer to the clean latents."""
+    guidance: Tensor
+    """(B,) float32: w of ``conditional + w (conditional - unconditional)``."""
+    prediction: str
+    """What teacher and consistency model predict: epsilon, v_prediction or sample."""
+
+
+@dataclass(frozen=True)
 class Draw:
     """The random numbers of B training examples, each shared by its winner and loser."""
 
@@ -56,12 +83,20 @@ class Draw:
     """(B,) int64."""
     noise_keys: Tensor
     """(B, 4) int64: what the noise is a function of. The corruption makes it where it needs it."""
+    solver: SolverStep | None = None
+    """The step of a consistency model's teacher; None for diffusion models."""
 
 
 class NoiseProcess(Protocol):
     """How images are corrupted and what the denoiser is asked to predict."""
 
     num_timesteps: int
+    prediction_type: str
+    """What the denoiser predicts, as its scheduler says: epsilon, v_prediction or sample."""
+
+    def at(self, timesteps: Tensor) -> SchedulePoint:
+        """The factors of latents and noise at timesteps (N,) on the device."""
+        ...
 
     def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
         """The random numbers of B pairs, from their ids and visits, (B,) int64 on the host."""

@@ -1,19 +1,34 @@
-"""Preference losses, one file each, behind :mod:`cdpo.engine.objectives.protocol`."""
+"""Losses over pairs, one file each, behind :mod:`cdpo.engine.objectives.protocol`."""
 
 from __future__ import annotations
 
-from ..errors import RecipeError
-from ..recipe import Objective as ObjectiveSpec
-from .diffusion_dpo import DiffusionDPO
-from .protocol import Loss, Objective, Predict, TrainingBatch
+from collections.abc import Callable
 
-__all__ = ["Loss", "Objective", "Predict", "TrainingBatch", "build_objective"]
+from ..recipe import Objective as ObjectiveSpec
+from .consistency_dpo import ConsistencyDPO
+from .diffusion_dpo import DiffusionDPO
+from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
+from .sft import SupervisedFineTuning
+from .weighting import min_snr_weights
+
+__all__ = [
+    "Loss",
+    "Networks",
+    "Objective",
+    "Predict",
+    "TrainingBatch",
+    "build_objective",
+    "min_snr_weights",
+]
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSpec], Objective]] = {
+    "diffusion_dpo": DiffusionDPO,
+    "consistency_dpo": ConsistencyDPO,
+    "sft": SupervisedFineTuning,
+}
 
 
 def build_objective(spec: ObjectiveSpec) -> Objective:
-    """The objective a recipe names; RecipeError for one that is declared but not built yet."""
-    if spec.type != "diffusion_dpo":
-        raise RecipeError(
-            f"objective.type={spec.type} is not built yet: this version has `diffusion_dpo`"
-        )
-    return DiffusionDPO(spec)
+    """The objective a recipe names."""
+    return OBJECTIVES[spec.type](spec)

@@ -15,27 +15,47 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
+class Networks:
+    """The networks of a step; all but the policy are frozen."""
+
+    policy: Predict
+    """The network in training."""
+    reference: Predict
+    """What the policy was at the start."""
+    teacher: Predict | None = None
+    """The diffusion model a consistency model was distilled from."""
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """B pairs, corrupted: everything a step needs that no trained network computes."""
 
     noisy: Tensor
-    """(2B, C, h, w) in the dtype the networks compute in, winners first."""
+    """(2B, C, h, w) in the dtype the networks compute in, winners first; float32 for consistency
+    models, whose functions of it are float32."""
     target: Tensor
     """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w)."""
     draw: Draw
     """Timesteps, and whatever else was drawn for each pair."""
     conditioning: Conditioning
     """Of 2B images, winners first."""
+    weights: Tensor | None = None
+    """(B,) float32, how much each pair's timestep counts; None if all count the same."""
+    unconditional: Conditioning | None = None
+    """Of 2B images without their captions, for the guidance of a consistency model's teacher."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what explains it; all but ``loss`` detached float32."""
+    """A loss and what explains it; all but ``loss`` detached float32.
+
+    NaN stands for what an objective does not compute.
+    """
 
     loss: Tensor
     """() differentiable in the policy."""
     logits: Tensor
-    """(B,) argument of the log-sigmoid: the scaled margin of winner over loser."""
+    """(B,) the scaled margin of winner over loser, what the log-sigmoid of DPO is taken of."""
     winner_error: Tensor
     """(B,) policy error minus reference error of the winner; below 0 is what training wants."""
     loser_error: Tensor
@@ -43,6 +63,6 @@ class Loss:
 
 
 class Objective(Protocol):
-    """A preference loss over a batch of pairs."""
+    """A loss over a batch of pairs."""
 
-    def __call__(self, policy: Predict, reference: Predict, batch: TrainingBatch) -> Loss: ...
+    def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss: ...

@@ -2,46 +2,22 @@
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import bare, constant, corrupted
 from cdpo.engine.adapters import add_lora, twin_of
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.protocol import Conditioning, Draw
-from cdpo.engine.errors import RecipeError
-from cdpo.engine.objectives import Loss, TrainingBatch, build_objective
+from cdpo.engine.backbones.protocol import Conditioning
+from cdpo.engine.objectives import Loss, Networks, build_objective
 from cdpo.engine.recipe import Lora, Objective
 from torch import Tensor, nn
 
 LOG_2 = math.log(2)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def corrupted(backbone: LatentDiffusion, prompts: list[str]) -> TrainingBatch:
-    """A batch as the trainer makes it, of latents of size 1."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2 * len(prompts), 4, 8, 8, generator=generator)
-    ids = torch.arange(len(prompts))
-    draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
-    noisy, target = backbone.noise.corrupt(latents, draw, backbone.denoiser.dtype)
-    conditioning = backbone.encode_prompts([*prompts, *prompts])
-    return TrainingBatch(noisy, target, draw, conditioning)
-
-
-def bare(target: Tensor) -> TrainingBatch:
-    """A batch for networks that look at nothing."""
-    pairs = len(target)
-    draw = Draw(torch.arange(pairs) * 7, torch.zeros(pairs, 4, dtype=torch.int64))
-    noisy = torch.cat([target, target])
-    return TrainingBatch(noisy, target, draw, Conditioning(torch.zeros(2 * pairs, 1, 1)))
-
-
-def constant(prediction: Tensor) -> Callable[..., Tensor]:
-    return lambda noisy, timesteps, conditioning: prediction
 
 
 def policy_and_reference(
@@ -68,7 +44,7 @@ def test_by_hand():
     policy = torch.tensor([0.9, 0.4]).view(2, 1, 1, 1)
     reference = torch.tensor([0.8, 0.5]).view(2, 1, 1, 1)
     objective = build_objective(Objective(beta=20))
-    found = objective(constant(policy), constant(reference), bare(torch.ones(1, 1, 1, 1)))
+    found = objective(Networks(constant(policy), constant(reference)), bare(torch.ones(1, 1, 1, 1)))
     torch.testing.assert_close(found.logits, torch.tensor([1.4]))
     torch.testing.assert_close(found.winner_error, torch.tensor([-0.03]))
     torch.testing.assert_close(found.loser_error, torch.tensor([0.11]))
@@ -83,7 +59,8 @@ def test_loss_and_gradients_are_those_of_the_formula_in_float64(tiny_backbone, p
     batch = corrupted(tiny_backbone, ["red apple", "house", "tree"])
     objective = build_objective(Objective(beta=300))
     found = objective(
-        partial(tiny_backbone.predict, policy), partial(tiny_backbone.predict, reference), batch
+        Networks(partial(tiny_backbone.predict, policy), partial(tiny_backbone.predict, reference)),
+        batch,
     )
     found.loss.backward()
 
@@ -126,8 +103,7 @@ def test_a_fresh_adapter_starts_at_log_2_exactly(tiny_recipe, precision):
     backbone = sd.load(tiny_recipe().model, torch.device("cpu"), DTYPES[precision])
     policy, reference = policy_and_reference(backbone)
     found = build_objective(Objective(beta=5000))(
-        partial(backbone.predict, policy.train()),
-        partial(backbone.predict, reference),
+        Networks(partial(backbone.predict, policy.train()), partial(backbone.predict, reference)),
         corrupted(backbone, ["red apple", "house", "tree"]),
     )
     assert found.logits.dtype == torch.float32
@@ -149,7 +125,8 @@ def test_one_call_each_on_all_images_the_reference_first_and_without_a_graph(tin
         return tiny_backbone.predict(net, noisy, timesteps, conditioning)
 
     build_objective(Objective())(
-        partial(recorded, "policy", policy), partial(recorded, "reference", reference), batch
+        Networks(partial(recorded, "policy", policy), partial(recorded, "reference", reference)),
+        batch,
     )
     assert [call[:2] for call in calls] == [("reference", False), ("policy", True)]
     for _, _, noisy, timesteps, conditioning in calls:
@@ -161,8 +138,7 @@ def test_one_call_each_on_all_images_the_reference_first_and_without_a_graph(tin
 def test_only_the_loss_carries_a_graph(tiny_backbone):
     policy, reference = policy_and_reference(tiny_backbone, perturb=0.05)
     found = build_objective(Objective())(
-        partial(tiny_backbone.predict, policy),
-        partial(tiny_backbone.predict, reference),
+        Networks(partial(tiny_backbone.predict, policy), partial(tiny_backbone.predict, reference)),
         corrupted(tiny_backbone, ["tree"]),
     )
     assert found.loss.requires_grad
@@ -177,7 +153,9 @@ def of_random_predictions(spec: Objective, seed: int = 0) -> tuple[Loss, dict[st
     }
     target = torch.randn(4, 2, 3, 5, generator=generator) * 0.1
     objective = build_objective(spec)
-    found = objective(constant(tensors["policy"]), constant(tensors["reference"]), bare(target))
+    found = objective(
+        Networks(constant(tensors["policy"]), constant(tensors["reference"])), bare(target)
+    )
     return found, tensors | {"target": torch.cat([target, target])}
 
 
@@ -213,12 +191,7 @@ def test_loss_is_a_mean_over_pairs_and_finite_where_sigmoid_underflows():
     target = torch.zeros(2, 1, 1, 1)
     policy = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(4, 1, 1, 1)  # pair 0: winner error 4
     found = build_objective(Objective(beta=5000))(
-        constant(policy), constant(torch.zeros_like(policy)), bare(target)
+        Networks(constant(policy), constant(torch.zeros_like(policy))), bare(target)
     )
     assert found.logits.tolist() == [-10_000.0, 0.0]
     assert found.loss.item() == pytest.approx((10_000 + LOG_2) / 2)
-
-
-def test_an_objective_that_is_not_built_says_so():
-    with pytest.raises(RecipeError, match=r"objective\.type=consistency_dpo is not built yet"):
-        build_objective(Objective(type="consistency_dpo"))

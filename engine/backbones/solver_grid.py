@@ -1,0 +1,75 @@
+"""The noise process of a latent consistency model: steps of the teacher's DDIM solver.
+
+Timesteps lie on the grid that the model was distilled on, t = T/S - 1, 2T/S - 1, ..., T - 1 for S
+solver steps; each step ends at t_next = max(t - T/S, 0). The guidance weight w of a pair is uniform
+in a range: the published one is U[5, 15] over S = 50 (arXiv 2405.13637, after Luo et al., arXiv
+2310.04378), with guided = conditional + w (conditional - unconditional), so w is diffusers'
+``guidance_scale`` minus 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ...kernels import SchedulePoint
+from .. import keyed
+from ..errors import RecipeError
+from ..keyed import Stream
+from .ddpm import DiscreteDDPM
+from .protocol import Draw, SolverStep
+
+
+class SolverGrid:
+    """Draws solver steps and guidance weights; corrupts as the underlying diffusion does."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        device: torch.device,
+        *,
+        solver_steps: int,
+        guidance: tuple[float, float],
+    ) -> None:
+        self._diffusion = DiscreteDDPM(scheduler, device)
+        self.prediction_type = self._diffusion.prediction_type
+        self.num_timesteps = self._diffusion.num_timesteps
+        if self.num_timesteps % solver_steps:
+            raise RecipeError(
+                f"objective.solver_steps={solver_steps} does not divide the {self.num_timesteps} "
+                "timesteps of the model's scheduler; the published value is 50"
+            )
+        self._stride = self.num_timesteps // solver_steps
+        self._solver_steps = solver_steps
+        self._guidance = guidance
+        self._device = device
+
+    def at(self, timesteps: Tensor) -> SchedulePoint:
+        return self._diffusion.at(timesteps)
+
+    def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
+        keys = {
+            stream: keyed.make_keys(seed, stream, pair_ids, visits)
+            for stream in (Stream.TIMESTEP, Stream.GUIDANCE, Stream.NOISE)
+        }
+        step = keyed.integers(keys[Stream.TIMESTEP], self._solver_steps)
+        timesteps = ((step + 1) * self._stride - 1).to(self._device)
+        low, high = self._guidance
+        guidance = low + (high - low) * keyed.uniform(keys[Stream.GUIDANCE])
+        return Draw(
+            timesteps=timesteps,
+            noise_keys=keys[Stream.NOISE].to(self._device),
+            solver=SolverStep(
+                now=self.at(timesteps),
+                earlier=self.at((timesteps - self._stride).clamp(min=0)),
+                guidance=guidance.to(self._device),
+                prediction=self.prediction_type,
+            ),
+        )
+
+    def corrupt(
+        self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        # float32 whatever the networks compute in: the consistency functions take the noisy latents
+        return self._diffusion.corrupt(latents, draw, torch.float32)

@@ -1,0 +1,67 @@
+"""From pairs of a shard to the batch of a training step: noise, target, captions, weights.
+
+Everything random in it is a function of the pair and its visit (see :mod:`cdpo.engine.keyed`), so a
+pair meets the same noise whatever batch, rank or restart it comes in; winner and loser share it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import keyed
+from .backbones import DTYPES, Backbone, Framing
+from .keyed import Stream
+from .objectives import TrainingBatch, min_snr_weights
+from .phases import phase
+from .recipe import Recipe
+from .shards.batch import PairBatch
+
+
+class BatchMaker:
+    """Corrupts and conditions micro-batches as a recipe says."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        backbone: Backbone,
+        resolution: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.recipe = recipe
+        self.backbone = backbone
+        self.resolution = resolution
+        self.device = device
+        self._dtype = DTYPES[recipe.train.precision]
+        self._weights = None
+        if recipe.objective.timestep_weighting == "min_snr":
+            noise = backbone.noise
+            all_timesteps = noise.at(torch.arange(noise.num_timesteps, device=device))
+            self._weights = min_snr_weights(
+                all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
+            )
+
+    def make(self, pairs: PairBatch) -> TrainingBatch:
+        """The batch of B pairs, on the device."""
+        with phase("corrupt"):
+            noise = self.backbone.noise
+            draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
+            latents = pairs.latents.to(self.device, non_blocking=True)
+            noisy, target = noise.corrupt(latents, draw, self._dtype)
+        with phase("encode_prompts"):
+            framing = Framing(pairs.original_sizes, pairs.crops, self.resolution)
+            prompts = self._drop_captions(pairs)
+            conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
+            unconditional = None
+            if draw.solver is not None:
+                nothing = [""] * (2 * len(prompts))
+                unconditional = self.backbone.encode_prompts(nothing, framing)
+        weights = None if self._weights is None else self._weights[draw.timesteps]
+        return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
+
+    def _drop_captions(self, pairs: PairBatch) -> list[str]:
+        """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""
+        keys = keyed.make_keys(
+            self.recipe.seed, Stream.CAPTION_DROPOUT, pairs.pair_ids, pairs.visits
+        )
+        dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
+        return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]

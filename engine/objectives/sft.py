@@ -1,0 +1,39 @@
+"""Supervised fine-tuning on the winners alone: the baseline that preference losses are held to.
+
+``loss = mean w * e_w^policy``: the training loss of the diffusion model itself on the images that
+won, with a pair's timestep weight w. The loser and the reference are never looked at, so margin and
+errors against the reference are not known.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..phases import phase
+from ..recipe import Objective as ObjectiveSpec
+from .protocol import Loss, Networks, TrainingBatch
+
+
+class SupervisedFineTuning:
+    """One policy call on B images."""
+
+    def __init__(self, spec: ObjectiveSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
+        pairs = len(batch.draw.timesteps)
+        prediction = networks.policy(
+            batch.noisy[:pairs], batch.draw.timesteps, batch.conditioning.select(range(pairs))
+        )
+        with phase("loss"):
+            errors = self._errors(prediction.float() - batch.target[:pairs].float())
+            loss = (errors if batch.weights is None else errors * batch.weights).mean()
+            unknown = torch.full_like(errors, float("nan")).detach()
+        return Loss(loss, unknown, unknown, unknown)
+
+    def _errors(self, x: Tensor) -> Tensor:
+        if self.spec.distance == "pseudo_huber":
+            c = self.spec.huber_c
+            return (x * x / ((x * x + c * c).sqrt() + c)).flatten(1).mean(1)
+        return (x * x).flatten(1).mean(1)

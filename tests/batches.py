@@ -1,0 +1,32 @@
+"""Batches and networks for tests of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from cdpo.engine.backbones.protocol import Backbone, Conditioning, Draw
+from cdpo.engine.objectives import TrainingBatch
+from torch import Tensor
+
+
+def corrupted(backbone: Backbone, prompts: list[str]) -> TrainingBatch:
+    """A batch as the trainer makes it, of latents of size 1."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2 * len(prompts), 4, 8, 8, generator=generator)
+    ids = torch.arange(len(prompts))
+    draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
+    noisy, target = backbone.noise.corrupt(latents, draw, backbone.denoiser.dtype)
+    return TrainingBatch(noisy, target, draw, backbone.encode_prompts([*prompts, *prompts]))
+
+
+def bare(target: Tensor) -> TrainingBatch:
+    """A batch for networks that look at nothing."""
+    pairs = len(target)
+    draw = Draw(torch.arange(pairs) * 7, torch.zeros(pairs, 4, dtype=torch.int64))
+    noisy = torch.cat([target, target])
+    return TrainingBatch(noisy, target, draw, Conditioning(torch.zeros(2 * pairs, 1, 1)))
+
+
+def constant(prediction: Tensor) -> Callable[..., Tensor]:
+    return lambda noisy, timesteps, conditioning: prediction
