@@ -88,7 +88,13 @@ class Trainer:
         objective = build_objective(recipe.objective)
         reference = twin_of(self.backbone.denoiser)
         policy = add_lora(self.backbone.denoiser, recipe.adapter, recipe.seed)
-        module = PolicyAndReference(policy.train(), reference.eval(), self.backbone, objective)
+        module = PolicyAndReference(
+            policy.train(),
+            reference.eval(),
+            self.backbone,
+            objective,
+            self.backbone.load_teacher(),
+        )
         self.engine = start_engine(module, config, recipe.train.optimizer, ranks.device)
 
         self.checkpoints = CheckpointStore(

@@ -1,8 +1,8 @@
 """A world small enough for unit tests: random weights, but real classes in the real folder format.
 
 `build(folder)` writes a Stable Diffusion pipeline, two CLIP models and prompt files, and returns a
-recipe for them; `build(folder, "sdxl")` does so with a Stable Diffusion XL. Tokenizers are those of
-`assets/emoji`.
+recipe for them; `build(folder, "sdxl")` and `build(folder, "lcm")` do so with a Stable Diffusion XL
+and with a latent consistency model. Tokenizers are those of `assets/emoji`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,17 @@ def xl_pipeline(seed: int = 0, **changes: Any) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**parts | changes, add_watermarker=False)
 
 
-PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {"sd": pipeline, "sdxl": xl_pipeline}
+PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd": pipeline,
+    "sdxl": xl_pipeline,
+    "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
+}
+
+
+def lcm_unet(seed: int = 7, **changes: Any) -> UNet2DConditionModel:
+    """A UNet that is told its guidance weight, otherwise of the size of `unet()`."""
+    torch.manual_seed(seed)
+    return unet(**{"time_cond_proj_dim": 10} | changes)
 
 
 def save_clip(folder: Path, seed: int) -> None:
@@ -177,6 +187,11 @@ def build(folder: Path, backbone: str = "sd") -> dict[str, Any]:
     (folder / "train.txt").write_text("\n".join(PROMPTS))
     (folder / "heldout.txt").write_text("\n".join(HELDOUT))
     (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    model, objective = {}, {}
+    if backbone == "lcm":
+        lcm_unet().save_pretrained(folder / "lcm_unet")
+        model = {"unet": str(folder / "lcm_unet"), "guidance_range": [1.0, 4.0]}
+        objective = {"type": "consistency_dpo", "beta": 200.0, "distance": "pseudo_huber"}
     return {
         "run_dir": str(folder / "run"),
         "seed": 3,
@@ -184,7 +199,9 @@ def build(folder: Path, backbone: str = "sd") -> dict[str, Any]:
             "backbone": backbone,
             "path": str(folder / backbone),
             "resolution": [16, 16],
+            **model,
         },
+        "objective": objective,
         "prompts": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")},
         "reward": {"path": str(folder / "reward")},
         "prepare": {

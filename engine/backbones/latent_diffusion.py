@@ -8,14 +8,17 @@ was loaded with, so what we rank is what users draw.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from ..keyed import content_id
 from .autoencoder import Autoencoder
 from .pretrained import fingerprint
 from .protocol import Conditioning, Framing, NoiseProcess
@@ -23,6 +26,7 @@ from .text import TextConditioner
 
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
+GUIDANCE = "guidance"  # the extra that holds a consistency model's guidance weights, (N,)
 
 
 class LatentDiffusion:
@@ -34,6 +38,7 @@ class LatentDiffusion:
         text: TextConditioner,
         noise: NoiseProcess,
         device: torch.device,
+        load_teacher: Callable[[], ModelMixin] | None = None,
     ) -> None:
         self.device = device
         self.pipeline = pipeline.to(device)
@@ -44,6 +49,7 @@ class LatentDiffusion:
         self.vae = Autoencoder(pipeline.vae)
         self.noise = noise
         self._text = text
+        self._load_teacher = load_teacher
 
     @property
     def scaling_factor(self) -> float:
@@ -57,6 +63,10 @@ class LatentDiffusion:
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the denoiser and the VAE, whatever their files look like."""
         return {"model": fingerprint(self.denoiser), "vae": self.vae.fingerprint}
+
+    def load_teacher(self) -> ModelMixin | None:
+        """The frozen diffusion model a consistency model was distilled from; None for others."""
+        return None if self._load_teacher is None else self._load_teacher().to(self.device)
 
     def load_adapter(self, folder: Path) -> None:
         """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""
@@ -74,17 +84,22 @@ class LatentDiffusion:
         self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         dtype = next(net.parameters()).dtype
-        extras = dict(conditioning.extras)
+        extras = conditioning.extras
         # The UNet casts these itself, after the sinusoids of the time ids: bfloat16 would round the
         # ids (1023 pixels to 1024).
-        added = {name: extras.pop(name) for name in ADDED_CONDITIONS if name in extras}
+        added = {name: extras[name] for name in ADDED_CONDITIONS if name in extras}
+        # Networks that are told no guidance, diffusion models and LCM-LoRAs, have no width for it.
+        config: Any = net.config
+        width, guided = config["time_cond_proj_dim"], None
+        if width is not None and GUIDANCE in extras:
+            guided = guidance_embedding(extras[GUIDANCE], width).to(dtype)
         return net(
             noisy.to(dtype),
             timesteps,
             encoder_hidden_states=conditioning.text.to(dtype),
+            timestep_cond=guided,
             added_cond_kwargs=added or None,
             return_dict=False,
-            **{name: value.to(dtype) for name, value in extras.items()},
         )[0]
 
     @torch.no_grad()
@@ -107,6 +122,7 @@ class LatentDiffusion:
         latents = pipeline(
             **{name: value.to(dtype) for name, value in embeddings.items()},
             latents=noise.to(self.device, dtype),
+            generator=_generators(noise),
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=height,
@@ -114,3 +130,24 @@ class LatentDiffusion:
             output_type="latent",
         ).images
         return self.vae.decode(latents)
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sines and cosines (N, width) float32 of 1000 w, as LCMs are told their guidance weight w.
+
+    Source: Luo et al., arXiv 2310.04378; the frequencies are those of diffusers' pipelines.
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=guidance.device) / (half - 1)
+    angles = 1000 * guidance.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, width % 2))
+
+
+def _generators(noise: Tensor) -> list[torch.Generator]:
+    """One for each image, for samplers that add noise between steps: a function of its first noise.
+
+    An image is then the same in whatever batch, on whatever rank it is drawn.
+    """
+    seeds = (content_id(row.cpu().float().numpy().tobytes().hex()) for row in noise)
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

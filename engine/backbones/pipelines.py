@@ -29,6 +29,7 @@ def load_pipeline(
     *,
     kind: str,
     scheduler_class: type[SchedulerMixin] = DDIMScheduler,
+    holding: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
     """The pipeline of a folder or hub id, with the recipe's own UNet and VAE where it names them.
@@ -39,6 +40,7 @@ def load_pipeline(
         dtype: of every network but the VAE, which is float32.
         kind: what the folder should have been, for messages.
         scheduler_class: how the pipeline samples, on the schedule that its folder describes.
+        holding: names of other classes whose folders `pipeline_class` can read.
         options: further arguments of `pipeline_class.from_pretrained`.
 
     Raises:
@@ -47,7 +49,7 @@ def load_pipeline(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     with reading(f"model.path={spec.path}", kind):
-        _refuse_other_family(pipeline_class, spec)
+        _refuse_other_family({pipeline_class.__name__, *holding}, spec)
     replaced = _replacements(spec, dtype)
     with reading(f"model.path={spec.path}", kind):
         pipeline = pipeline_class.from_pretrained(
@@ -70,10 +72,17 @@ def load_pipeline(
     return pipeline
 
 
-def _refuse_other_family(pipeline_class: type[DiffusionPipeline], spec: Model) -> None:
-    index = pipeline_class.load_config(spec.path, revision=spec.revision)
-    found = index.get("_class_name")
-    if found in BACKBONES and found != pipeline_class.__name__:
+def pipeline_name(spec: Model) -> str | None:
+    """The class of pipeline that a recipe's folder or hub id says it holds."""
+    name: str | None = DiffusionPipeline.load_config(spec.path, revision=spec.revision).get(
+        "_class_name"
+    )
+    return name
+
+
+def _refuse_other_family(fitting: set[str], spec: Model) -> None:
+    found = pipeline_name(spec)
+    if found in BACKBONES and found not in fitting:
         raise ValueError(
             f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
         )

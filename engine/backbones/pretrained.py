@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -31,15 +31,27 @@ def reading(what: str, kind: str) -> Iterator[None]:
 def read_network(
     network: type[ModelMixin], path: str, dtype: torch.dtype, *, key: str, kind: str
 ) -> Any:
-    """A network of its own folder or hub id, which the recipe names under ``key``."""
+    """A network that the recipe names under ``key``: a folder or hub id of its own, or a whole
+    pipeline, of which the UNet is meant.
+    """
     with reading(f"{key}={path}", kind):
+        subfolder = "unet" if network is UNet2DConditionModel and _holds_pipeline(path) else None
         # A config of another class would be read as one full of defaults: a network of full size.
-        found = network.load_config(path).get("_class_name", "something else")
+        config = network.load_config(path, subfolder=subfolder)
+        found = config.get("_class_name", "something else")
         if found != network.__name__:
             raise ValueError(f"it holds a {found}, not a {network.__name__}")
-        loaded = network.from_pretrained(path, dtype=dtype)
+        loaded = network.from_pretrained(path, subfolder=subfolder, dtype=dtype)
         refuse_missing_weights(loaded, kind)
     return loaded
+
+
+def _holds_pipeline(path: str) -> bool:
+    try:
+        DiffusionPipeline.load_config(path)
+    except OSError:
+        return False
+    return True
 
 
 def refuse_missing_weights(module: nn.Module, name: str) -> None:

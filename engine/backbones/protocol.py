@@ -135,6 +135,10 @@ class Backbone(Protocol):
         """Content hashes of the denoiser (`model`) and the VAE (`vae`)."""
         ...
 
+    def load_teacher(self) -> ModelMixin | None:
+        """The frozen diffusion model a consistency model was distilled from; None for others."""
+        ...
+
     def load_adapter(self, folder: Path) -> None:
         """Load an exported adapter into the denoiser, as any user of it would."""
         ...

@@ -37,7 +37,7 @@ class SolverGrid:
         self.num_timesteps = self._diffusion.num_timesteps
         if self.num_timesteps % solver_steps:
             raise RecipeError(
-                f"objective.solver_steps={solver_steps} does not divide the {self.num_timesteps} "
+                f"model.solver_steps={solver_steps} does not divide the {self.num_timesteps} "
                 "timesteps of the model's scheduler; the published value is 50"
             )
         self._stride = self.num_timesteps // solver_steps

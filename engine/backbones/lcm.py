@@ -1,0 +1,134 @@
+"""Latent consistency models of Stable Diffusion 1.x, 2.x and XL (Luo et al., arXiv 2310.04378).
+
+An LCM is one of three things, and the teacher is the diffusion model that it was distilled from:
+
+=====================  =============================================  ==========================
+a whole pipeline       `path` alone, e.g. SimianLuo/LCM_Dreamshaper_v7  `teacher` must be given
+a UNet for a pipeline  `path` and `unet`, e.g. SDXL and lcm-sdxl        `path`'s own by default
+an LCM-LoRA            `path` and `lcm_lora`, e.g. lcm-lora-sdv1-5      `path`'s own by default
+=====================  =============================================  ==========================
+
+The first two are told the guidance weight as a sinusoidal embedding (`timestep_cond`); an LCM-LoRA
+was distilled for a fixed one and is told nothing. Sampling runs the stock pipeline with the
+LCMScheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from ..errors import OutsideError, RecipeError
+from ..recipe import Model
+from . import sd, sdxl
+from .fitting import check_parts, unet_name
+from .latent_diffusion import LatentDiffusion
+from .pipelines import load_pipeline, pipeline_name
+from .pretrained import read_network, reading
+from .solver_grid import SolverGrid
+
+KIND = "latent consistency model, nor a pipeline to put one in"
+XL = "StableDiffusionXLPipeline"
+# What the folder may hold, and the class that samples it: that of diffusion models takes a
+# guidance embedding too.
+SAMPLED_BY = {
+    "LatentConsistencyModelPipeline": StableDiffusionPipeline,
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    XL: StableDiffusionXLPipeline,
+}
+
+
+def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    """The model a recipe names; OutsideError tells what is wrong with its folders."""
+    with reading(f"model.path={spec.path}", KIND):
+        found = pipeline_name(spec)
+        if found not in SAMPLED_BY:
+            raise ValueError(f"it holds a {found}")
+    options: dict[str, Any] = {}
+    if found != XL:
+        options = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = load_pipeline(
+        SAMPLED_BY[found],
+        spec,
+        dtype,
+        kind=KIND,
+        scheduler_class=LCMScheduler,
+        holding=tuple(SAMPLED_BY),
+        **options,
+    )
+    if found == XL:
+        sdxl.check_xl(spec, pipeline)
+        text: Any = sdxl.StableDiffusionXLText(pipeline)
+    else:
+        check_parts(spec, pipeline, pipeline.text_encoder.config.hidden_size)
+        text = sd.StableDiffusionText(pipeline)
+    _become_consistent(spec, pipeline)
+    noise = SolverGrid(
+        pipeline.scheduler,
+        device,
+        solver_steps=spec.solver_steps,
+        guidance=spec.guidance_range,
+    )
+    return LatentDiffusion(pipeline, text, noise, device, _teacher_loader(spec, dtype))
+
+
+def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
+    """Merge the LCM-LoRA, if the recipe names one; OutsideError if there is no LCM then."""
+    told_guidance = pipeline.unet.config["time_cond_proj_dim"] is not None
+    if spec.lcm_lora is None:
+        if not told_guidance:
+            raise OutsideError(
+                f"{unet_name(spec)} is no latent consistency model (it has no "
+                "time_cond_proj_dim): name one as model.unet, or an LCM-LoRA as model.lcm_lora"
+            )
+        return
+    if told_guidance:
+        raise OutsideError(
+            f"{unet_name(spec)} is a latent consistency model already: model.lcm_lora="
+            f"{spec.lcm_lora} is for a diffusion model"
+        )
+    with reading(f"model.lcm_lora={spec.lcm_lora}", "LoRA of this model"):
+        pipeline.load_lora_weights(spec.lcm_lora)
+        if not pipeline.get_list_adapters().get("unet"):
+            raise ValueError("it adapts no layer of the UNet")
+        pipeline.fuse_lora(components=["unet"])
+        pipeline.unload_lora_weights()
+
+
+def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DConditionModel]:
+    """Reads the teacher when it is asked for: `prepare` and `compare` have no use for it."""
+    own = spec.path if spec.unet or spec.lcm_lora else None
+    path, key = (spec.teacher, "model.teacher") if spec.teacher else (own, "model.path")
+    if path is None:
+        return partial(_refuse_without_teacher, spec)
+    return partial(_load_teacher, path, key, dtype)
+
+
+def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
+    raise RecipeError(
+        f"model.teacher is not given: consistency_dpo needs the diffusion model that "
+        f"model.path={spec.path} was distilled from"
+    )
+
+
+def _load_teacher(path: str, key: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder or hub id, or of one that holds a UNet alone."""
+    teacher = read_network(
+        UNet2DConditionModel, path, dtype, key=key, kind="diffusion model to teach by"
+    )
+    if teacher.config["time_cond_proj_dim"] is not None:
+        raise OutsideError(
+            f"{key}={path} is itself a latent consistency model: the teacher is the diffusion "
+            "model that it was distilled from"
+        )
+    return teacher.requires_grad_(False).eval()
