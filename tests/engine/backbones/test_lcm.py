@@ -32,14 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sd = tiny.pipeline()
     sd.save_pretrained(folder / "sd")
     tiny.lcm_unet().save_pretrained(folder / "unet")
-    parts = {
-        name: part for name, part in sd.components.items() if name not in ("unet", "scheduler")
-    }
-    parts.pop("image_encoder", None)
+    others = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    # Read back: of a config in memory from_config replaces what was left at its default.
+    schedule = DDIMScheduler.from_pretrained(folder / "sd" / "scheduler").config
     LatentConsistencyModelPipeline(
-        **parts,
+        **{name: sd.components[name] for name in others},
         unet=tiny.lcm_unet(),
-        scheduler=LCMScheduler.from_config(sd.scheduler.config),
+        scheduler=LCMScheduler.from_config(schedule),
         requires_safety_checker=False,
     ).save_pretrained(folder / "pipeline")
     xl = tiny.xl_pipeline()
