@@ -12,6 +12,7 @@ from cdpo.engine.errors import OutsideError, RecipeError
 from cdpo.engine.keyed import content_id
 from cdpo.engine.recipe import Model
 from diffusers import (
+    DDIMScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
