@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import load_backbone, sd
+from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.errors import CdpoError, OutsideError, RecipeError
+from cdpo.engine.errors import CdpoError, OutsideError
 from cdpo.engine.recipe import Model
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -177,12 +177,6 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path, tiny_world, sha
     assert all(torch.equal(v, expected[k]) for k, v in other.pipeline.vae.state_dict().items())
     assert other.fingerprints()["model"] == shared.fingerprints()["model"]
     assert other.fingerprints()["vae"] != shared.fingerprints()["vae"]
-
-
-def test_a_family_that_is_not_built_says_so(tiny_world):
-    spec = Model(backbone="lcm", path=str(tiny_world / "sd"))
-    with pytest.raises(RecipeError, match=r"model\.backbone=lcm is not built yet"):
-        load_backbone(spec, CPU)
 
 
 # Encoding
