@@ -47,7 +47,8 @@ class MetricRing:
                 loss.winner_error.double(),
                 loss.loser_error.double(),
                 logits,
-                (logits.sign() + 1) / 2,  # a tie, as at step 0, is neither right nor wrong
+                # A tie, as at step 0, is neither right nor wrong; NaN has sign 0, and stays NaN.
+                logits.sign().where(~logits.isnan(), logits) / 2 + 0.5,
             ]
         )
         quartile = timesteps * QUARTILES // self._num_timesteps
