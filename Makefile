@@ -12,6 +12,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
+TEST_PROCESSES ?= 2
 # `deepspeed` through python, because the shebang of its script breaks on spaces. One rank, so that
 # the demo's numbers repeat on any machine.
 LAUNCH := python .venv/bin/deepspeed --log_level error --num_gpus 1
@@ -36,8 +37,10 @@ demo: .venv/installed
 
 test: lint unit
 
+# Files of tests go to processes that compute on one thread each.
+unit: export OMP_NUM_THREADS = 1
 unit: .venv/installed-test
-	python -m pytest -q
+	python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 bench: .venv/installed
 	python benchmarks/compile_report.py

