@@ -75,7 +75,8 @@ def scalings(
     # A tensor, for PyTorch takes number / tensor as number · (1 / tensor), which rounds twice
     variance = torch.full_like(s, sigma_data * sigma_data)
     total = s * s + variance
-    return variance / total, s / total.sqrt()
+    # By way of float64, for a CPU's float32 root is not always the nearest number
+    return variance / total, s / total.double().sqrt().to(dtype)
 
 
 def _column(numbers: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

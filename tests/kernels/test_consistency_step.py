@@ -132,12 +132,30 @@ def test_same_bits_as_pytorch(backend, device, shape, prediction):
     assert all(torch.equal(a, b) for a, b in zip(both, expected, strict=True))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_other_scalings(backend, device, prediction):
-    case = make(prediction=prediction, timesteps=[0, 1, 19], device=device)
-    scalars = {"timestep_scaling": 0.3125, "sigma_data": 0.75}
-    for name, truth in outputs_oracle(case, **scalars).items():
-        check(getattr(case.outputs(**scalars), name), truth)
+def test_same_bits_as_pytorch_at_every_timestep_of_the_solver(backend, device):
+    case = make(50, (3,), timesteps=list(range(19, 1000, 20)), device=device)
+    found, grad = case.outputs_and_grad(case.noisy)
+    with use("torch"):
+        plain, plain_grad = case.outputs_and_grad(case.noisy)
+    assert all(torch.equal(a, b) for a, b in zip((*found, grad), (*plain, plain_grad), strict=True))
+
+
+def test_other_scalings_to_the_bit(backend, device):
+    """c_skip and c_out laid bare, beside NumPy in float32, for scalars that float32 has not."""
+    case = make(7, (1,), prediction="sample", timesteps=[0, 1, 2, 3, 4, 5, 19], device=device)
+    scalars = {"timestep_scaling": 0.3, "sigma_data": 1.3}
+    ones, zeros = torch.ones_like(case.noisy), torch.zeros_like(case.noisy)
+    c_skip = case._replace(noisy=ones, policy=zeros).outputs(**scalars).policy
+    policy = torch.ones_like(ones, requires_grad=True)
+    c_out = case._replace(noisy=zeros, policy=policy).outputs(**scalars).policy
+    (slope,) = torch.autograd.grad(c_out, policy, ones)
+
+    s = np.float32(0.3) * case.now.timesteps.cpu().numpy().astype(np.float32)
+    variance = np.float32(1.3) * np.float32(1.3)
+    expected = np.tile(s / np.sqrt(s * s + variance), 2)[:, None]
+    assert (c_skip.cpu().numpy() == np.tile(variance / (s * s + variance), 2)[:, None]).all()
+    assert (c_out.detach().cpu().numpy() == expected).all()
+    assert (slope.cpu().numpy() == expected).all()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
