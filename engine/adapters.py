@@ -1,28 +1,33 @@
-"""LoRA adapters on a denoiser, and a reference that is the same network without them.
+"""What is trained of a denoiser: low-rank adapters (LoRA, rsLoRA, DoRA), or all of it.
 
-The reference is a structural twin whose parameters are the same tensors, made before the adapter is
-added: no second copy of the weights, and no switching of adapters between the two passes.
+Under adapters the reference is a structural twin whose parameters are the same tensors, made before
+the adapter is added: no second copy of the weights, and no switching between the two passes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from itertools import chain
 
 import deepspeed
 import torch
-from diffusers import ModelMixin, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
+from diffusers import ModelMixin
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import RecipeError
-from .recipe import Lora
+from .recipe import Adapter
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+PRESETS = {
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "lcm": ATTENTION + FEED_FORWARD + PROJECTIONS + CONVOLUTIONS,
+}
 
 
 def twin_of(network: ModelMixin) -> ModelMixin:
@@ -30,19 +35,12 @@ def twin_of(network: ModelMixin) -> ModelMixin:
     return copy.deepcopy(network, memo={id(p): p for p in network.parameters()})
 
 
-def add_lora(network: ModelMixin, spec: Lora, seed: int) -> ModelMixin:
+def add_lora(network: ModelMixin, spec: Adapter, seed: int) -> ModelMixin:
     """Freeze ``network`` and give it trainable adapters; B starts at zero: the output is unchanged.
 
-    Raises RecipeError if no layer has one of the names in ``spec.targets``.
+    Raises RecipeError if a name in ``spec.targets`` is that of no linear layer or convolution.
     """
-    linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    unmatched = [t for t in spec.targets if not any(name.endswith(f".{t}") for name in linear)]
-    if unmatched:
-        known = sorted({_suffix(name) for name in linear})
-        raise RecipeError(
-            f"adapter.targets: {', '.join(unmatched)} matches no linear layer of the denoiser; "
-            f"there are {', '.join(known)}"
-        )
+    targets = layers_to_adapt(network, spec.targets)
     network.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -51,42 +49,53 @@ def add_lora(network: ModelMixin, spec: Lora, seed: int) -> ModelMixin:
                 r=spec.rank,
                 lora_alpha=spec.alpha,
                 lora_dropout=spec.dropout,
-                target_modules=list(spec.targets),
+                target_modules=targets,
+                use_rslora=spec.rslora,
+                use_dora=spec.dora,
             )
         )
+    if spec.dora:
+        _declare_foreign_weights(network)
     return network
+
+
+def _declare_foreign_weights(network: nn.Module) -> None:
+    """Tell ZeRO-3 that DoRA's module of magnitudes reads the weights of the layers around it."""
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            for name, magnitude in layer.lora_magnitude_vector.items():
+                owners = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name])
+                for parameter in chain.from_iterable(owner.parameters() for owner in owners):
+                    deepspeed.zero.register_external_parameter(magnitude, parameter)
+
+
+def layers_to_adapt(network: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    """What peft is asked to adapt: whole names or suffixes, each of at least one layer."""
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    if targets == "all-linear":
+        return [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+    suffixes = PRESETS[targets] if isinstance(targets, str) else targets
+    found = [suffix for suffix in suffixes if any(_ends(name, suffix) for name in layers)]
+    # A preset is for many models, not all of which have all of its layers.
+    unmatched = [] if isinstance(targets, str) and found else set(suffixes) - set(found)
+    if unmatched:
+        raise RecipeError(
+            f"adapter.targets: {', '.join(s for s in suffixes if s in unmatched)} matches no "
+            "linear layer or convolution of the denoiser; there are "
+            f"{', '.join(sorted({_suffix(name) for name in layers}))}, and the presets "
+            f"{', '.join([*PRESETS, 'all-linear'])}"
+        )
+    return found
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _suffix(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole values of parameters that ZeRO-3 has partitioned; all ranks enter and leave at once."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield
-
-
-def export_lora(policy: ModelMixin, folder: Path, *, write: bool) -> None:
-    """Save the adapters as `StableDiffusionPipeline.load_lora_weights` takes them.
-
-    Every rank calls it (ZeRO-3 gathers), the one with ``write`` saves.
-    """
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    with gathered(trainable):
-        if not write:
-            return
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
-        try:
-            StableDiffusionPipeline.save_lora_weights(
-                folder,
-                unet_lora_layers={
-                    name: value.detach().float().cpu() for name, value in state.items()
-                },
-                unet_lora_adapter_metadata=policy.peft_config["default"].to_dict(),
-            )
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from None

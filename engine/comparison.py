@@ -17,10 +17,9 @@ import torch
 import yaml
 from PIL import Image
 
-from .adapters import LORA_FILE
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
-from .errors import DataError
+from .exports import load_tuned, tuned_hash
 from .keyed import Stream
 from .launch import Ranks
 from .prompts import read_prompts
@@ -42,7 +41,7 @@ WORST_SHOWN = 8
 
 
 class Comparison:
-    """One report over one run's adapter, on all ranks together."""
+    """One report over one run's result, on all ranks together."""
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         self.ranks = ranks
@@ -53,7 +52,7 @@ class Comparison:
         self.report_path = self.folder / "report.html"
         train, heldout = read_prompts(recipe.prompts)
         self.prompt_sets = {"training": train} | ({"held-out": heldout} if heldout else {})
-        self.adapter = ranks.on_first(self._adapter_hash)
+        self.tuned = ranks.on_first(lambda: tuned_hash(recipe))
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)
 
@@ -71,16 +70,10 @@ class Comparison:
             ("score by", scorers),
         ]
 
-    def _adapter_hash(self) -> str:
-        path = self.run_dir / "lora" / LORA_FILE
-        if not path.exists():
-            raise DataError(f"no adapter in {path.parent}: run train first")
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
     def _inputs_hash(self) -> str:
         """Of everything the report is a function of."""
         inputs = {
-            "adapter": self.adapter,
+            "adapter": self.tuned,
             "seed": self.recipe.seed,
             "model": self.recipe.model.model_dump(mode="json"),
             "prompts": self.prompt_sets,
@@ -107,14 +100,14 @@ class Comparison:
         self.ranks.on_first(lambda: self._write(results, images))
 
     def _sample_both(self) -> dict[str, CandidateSet]:
-        """Images of the base model, then, with the adapter loaded into it, of the tuned one."""
+        """Images of the base model, then, with the tuned weights loaded into it, of that."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
         fingerprint = backbone.fingerprints()["model"]
         prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
         base = self._sampler(backbone, "base", {"model": fingerprint})
         base.run(prompts, self.ranks, self.terminal, "sample base")
-        backbone.load_adapter(self.run_dir / "lora")
-        tuned = self._sampler(backbone, "tuned", {"model": fingerprint, "adapter": self.adapter})
+        load_tuned(self.recipe, backbone)
+        tuned = self._sampler(backbone, "tuned", {"model": fingerprint, "adapter": self.tuned})
         tuned.run(prompts, self.ranks, self.terminal, "sample tuned")
         return {"base": base.images, "tuned": tuned.images}
 

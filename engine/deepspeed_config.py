@@ -125,6 +125,7 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
         holder = config.get(section)
         if isinstance(holder, dict) and leaf in holder:
             filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
+    _refuse_lost_averages(config, recipe, problems)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if problems:
@@ -136,6 +137,20 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
             "costs nothing"
         )
     return config
+
+
+def _refuse_lost_averages(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
+    """The moving average is a state of our own optimiser, which must hold and step all weights."""
+    zero = config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if recipe.adapter.ema is None or not isinstance(offload, dict):
+        return
+    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+        problems.append(
+            f"zero_optimization.offload_optimizer is {json.dumps(offload)}, but adapter.ema="
+            f"{recipe.adapter.ema} needs the optimiser's states in memory and in one place: "
+            "offload to the cpu with ratio 1, or set adapter.ema to null"
+        )
 
 
 class _Filler:

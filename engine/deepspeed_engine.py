@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
+from .averaging import AveragingAdamW
 from .recipe import Optimizer
 
 
 def start_engine(
-    module: nn.Module, config: dict[str, Any], spec: Optimizer, device: torch.device
+    module: nn.Module,
+    config: dict[str, Any],
+    spec: Optimizer,
+    device: torch.device,
+    ema: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """Hand ``module`` to DeepSpeed; what requires no gradient stays out of the optimiser."""
+    """Hand ``module`` to DeepSpeed; what requires no gradient stays out of the optimiser.
+
+    With ``ema``, a decay, the optimiser keeps a moving average of what it trains.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW if ema is None else partial(AveragingAdamW, decay=ema)
+    optimizer = adamw(
         trainable,
         lr=spec.lr,
         betas=spec.betas,

@@ -23,6 +23,7 @@ NAMES = (
     "checkpoint.before_prune",
     "train.step",
     "train.loss",
+    "export.published",
     "prepare.candidates",
     "prepare.scored",
     "prepare.latents",

@@ -4,12 +4,11 @@
 
 Goes on from the newest committed checkpoint of the run folder; a finished run says so. Supported:
 one GPU, several GPUs or nodes under the `deepspeed` or `torchrun` launcher, CPU; ZeRO 1, 2, 3.
-Leaves `metrics.jsonl`, `samples/`, `checkpoints/` and `lora/` in the run folder.
+Leaves `metrics.jsonl`, `samples/`, `checkpoints/` and what `export.formats` asks for (`lora/`) in
+the run folder.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from cdpo.engine.launch import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
@@ -29,7 +28,7 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         )
     else:
         trainer.run()
-    terminal.line(f"adapter: {Path(recipe.run_dir) / 'lora'}")
+    terminal.line(f"exported: {', '.join(map(str, trainer.exports.folders))}")
 
 
 if __name__ == "__main__":

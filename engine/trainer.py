@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ..kernels import use as use_kernels
 from ..kernels.dispatch import INTERPRETED
 from . import keyed
-from .adapters import LORA_FILE, add_lora, export_lora, twin_of
 from .backbones import Backbone, load_backbone
 from .batch_maker import BatchMaker
 from .checkpoint import CheckpointStore
@@ -26,16 +25,16 @@ from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
 from .errors import CdpoError, DataError, NumericsError, RecipeError, StopRequested
+from .exports import Exports
 from .failpoints import failpoint
 from .keyed import Stream
 from .launch import Ranks, StopSignal
+from .networks import build_networks
 from .objectives import Loss, build_objective
 from .phases import phase
-from .policy_and_reference import PolicyAndReference
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
-from .reporting.files import write_atomically
 from .run_log import RunLog
 from .shards.batch import PairBatch
 from .shards.lanes import LanePlan
@@ -67,6 +66,7 @@ class Trainer:
     checkpoints: CheckpointStore
     log: RunLog
     samples: TrainingSamples
+    exports: Exports
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         self.ranks = ranks
@@ -86,16 +86,10 @@ class Trainer:
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self._refuse_foreign_shards()
         objective = build_objective(recipe.objective)
-        reference = twin_of(self.backbone.denoiser)
-        policy = add_lora(self.backbone.denoiser, recipe.adapter, recipe.seed)
-        module = PolicyAndReference(
-            policy.train(),
-            reference.eval(),
-            self.backbone,
-            objective,
-            self.backbone.load_teacher(),
+        networks = build_networks(recipe, self.backbone, objective)
+        self.engine = start_engine(
+            networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
-        self.engine = start_engine(module, config, recipe.train.optimizer, ranks.device)
 
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -116,6 +110,7 @@ class Trainer:
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
         self.batch_maker = BatchMaker(recipe, self.backbone, self.manifest.resolution, ranks.device)
+        self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks)
 
     def _open_stream(self) -> PairStream:
         """The pairs of this rank; absent shards are found here, before a model is loaded."""
@@ -176,13 +171,11 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every step is taken and the adapter is exported."""
+        """Whether every step is taken and the result is exported."""
         if self.cursor.step < self.recipe.train.steps:
             return False
         # The run may have been extended and killed before its last export.
-        newest = self.checkpoints.folder_of(self.cursor.step) / "lora" / LORA_FILE
-        exported = self.run_dir / "lora" / LORA_FILE
-        return bool(self.ranks.on_first(lambda: _same_content(newest, exported)))
+        return self.exports.is_published(self.checkpoints.folder_of(self.cursor.step))
 
     def run(self, after_step: Callable[[], object] = lambda: None) -> None:
         """Train to the last step; NumericsError and StopRequested end it early, checkpoint made.
@@ -204,7 +197,7 @@ class Trainer:
                     after_step()
                     self._checkpoint_if_due()
         self._sample_if_due()
-        self.ranks.on_first(self._publish)
+        self.exports.publish(self.checkpoints.folder_of(self.cursor.step))
         self.stream.close()
 
     def _stop(self) -> None:
@@ -338,22 +331,13 @@ class Trainer:
     def _write_checkpoint(self, folder: Path) -> None:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""
         errors: list[OSError | RuntimeError] = []
-        for write in (partial(write_partitions, self.engine), self._export_into):
+        for write in (partial(write_partitions, self.engine), self.exports.write_adapters):
             try:
                 write(folder)
             except (OSError, RuntimeError) as error:
                 errors.append(error)
         if errors:
             raise errors[0]
-
-    def _export_into(self, folder: Path) -> None:
-        export_lora(self.engine.module.policy, folder / "lora", write=self.ranks.is_first)
-
-    def _publish(self) -> None:
-        """Put the adapter of the last checkpoint where users look for it."""
-        newest = self.checkpoints.folder_of(self.cursor.step) / "lora" / LORA_FILE
-        content = newest.read_bytes()
-        write_atomically(self.run_dir / "lora" / LORA_FILE, lambda file: file.write(content))
 
     def _on_any_rank(self, *flags: bool) -> list[bool]:
         """Each flag, raised if it is on any rank: one small all-reduce."""
@@ -374,7 +358,3 @@ def _choose_kernels(mode: str, device: torch.device) -> None:
         use_kernels(mode)
     except RuntimeError as error:
         raise RecipeError(f"train.kernels={mode}: {error}") from None
-
-
-def _same_content(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()

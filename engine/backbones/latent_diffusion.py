@@ -72,6 +72,13 @@ class LatentDiffusion:
         """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""
         self.pipeline.load_lora_weights(folder)
 
+    def load_denoiser(self, folder: Path) -> None:
+        """Take the UNet of another pipeline folder, in the precision of this one."""
+        dtype = next(self.denoiser.parameters()).dtype
+        unet = type(self.denoiser).from_pretrained(folder, subfolder="unet", dtype=dtype)
+        self.denoiser = unet.to(self.device).requires_grad_(False).eval()
+        self.pipeline.unet = self.denoiser
+
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         return self.vae.encode(images)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -119,6 +119,8 @@ class NoiseProcess(Protocol):
 class Backbone(Protocol):
     """A family of text-to-image models."""
 
+    pipeline: DiffusionPipeline
+    """The stock pipeline, its denoiser being :attr:`denoiser`: what exports are written with."""
     denoiser: ModelMixin
     device: torch.device
 
@@ -141,6 +143,10 @@ class Backbone(Protocol):
 
     def load_adapter(self, folder: Path) -> None:
         """Load an exported adapter into the denoiser, as any user of it would."""
+        ...
+
+    def load_denoiser(self, folder: Path) -> None:
+        """Take the denoiser of another pipeline folder of the same family."""
         ...
 
     @property

@@ -13,7 +13,7 @@ from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.protocol import Conditioning
 from cdpo.engine.objectives import Loss, Networks, build_objective
-from cdpo.engine.recipe import Lora, Objective
+from cdpo.engine.recipe import Adapter, Objective
 from torch import Tensor, nn
 
 LOG_2 = math.log(2)
@@ -25,7 +25,7 @@ def policy_and_reference(
 ) -> tuple[nn.Module, nn.Module]:
     """The backbone's denoiser with an adapter, moved away from the reference, and its twin."""
     reference = twin_of(backbone.denoiser)
-    policy = add_lora(backbone.denoiser, Lora(rank=2, alpha=2.0), seed=0)
+    policy = add_lora(backbone.denoiser, Adapter(rank=2, alpha=2.0), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

@@ -1,0 +1,95 @@
+"""Exports of whole runs: they draw what the trainer drew, are found again, and are written once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from launching import World, losses
+from safetensors.torch import load_file
+from stock import assert_draws_what_the_trainer_drew
+
+FULL = ("adapter.type=full", "export.formats=[merged]", "train.optimizer.lr=1e-3")
+KILLED = -9
+UNET = "merged/unet/diffusion_pytorch_model.safetensors"
+
+
+def test_an_adapter_in_every_format(world: World, tmp_path: Path) -> None:
+    formats = "export.formats=[diffusers,kohya,merged]"
+    chosen = ("adapter.targets=lcm", "train.optimizer.lr=0.02", "adapter.ema=0.5")
+    world.train(tmp_path, formats, *chosen).succeeded()
+    for form in ("lora", "kohya", "merged"):
+        assert_draws_what_the_trainer_drew(world.folder / "sd", tmp_path, form)
+        assert (tmp_path / "ema" / form).is_dir()
+    for file in ("lora/pytorch_lora_weights.safetensors", "kohya/lora.safetensors"):
+        last, average = load_file(tmp_path / file), load_file(tmp_path / "ema" / file)
+        assert last.keys() == average.keys()
+        moved = [name for name in last if not torch.equal(last[name], average[name])]
+        assert {name for name in last if not name.endswith("alpha")} == set(moved)
+        checkpoint = tmp_path / "checkpoints" / "step-00000006"
+        assert (checkpoint / file).read_bytes() == (tmp_path / file).read_bytes()
+        assert (checkpoint / "ema" / file).is_file()
+
+
+def test_a_dora_that_was_trained(world: World, tmp_path: Path) -> None:
+    formats = "export.formats=[diffusers,merged]"
+    chosen = ("adapter.dora=true", "adapter.targets=lcm", "train.optimizer.lr=0.02")
+    world.train(tmp_path, formats, *chosen).succeeded()
+    for form in ("lora", "merged"):
+        assert_draws_what_the_trainer_drew(world.folder / "sd", tmp_path, form)
+
+
+def test_compare_takes_a_full_fine_tune_and_its_average(world: World, tmp_path: Path) -> None:
+    average = (*FULL, "adapter.ema=0.9")
+    world.train(tmp_path, *average).succeeded()
+    reports = []
+    for weights in ("last", "ema"):
+        overrides = [f"run_dir={tmp_path}", *average, f"compare.weights={weights}"]
+        world.server.run("compare", world.recipe, overrides).succeeded()
+        results = json.loads((tmp_path / "compare" / "results.json").read_text())
+        part = results["prompt_sets"][0]["scorers"][0]
+        assert part["base_mean"] != part["tuned_mean"]
+        reports.append(part)
+    assert reports[0]["base_mean"] == reports[1]["base_mean"]
+    assert reports[0]["tuned_mean"] != reports[1]["tuned_mean"]
+
+
+def test_small_updates_of_bfloat16_weights_are_kept(world: World, tmp_path: Path) -> None:
+    """Six steps of 1e-5 are under the spacing of most bf16 numbers, 2**-8 of their size: without
+    float32 masters nearly all of them would be rounded away, one by one.
+    """
+    slow = ("train.optimizer.lr=1e-5", "train.sample_every=0", "train.precision=bf16")
+    world.train(tmp_path, *FULL, *slow).succeeded()
+    base = load_file(world.folder / "sd/unet/diffusion_pytorch_model.safetensors")
+    tuned = load_file(tmp_path / UNET)
+    moved, shown = [], []
+    for name, weights in base.items():
+        start = weights.bfloat16().float()
+        moved.append((tuned[name] - start).abs().flatten())
+        shown.append((tuned[name].bfloat16() != start.bfloat16()).flatten())
+    distance, visible = torch.cat(moved), torch.cat(shown).float()
+    assert distance.max() <= 6.1e-5
+    assert distance.median() > 1e-5
+    assert visible.mean() < 0.5
+
+
+def test_an_extended_run_killed_before_its_last_export_is_not_finished(
+    world: World, tmp_path: Path
+) -> None:
+    run, file = tmp_path / "run", Path("lora", "pytorch_lora_weights.safetensors")
+    world.train(run, "train.steps=4").succeeded()
+    old = (run / file).read_bytes()
+    assert world.train(run, failpoint="export.published:kill").code == KILLED
+    assert "nothing to do" not in world.train(run).succeeded().text
+    new = (run / file).read_bytes()
+    assert new == (run / "checkpoints/step-00000006" / file).read_bytes() != old
+    assert "nothing to do" in world.train(run).succeeded().text
+
+
+def test_another_format_of_a_finished_run_needs_no_training(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path, "train.steps=2").succeeded()
+    before = losses(tmp_path)
+    outcome = world.train(tmp_path, "train.steps=2", "export.formats=[kohya]").succeeded()
+    assert "nothing to do" not in outcome.text and losses(tmp_path) == before
+    assert (tmp_path / "kohya" / "lora.safetensors").is_file()
