@@ -60,7 +60,7 @@ class ForkServer:
 
     def run(
         self,
-        verb: str,
+        verb: str | Path,
         recipe: Path,
         overrides: Sequence[str] = (),
         *,
@@ -68,8 +68,10 @@ class ForkServer:
         env: Mapping[str, str] | None = None,
         seconds: float = 120,
     ) -> Outcome:
+        """Run a verb, or a script that is called like one."""
+        script = verb if isinstance(verb, Path) else ROOT / "engine" / f"{verb}.py"
         request = {
-            "script": str(ROOT / "engine" / f"{verb}.py"),
+            "script": str(script),
             "args": ["--recipe", str(recipe), *overrides],
             "env": dict(env or {}),
             "ranks": ranks,

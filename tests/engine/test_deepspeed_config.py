@@ -258,3 +258,12 @@ def test_a_zero_stage_is_wanted(build, zero):
 def test_checks_for_non_finite_steps_cannot_be_turned_off(build):
     off = {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}
     assert "compute_grad_norm" in refused(build, off)[0]
+
+
+@pytest.mark.parametrize("offload", [{"device": "nvme"}, {"device": "cpu", "ratio": 0.5}])
+def test_averages_need_the_optimiser_in_one_place(build, offload):
+    zero = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+    [line] = refused(build, zero, adapter={"ema": 0.9})
+    assert "needs the optimiser's states in memory" in line and "adapter.ema=0.9" in line
+    whole = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    build(whole, adapter={"ema": 0.9})

@@ -285,6 +285,39 @@ def test_bad_overrides_are_named_by_their_text(write, override, expected):
     assert expected in line
 
 
+@pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "lcm"])
+def test_targets_are_a_preset_or_a_list(write, targets):
+    assert load_recipe(write(), [f"adapter.targets={targets}"]).adapter.targets == targets
+
+
+@pytest.mark.parametrize("targets", ["attn", "to_q", "[]", "[to_q, 3]", "5", "null"])
+def test_other_targets_are_refused_in_one_line_with_what_there_is(write, targets):
+    [line] = problems(write(), (f"adapter.targets={targets}",))
+    assert "should be attention, attention+ff, all-linear, lcm, or a list of layer names" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter.type=full"], "export.formats=[diffusers] does not go with adapter.type=full"),
+        (
+            ["adapter.type=full", "export.formats=[merged]", "adapter.dora=true"],
+            "leave dora and rslora false",
+        ),
+        (
+            ["adapter.dora=true", "export.formats=[diffusers, kohya]"],
+            "kohya files of DoRA adapters mean different things",
+        ),
+        (["export.formats=[]"], "export.formats is empty"),
+        (["compare.weights=ema"], "compare.weights=ema needs an average: set adapter.ema"),
+        (["adapter.ema=1.0"], "adapter.ema: 1.0 should be less than 1"),
+    ],
+)
+def test_exports_and_averages_that_cannot_be_are_refused(write, overrides, expected):
+    [line] = problems(write(), tuple(overrides))
+    assert expected in line
+
+
 @pytest.mark.parametrize(
     "value", ["${oc.env:HOME}", "${seed}", "a${", "\\${x}", "${oc.env:X,${y}}"]
 )
@@ -429,6 +462,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, write, monkeypatch):
 # Identity
 
 RUNTIME = {
+    "train.reference",
     "run_dir",
     "deepspeed",
     "train.steps",
@@ -447,7 +481,7 @@ RUNTIME = {
 
 def test_identity_holds_what_decides_the_result_and_nothing_else(write):
     """Every new knob must be sorted in here: does a resumed run have to share it?"""
-    watched = ("prompts.", "reward.", "prepare.", "checkpoint.", "monitor.", "compare.")
+    watched = ("prompts.", "reward.", "prepare.", "checkpoint.", "monitor.", "export.", "compare.")
     expected = {key for key in KNOBS if not key.startswith(watched)} - RUNTIME
     identity = training_identity(load_recipe(write()))
     assert set(identity) == expected

@@ -1,0 +1,111 @@
+"""All of the denoiser trained by two ranks under each ZeRO stage: one curve, one result, exact
+resume, and an export that no rank holds more of than one file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import ROOT, World, losses
+from safetensors.torch import load_file
+from stock import assert_draws_what_the_trainer_drew
+from torch import Tensor
+
+WATCHED = ROOT / "tests" / "workers" / "train_and_watch_gathers.py"
+KILLED = -9
+SHARD_GIB = 4e-5  # 42 KiB: the tiny UNet takes several files
+# As in test_trainer.py: without these two, rounding alone separates the curves by more than 1e-5.
+FULL = (
+    "adapter.type=full",
+    "adapter.ema=0.8",
+    "export.formats=[merged]",
+    f"export.shard_gib={SHARD_GIB}",
+    "train.optimizer.lr=3e-4",
+    "objective.beta=500",
+    "train.optimizer.eps=1e-6",
+)
+
+
+def config(world: World, zero: int) -> Path:
+    """Stages 1 to 3; 3 divides all but the small parameters for good."""
+    path = world.folder / f"full_zero{zero}.json"
+    keep_whole = {"stage3_param_persistence_threshold": 1000} if zero == 3 else {}
+    path.write_text(json.dumps({"zero_optimization": {"stage": zero} | keep_whole}))
+    return path
+
+
+def unet(run: Path, kind: str = "") -> dict[str, Tensor]:
+    """The exported denoiser, from all its files."""
+    parts = sorted((run / kind / "merged" / "unet").glob("*.safetensors"))
+    return {name: value for part in parts for name, value in load_file(part).items()}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(world: World) -> Path:
+    """The run of one rank under ZeRO-2."""
+    run = world.folder / "full_alone"
+    world.train(run, *FULL).succeeded()
+    return run
+
+
+def test_the_reference_can_wait_in_host_memory(world: World, alone: Path, tmp_path: Path) -> None:
+    world.train(tmp_path, *FULL, "train.reference=offload", zero=3).succeeded()
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_finished_run_is_recognised(world: World, alone: Path) -> None:
+    assert "nothing to do" in world.train(alone, *FULL).succeeded().text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_under_each_stage(world: World, alone: Path, tmp_path: Path, zero: int) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+
+    def train(folder: Path, *more: str, failpoint: str = "") -> list[int]:
+        overrides = [
+            f"run_dir={folder}",
+            f"data.path={world.shards}",
+            f"deepspeed={config(world, zero)}",
+        ]
+        env = {"CDPO_FAILPOINT": failpoint, "WATCH_FOLDER": str(tmp_path)}
+        return world.server.run(
+            WATCHED, world.recipe, [*overrides, *FULL, *more], ranks=2, env=env
+        ).codes
+
+    assert train(whole, "train.sample_every=6") == [0, 0]
+    assert losses(whole) == pytest.approx(losses(alone), abs=1e-5)
+    assert distance(unet(whole), unet(alone)) < 1e-5
+    assert distance(unet(whole, "ema"), unet(alone, "ema")) < 1e-5
+    assert distance(unet(whole), unet(whole, "ema")) > 1e-4
+    assert_draws_what_the_trainer_drew(world.folder / "sd", whole, "merged")
+    assert_one_file_at_a_time(whole, tmp_path)
+
+    quiet = "train.sample_every=0"
+    assert KILLED in train(run, quiet, failpoint="train.loss@6:kill/rank1")
+    assert train(run, quiet) == [0, 0]
+    assert losses(run) == losses(whole)
+    assert distance(unet(run), unet(whole)) == 0
+    assert distance(unet(run, "ema"), unet(whole, "ema")) == 0
+
+
+def assert_one_file_at_a_time(run: Path, notes: Path) -> None:
+    """Rank 0 held one file and the parameter that was being gathered, rank 1 only the latter."""
+    weights = unet(run)
+    files = list((run / "merged" / "unet").glob("*.safetensors"))
+    assert len(files) > 2
+    largest = 4 * max(value.numel() for value in weights.values())
+    bound = SHARD_GIB * 2**30
+    for rank, most in enumerate((bound + largest, largest)):
+        seen = json.loads((notes / f"gathered-{rank}.json").read_text())
+        assert seen["gathered"] == 2 * len(weights)  # last and averaged
+        assert largest <= seen["most"] <= most + 64  # ZeRO-3 pads to equal shares
+    total = 4 * sum(value.numel() for value in weights.values())
+    assert total > 2.5 * bound

@@ -1,0 +1,41 @@
+"""The train verb, noting what each rank holds of gathered weights while it exports.
+
+Writes ``gathered-<rank>.json`` into the folder named by WATCH_FOLDER: how many parameters were
+gathered, and the most bytes of them that were alive at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+
+from cdpo.engine import trained_weights
+from cdpo.engine.launch import run_verb
+from cdpo.engine.train import main
+from torch import Tensor
+
+seen = {"gathered": 0, "alive": 0, "most": 0}
+gather = trained_weights.TrainedWeights.gather
+
+
+def watched(self: trained_weights.TrainedWeights, name: str) -> Tensor:
+    value = gather(self, name)
+    # On a CPU the gathered tensor is the one that is kept, so its life is that of its bytes.
+    size = value.untyped_storage().nbytes()
+    seen["gathered"] += 1
+    seen["alive"] += size
+    seen["most"] = max(seen["most"], seen["alive"])
+    weakref.finalize(value, forget, size)
+    return value
+
+
+def forget(size: int) -> None:
+    seen["alive"] -= size
+
+
+trained_weights.TrainedWeights.gather = watched
+run_verb("train", main)
+path = Path(os.environ["WATCH_FOLDER"], f"gathered-{os.environ.get('RANK', '0')}.json")
+path.write_text(json.dumps(seen))
