@@ -20,6 +20,11 @@ FOLDERS = {"diffusers": "lora", "kohya": "kohya", "merged": "merged"}
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
 WEIGHTS = "diffusion_pytorch_model"  # as diffusers names the weights files of a network
 CPU = torch.device("cpu")
+# Layers of SDXL that diffusers knows in kohya files only by the name they had in the original code.
+KOHYA_NAMES = {
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 
 
 def save_for_diffusers(
@@ -55,7 +60,7 @@ def save_for_kohya(state: dict[str, Tensor], spec: Adapter, folder: Path) -> Non
     renamed = {}
     for name, value in state.items():
         layer, _, side = name.rpartition(".lora_")
-        key = "lora_unet_" + layer.replace(".", "_")
+        key = "lora_unet_" + KOHYA_NAMES.get(layer, layer).replace(".", "_")
         renamed[f"{key}.lora_{sides[side]}.weight"] = value
         renamed[f"{key}.alpha"] = torch.tensor(alpha)
     metadata = {

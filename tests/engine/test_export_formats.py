@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from cdpo.engine.adapters import add_lora
-from cdpo.engine.backbones import sd
+from cdpo.engine.backbones import sd, sdxl
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.export_formats import save_for_diffusers, save_for_kohya, save_merged
-from cdpo.engine.recipe import Adapter
-from diffusers import ModelMixin
+from cdpo.engine.recipe import Adapter, Model
+from diffusers import ModelMixin, StableDiffusionXLPipeline
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stock import stock_pipeline
@@ -66,6 +68,34 @@ def test_stock_diffusers_loads_each_format(
         stock = stock_pipeline(tiny_world / "sd", tmp_path, form)
         torch.testing.assert_close(predict(stock.unet), wanted, rtol=0, atol=1e-5)
         assert any("lora" in key for key in stock.unet.state_dict()) == (form != "merged")
+
+
+@pytest.mark.parametrize("targets", ["lcm", "all-linear"])
+def test_stock_diffusers_loads_adapters_of_xl(tmp_path: Path, targets: str) -> None:
+    """What ComfyUI calls a layer is the same in both families; diffusers reads it by patterns."""
+    tiny.xl_pipeline().save_pretrained(tmp_path / "base")
+    model = Model(backbone="sdxl", path=str(tmp_path / "base"), resolution=(16, 16))
+    spec = Adapter(rank=2, alpha=7.0, targets=targets)
+    backbone = sdxl.load(model, torch.device("cpu"), torch.float32)
+    policy = tune(backbone, spec)
+    state = get_peft_model_state_dict(policy)
+    save_for_diffusers(state, policy, backbone.pipeline, tmp_path)
+    save_for_kohya(state, spec, tmp_path)
+    tuned = {name: p for name, p in policy.named_parameters() if "lora_" in name}
+    for form in ("lora", "kohya"):
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base")
+        stock.load_lora_weights(tmp_path / form)
+        loaded = {name: p for name, p in stock.unet.named_parameters() if "lora_" in name}
+        assert len(loaded) == len(tuned) > 0
+        for name, value in tuned.items():
+            assert torch.equal(loaded[name.replace(".default.", ".default_0.")], value), form
+        scales = {
+            scale
+            for module in stock.unet.modules()
+            if isinstance(module, LoraLayer)
+            for scale in module.scaling.values()
+        }
+        assert scales == {3.5}
 
 
 def test_a_backbone_loads_an_adapter_and_a_merged_pipeline(

@@ -20,7 +20,7 @@ def batch() -> TrainingBatch:
     noisy, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (4, 2))
     text = torch.randn(2, 9, 16, generator=generator)
     draw = Draw(torch.tensor([100, 700]), noise_keys=torch.zeros(2, 4, dtype=torch.int64))
-    return TrainingBatch(noisy, noise, draw, Conditioning(text).for_pairs())
+    return TrainingBatch(noisy, noise, draw, Conditioning(torch.cat([text, text])))
 
 
 def build(tiny_recipe, *overrides: str) -> PolicyAndReference:
