@@ -14,7 +14,7 @@ from cdpo.engine.backbones import load_backbone
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.protocol import Conditioning, Draw
 from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective
-from cdpo.engine.recipe import Lora, Model, Objective
+from cdpo.engine.recipe import Adapter, Model, Objective
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def make(folder, prediction: str = "epsilon", perturb: float = 0.3, precision: s
     )
     backbone = load_backbone(spec, CPU, precision)
     reference = twin_of(backbone.denoiser)
-    policy = add_lora(backbone.denoiser, Lora(rank=2, alpha=2.0), seed=0)
+    policy = add_lora(backbone.denoiser, Adapter(rank=2, alpha=2.0), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

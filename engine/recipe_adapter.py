@@ -1,0 +1,80 @@
+"""Sections of a recipe: what is trained, and what users get of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from .recipe_types import Fraction, PositiveFloat, PositiveInt, Section
+
+TARGET_PRESETS = ("attention", "attention+ff", "all-linear", "lcm")
+
+
+def _known_targets(value: object) -> object:
+    """A preset, or a list of suffixes, of which only the model can say whether they exist."""
+    listed = isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
+    if listed or value in TARGET_PRESETS:
+        return value
+    raise PydanticCustomError(
+        "targets", f"Input should be {', '.join(TARGET_PRESETS)}, or a list of layer names"
+    )
+
+
+class Adapter(Section):
+    """What is trained: low-rank adapters, or all of the denoiser."""
+
+    type: Literal["lora", "full"] = "lora"
+    """`lora`: adapters over frozen weights, which the reference shares. `full`: every weight of the
+    denoiser; rank, alpha, dropout and targets mean nothing then, and the reference is a copy."""
+    rank: PositiveInt = 8
+    """Rank r of every adapter: capacity, memory and file size grow with it."""
+    alpha: PositiveFloat = 8
+    """Adapter output is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on adapter inputs. It repeats on a resume, but not on another number of ranks."""
+    targets: Annotated[str | tuple[str, ...], BeforeValidator(_known_targets)] = "attention"
+    """Layers that get adapters: a preset (`attention`, `attention+ff`, `all-linear`, or `lcm`, the
+    papers' choice for LCM: attention, feed-forward, convolutions, projections), or a list of names
+    of linear layers and convolutions, each by its suffix, e.g. [to_q, to_v]."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank): large ranks then learn as fast as small ones (2312.03732)."""
+    dora: bool = False
+    """Train the length of each weight row apart from its direction (2402.09353). The step-0 output
+    is unchanged to the bit; a step is slower and holds whole products of A and B."""
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Decay of a moving average of what is trained, e.g. 0.999 averages some 1,000 steps; exported
+    beside the last weights, in `ema/`. Four bytes a trained parameter, divided among the ranks."""
+
+
+class Export(Section):
+    """The trained weights as others load them, in the run folder at the end of the run."""
+
+    formats: tuple[Literal["diffusers", "kohya", "merged"], ...] = ("diffusers",)
+    """`diffusers`: `lora/`, for `load_lora_weights`. `kohya`: `kohya/`, for ComfyUI and others.
+    `merged`: `merged/`, a whole pipeline in float32; all that full fine-tuning can give. Adapters
+    are cheap and lie in each checkpoint as well; merged is written once, at the end."""
+    shard_gib: PositiveFloat = 5.0
+    """Largest weights file of a merged pipeline: what one rank gathers at a time under ZeRO-3."""
+
+
+def check_exports(adapter: Adapter, export: Export) -> None:
+    """ValueError for formats that this kind of adapter cannot be written in."""
+    formats = export.formats
+    if adapter.type == "full" and set(formats) != {"merged"}:
+        raise ValueError(
+            f"export.formats=[{', '.join(formats)}] does not go with adapter.type=full, which "
+            "leaves no adapter: use export.formats=[merged]"
+        )
+    if adapter.type == "full" and (adapter.dora or adapter.rslora or adapter.dropout):
+        raise ValueError(
+            "adapter.type=full has no adapters: leave dora and rslora false and dropout 0"
+        )
+    if adapter.dora and "kohya" in formats:
+        raise ValueError(
+            "export.formats: kohya files of DoRA adapters mean different things to the "
+            "programs that read them, diffusers among them: use diffusers or merged"
+        )
+    if not formats:
+        raise ValueError("export.formats is empty: the run would leave nothing to use")
