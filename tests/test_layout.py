@@ -18,7 +18,8 @@ SOURCES = sorted(
 )
 ENTRIES = {"prepare", "train", "compare"}
 BASE = {"errors", "keyed", "phases"}
-BASE |= {"recipe", "recipe_yaml", "recipe_file", "deepspeed_config"}
+BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_yaml", "recipe_file"}
+BASE |= {"deepspeed_config"}
 MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards"}
 PROTOCOL = "cdpo.engine.backbones.protocol."  # all that an objective knows of a backbone
 # Not installed here, perhaps, but imported by the libraries we use when they are.
