@@ -63,10 +63,10 @@ def noise_by_generators(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def add_noise(latents: Tensor, timesteps: Tensor, noise: Tensor | None = None) -> list[Tensor]:
     """(2B, ...) latents of pairs that share noise: the noisy ones and the noise."""
-    winners, losers = latents.chunk(2)
+    winners = latents[: len(timesteps)]
     noise = torch.randn_like(winners) if noise is None else noise.to(latents.dtype)
-    noisy = [SCHEDULER.add_noise(samples, noise, timesteps) for samples in (winners, losers)]
-    return [torch.cat(noisy), noise]
+    both, twice = torch.cat([noise, noise]), torch.cat([timesteps, timesteps])
+    return [SCHEDULER.add_noise(latents, both, twice), noise]
 
 
 def consistency_solver_step(

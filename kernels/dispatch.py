@@ -30,6 +30,8 @@ except ImportError:
 
 MODES = ("auto", "triton", "torch")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = 1e-18  # its square is a float32 number as well
 # Launch option: no contraction of a·b + c to one rounding. The kernels wait for memory anyway, and
 # results then follow the source, not the compiler: alike in kernels that share a formula, in the
 # interpreter, and across Triton versions, whose default changes with 3.10.
@@ -140,10 +142,12 @@ def check_per_pair(pairs: int, dtype: torch.dtype, **tensors: Tensor) -> None:
 
 
 def check_positive(**scalars: float) -> None:
-    """Refuse zero, negative, infinite and NaN scalars."""
+    """Refuse zero, negative, infinite and NaN scalars, and those that float32 makes such."""
     for name, value in scalars.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be positive and finite")
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"{name} is {value}; kernels take {SMALLEST:g} to {LARGEST:g}")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -167,12 +171,29 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 def zero_tickets(count: int, device: torch.device) -> Tensor:
     """int32 zeros that a kernel leaves zero, kept for each stream: kernels of one never overlap.
 
-    A CUDA graph gets its own, for it may be replayed on any stream.
+    A CUDA graph gets its own, for it may be replayed on any stream; and what was allocated from a
+    graph's memory pool is not kept, for PyTorch takes the whole pool back (the warm-up runs of
+    `torch.compile(mode="reduce-overhead")` allocate there without capturing yet).
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets or len(_tickets[key]) < count:
-        size = triton.next_power_of_2(count)
-        _tickets[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _tickets[key]
+    with torch.cuda.device(device):
+        key = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+        kept = _tickets.get(key)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if kept is not None and len(kept) >= count and not capturing:
+            return kept
+        tickets = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        if not capturing and in_default_pool(tickets, torch.cuda.memory_snapshot()):
+            _tickets[key] = tickets
+        return tickets
+
+
+def in_default_pool(tensor: Tensor, segments: list[dict[str, Any]]) -> bool:
+    """Whether the allocator's snapshot has the tensor's memory outside of private pools."""
+    address = tensor.data_ptr()
+    return any(
+        segment["address"] <= address < segment["address"] + segment["total_size"]
+        and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+        for segment in segments
+    )

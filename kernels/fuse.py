@@ -19,7 +19,8 @@ def fuse(module: Module) -> Module:
     Norms followed by SiLU are those of diffusers' ResnetBlock2D and those before the last
     convolution of a UNet and of a VAE's encoder and decoder. The kernels work channels-last: move
     the network there, `module.to(memory_format=torch.channels_last)`, or each norm copies its
-    input. Already fused layers stay as they are. Raises ValueError if there is nothing to fuse.
+    input. Already fused layers stay as they are. Raises ValueError if there is nothing to fuse, or
+    if hooks have replaced the forward of a layer.
     """
     swaps = list(_swaps(module))
     if not swaps and not any(type(part) in _originals() for part in module.modules()):
@@ -27,17 +28,29 @@ def fuse(module: Module) -> Module:
             f"{type(module).__name__} has nothing to fuse: fuse takes networks of diffusers that "
             "hold GroupNorm or GEGLU layers"
         )
-    for part, fused in swaps:
-        part.__class__ = fused
+    _give_classes(module, swaps)
     return module
 
 
 def unfuse(module: Module) -> Module:
-    """Undo `fuse`; returns the module."""
+    """Undo `fuse` on the module that was given to it; returns the module."""
     originals = _originals()
-    for part in module.modules():
-        part.__class__ = originals.get(type(part), type(part))
+    fused = [part for part in module.modules() if type(part) in originals]
+    _give_classes(module, [(part, originals[type(part)]) for part in fused])
     return module
+
+
+def _give_classes(module: nn.Module, swaps: list["Swap"]) -> None:
+    """All or none: a layer whose forward was replaced on the instance would not notice."""
+    names = {id(part): name for name, part in module.named_modules()}
+    held = [names[id(part)] or type(part).__name__ for part, _ in swaps if "forward" in vars(part)]
+    if held:
+        raise ValueError(
+            f"{held[0]} ({len(held)} layers in all) has a forward of its own, put there by hooks "
+            "such as accelerate's offloading: fuse and unfuse before they are attached"
+        )
+    for part, cls in swaps:
+        part.__class__ = cls
 
 
 Swap = tuple[nn.Module, type[nn.Module]]  # a layer and the class it is to get
@@ -62,7 +75,7 @@ def _swaps(module: nn.Module) -> Iterator[Swap]:
     yield from activating
     seen = {id(part) for part, _ in activating}
     for part in module.modules():
-        if type(part) is nn.GroupNorm and id(part) not in seen:
+        if _is_norm(part) and id(part) not in seen:
             yield part, fused.FusedGroupNorm
         elif type(part) is fused.GEGLU:
             yield part, fused.FusedGEGLU
@@ -81,5 +94,10 @@ def _activating_norms(part: Any) -> list[Swap]:
     else:
         norms, activation = [getattr(part, "conv_norm_out", None)], getattr(part, "conv_act", None)
         swap, fits = (activation, fused.AlreadyActivated), True
-    fits &= type(activation) is nn.SiLU and all(type(norm) is nn.GroupNorm for norm in norms)
+    fits &= type(activation) is nn.SiLU and all(_is_norm(norm) for norm in norms)
     return [swap, *((norm, fused.FusedGroupNormSiLU) for norm in norms)] if fits else []
+
+
+def _is_norm(part: Any) -> bool:
+    """A GroupNorm with weight and bias, or with neither: what the kernel takes."""
+    return type(part) is nn.GroupNorm and (part.weight is None) == (part.bias is None)

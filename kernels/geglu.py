@@ -125,7 +125,9 @@ def _empty_output(projected: Tensor) -> Tensor:
 
 @torch.library.custom_op("cdpo::geglu", mutates_args=())
 def _op(projected: Tensor) -> Tensor:
-    return _forward_triton(projected) if takes_triton(projected) else geglu_ref(projected)
+    if takes_triton(projected):
+        return _forward_triton(projected)
+    return geglu_ref(projected).contiguous()
 
 
 @_op.register_fake
@@ -196,7 +198,8 @@ def _backward_torch(grad: Tensor, projected: Tensor) -> Tensor:
     distribution = 0.5 * (1 + torch.erf(gate * 0.5**0.5))
     density = torch.exp(-0.5 * gate * gate) * (2 * torch.pi) ** -0.5
     grad_gate = grad * hidden * (distribution + gate * density)
-    return torch.cat([grad * (gate * distribution), grad_gate], -1).to(projected.dtype)
+    grads = torch.cat([grad * (gate * distribution), grad_gate], -1)
+    return grads.to(projected.dtype).contiguous()
 
 
 def _wide(projected: Tensor) -> Tensor:

@@ -259,10 +259,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, bias, _, _, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # zeros for them would be two launches
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     # Frozen weights, the usual case under LoRA, cost no sums.
     affine_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     grads = _backward_op(grad, *ctx.saved_tensors, ctx.silu, affine_grads)

@@ -246,10 +246,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     policy, _, target, *ctx.scalars = inputs
     _, logits, policy_error, reference_error = output
     ctx.mark_non_differentiable(logits, policy_error, reference_error)
+    ctx.set_materialize_grads(False)  # zeros for them would be three launches
     ctx.save_for_backward(logits, policy, target)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 6
     return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 5
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.kernels.dispatch import HAS_TRITON
-from launching import ForkServer, World, losses, metrics
+from launching import ForkServer, World, losses, make_world, metrics
 
 LOG_2 = math.log(2)
 CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")  # as in test_trainer.py
@@ -68,3 +68,19 @@ def test_triton_and_torch_train_alike(
         found = [row[name] for row in triton_rows]
         assert found == pytest.approx(expected, rel=0, abs=tolerance), name
         assert max(map(abs, expected)) > 100 * tolerance, name  # there was something to compare
+
+
+def test_a_consistency_model_trains_alike(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, interpreted: World, tmp_path: Path
+) -> None:
+    """Its kernels are alike to the bit but for the loss, so what holds above holds for beta 20."""
+    folder = tmp_path_factory.mktemp("lcm")
+    lcm = make_world(folder, server, backbone="lcm")
+    world = World(folder, lcm.recipe, interpreted.server)
+    for kernels in ("torch", "triton"):
+        knobs = (f"train.kernels={kernels}", "objective.beta=20", "train.optimizer.eps=1e-6")
+        world.train(tmp_path / kernels, *knobs).succeeded()
+        assert losses(tmp_path / kernels)[0] == pytest.approx(LOG_2, abs=1e-6)
+    found = losses(tmp_path / "triton")
+    assert found == pytest.approx(losses(tmp_path / "torch"), rel=0, abs=1e-5)
+    assert max(abs(loss - LOG_2) for loss in found) > 1e-4  # there was something to compare

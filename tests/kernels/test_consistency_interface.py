@@ -9,7 +9,6 @@ import torch
 from cdpo.kernels import consistency_outputs, consistency_solver_step, paired_dpo_loss
 from consistency_cases import LATENTS, NETWORKS, PREDICTIONS, Case, make
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 module = importlib.import_module("cdpo.kernels.consistency_step")
 
@@ -43,19 +42,7 @@ def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch, 
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-class Operations(TorchDispatchMode):
-    """Notes the name of every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(op.name())
-        return op(*args, **(kwargs or {}))
-
-
-def test_backward_is_one_operation_and_keeps_no_latents(backend, device):
+def test_backward_is_one_operation_and_keeps_no_latents(backend, device, operations):
     """By default autograd would make zeros for the two outputs that have no gradient."""
     case = make(device=device)
     policy = case.policy.requires_grad_()
@@ -64,7 +51,7 @@ def test_backward_is_one_operation_and_keeps_no_latents(backend, device):
         found = case.outputs()
     assert [x.shape for x in kept] == [case.guidance.shape] * 3
     grad_output = torch.ones_like(found.policy)
-    with Operations() as operations:
+    with operations:
         torch.autograd.grad(found.policy, policy, grad_output)
     assert [name for name in operations.names if name != "aten::detach"] == [
         "cdpo::consistency_outputs_backward"

@@ -82,3 +82,23 @@ def test_without_triton():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("segments", "default"),
+    [
+        ([{"address": 0, "total_size": 1 << 62, "segment_pool_id": (0, 0)}], True),
+        ([{"address": 0, "total_size": 1 << 62, "segment_pool_id": (0, 3)}], False),
+        ([{"address": 0, "total_size": 1 << 62}], True),
+        ([{"address": 0, "total_size": 1, "segment_pool_id": (0, 0)}], False),
+    ],
+    ids=["default pool", "a graph's pool", "a snapshot without pools", "another segment"],
+)
+def test_memory_of_a_private_pool_is_told_from_the_rest(segments, default):
+    assert dispatch.in_default_pool(torch.zeros(4), segments) is default
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1e-25])
+def test_scalars_that_float32_cannot_hold(value):
+    with pytest.raises(ValueError, match="scale is"):
+        dispatch.check_positive(scale=value)

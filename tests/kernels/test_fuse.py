@@ -12,7 +12,6 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Device = torch.device | str
 
@@ -71,18 +70,6 @@ def gradients(unet: nn.Module, out: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((out * weight).sum(), list(unet.parameters())))
 
 
-class Calls(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.counts[func.overloadpacket._qualified_op_name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def lost(found: list[Tensor], truth: list[Tensor]) -> list[float]:
     """Largest error of each tensor, as a share of the largest true value."""
     return [
@@ -123,20 +110,23 @@ def test_vae_agrees(backend, device):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_norm_and_every_geglu_is_fused():
+def test_every_norm_and_every_geglu_is_fused(operations):
     unet = sdxl_unet()
     norms = sum(type(part) is nn.GroupNorm for part in unet.modules())
     gates = sum(type(part) is GEGLU for part in unet.modules())
     blocks = sum(type(part) is ResnetBlock2D for part in unet.modules())
-    with Calls() as unfused:
+    with operations:
         run_unet(unet)
-    with Calls() as fused:
+    unfused = Counter(operations.names)
+    operations.names.clear()
+    with operations:
         run_unet(fuse(unet))
-    assert fused.counts["cdpo::group_norm_silu"] == norms
-    assert fused.counts["cdpo::geglu"] == gates > 0
-    assert not {"aten::native_group_norm", "aten::gelu"} & set(fused.counts)
+    fused = Counter(operations.names)
+    assert fused["cdpo::group_norm_silu"] == norms
+    assert fused["cdpo::geglu"] == gates > 0
+    assert not {"aten::native_group_norm", "aten::gelu"} & set(fused)
     # Two of each block and that of the output have gone; those of the time embedding stay.
-    assert unfused.counts["aten::silu"] - fused.counts["aten::silu"] == 2 * blocks + 1
+    assert unfused["aten::silu"] - fused["aten::silu"] == 2 * blocks + 1
 
 
 @pytest.mark.parametrize("network", [sdxl_unet, vae], ids=lambda f: f.__name__)
@@ -243,6 +233,34 @@ def test_a_fused_unet_compiles_without_graph_breaks(backend, device):
 @pytest.mark.slow
 def test_a_fused_unet_compiles_with_inductor():
     check_compiled("cuda" if torch.cuda.is_available() else "cpu", "inductor")
+
+
+def test_dropout_of_a_block_stays():
+    block = ResnetBlock2D(in_channels=8, temb_channels=6, groups=2, dropout=0.5).eval()
+    x, temb = torch.randn(2, 8, 6, 6), torch.randn(2, 6)
+    expected = block(x, temb)
+    torch.testing.assert_close(fuse(block)(x, temb), expected, rtol=1e-4, atol=1e-5)
+    block.train()
+    assert not torch.allclose(block(x, temb), block(x, temb), atol=1e-2)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_layers_with_a_forward_of_their_own_are_refused(undo):
+    """As accelerate's hooks give them: another class would not reach it."""
+    unet = fuse(sdxl_unet()) if undo else sdxl_unet()
+    classes = [type(part) for part in unet.modules()]
+    norm = unet.conv_norm_out
+    norm.forward = norm.forward
+    with pytest.raises(ValueError, match=r"conv_norm_out \(1 layers in all\) has a forward of its"):
+        (unfuse if undo else fuse)(unet)
+    assert [type(part) for part in unet.modules()] == classes
+
+
+def test_a_norm_with_weight_and_no_bias_is_left_alone():
+    norm = nn.GroupNorm(2, 4)
+    norm.bias = None
+    both = nn.ModuleList([norm, nn.GroupNorm(2, 4)])
+    assert [type(part) is nn.GroupNorm for part in fuse(both)] == [True, False]
 
 
 def test_nothing_to_fuse():

@@ -156,6 +156,16 @@ def test_opcheck(backend, device, dtype):
     torch.library.opcheck(torch.ops.cdpo.geglu_backward, (grad, projected))
 
 
+@pytest.mark.parametrize("layout", [(1, 0, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)], ids=str)
+def test_opcheck_of_permuted_inputs(backend, device, layout):
+    back = sorted(range(4), key=layout.__getitem__)
+    shape = (3, 2, 4, 6)
+    projected = torch.randn([shape[axis] for axis in layout], device=device).permute(back)
+    grad = torch.randn(3, 2, 4, 3, device=device)
+    torch.library.opcheck(torch.ops.cdpo.geglu, (projected.detach().requires_grad_(),))
+    torch.library.opcheck(torch.ops.cdpo.geglu_backward, (grad, projected))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(backend, device, dynamic):
     def step(projected: Tensor) -> Tensor:
