@@ -34,6 +34,7 @@ from .reporting.results import save_results
 from .reporting.stats import worst_pairs
 from .reporting.wording import TABLE_COLUMNS, summary_rows, verdict
 from .rewards import load_reward
+from .speed import tune_for_sampling
 from .step_metrics import MetricsFile
 from .training_samples import progression
 
@@ -103,6 +104,7 @@ class Comparison:
         """Images of the base model, then, with the tuned weights loaded into it, of that."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
         fingerprint = backbone.fingerprints()["model"]
+        tune_for_sampling(self.recipe.speed, backbone)
         prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
         base = self._sampler(backbone, "base", {"model": fingerprint})
         base.run(prompts, self.ranks, self.terminal, "sample base")

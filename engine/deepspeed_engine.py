@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from .averaging import AveragingAdamW
@@ -35,6 +36,7 @@ def start_engine(
         fused=device.type == "cuda",
     )
     _skip_shared_memory_build(device)
+    _take_fp16_on_cpu(device)
     _fit_bucket(config, sum(p.numel() for p in trainable))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -60,3 +62,12 @@ def _skip_shared_memory_build(device: torch.device) -> None:
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _take_fp16_on_cpu(device: torch.device) -> None:
+    """Let fp16 recipes run on CPUs, for tests: slowly, in PyTorch's own kernels.
+
+    DeepSpeed refuses them where oneDNN has no fp16 instructions to use.
+    """
+    if device.type == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True

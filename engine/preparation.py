@@ -46,6 +46,7 @@ from .shards.manifest import (
 from .shards.reader import ShardReaders
 from .shards.sample import PairMeta
 from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
+from .speed import tune_for_sampling
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Preparation:
             self.recipe.model, self.ranks.device, self.recipe.prepare.precision
         )
         fingerprints = backbone.fingerprints()
+        tune_for_sampling(self.recipe.speed, backbone)
 
         images = self._sample(backbone, fingerprints["model"])
         scores = self._score(reward, images)

@@ -245,6 +245,29 @@ class Train(Section):
     """Prompts shown in each sample grid."""
 
 
+class Speed(Section):
+    """Memory and speed of the networks; what is computed stays the same up to rounding."""
+
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Order of images in memory: channels next to each other, as tensor cores want them. `auto`:
+    on a GPU."""
+    fused_kernels: Literal["auto", "on", "off"] = "auto"
+    """GroupNorm with SiLU, and GEGLU, as one Triton kernel each: fewer passes over memory, fewer
+    saved activations. `auto`: on a GPU."""
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    """Attention kernel of the denoiser: PyTorch's, or that of a package. `auto` takes the first of
+    flash, xformers and sdpa that imports and works on the device, and says which."""
+    compile: Literal["off", "regional", "full"] = "off"
+    """torch.compile for training: minutes at the start for faster steps. `regional` compiles each
+    kind of block once, `full` the whole denoiser. Not with ZeRO-3; step-0 loss within 1e-3."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the policy's blocks alone and compute the rest again in the backward pass:
+    a quarter of the activations, for a third more operations with adapters, a quarter without."""
+    encoders: Literal["device", "offload"] = "device"
+    """Where frozen text encoders and VAE wait. `offload`: in host memory, on the GPU only while
+    they encode a new prompt or draw a sample."""
+
+
 class Checkpoint(Section):
     """Committed snapshots a run resumes from by itself."""
 
@@ -309,6 +332,8 @@ class Recipe(Section):
     """The loss."""
     train: Train = Train()
     """Stage 2."""
+    speed: Speed = Speed()
+    """Memory and speed of the networks, in all stages."""
     deepspeed: str = "ds_configs/zero2.json"
     """A plain DeepSpeed JSON file; what the recipe decides is filled in."""
     checkpoint: Checkpoint = Checkpoint()

@@ -41,6 +41,7 @@ from .shards.lanes import LanePlan
 from .shards.manifest import Manifest, load_manifest, manifest_hash
 from .shards.reader import ShardReaders
 from .shards.stream import PairStream
+from .speed import Tuning, choose_tuning, order_weights, uncompiled
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
 
@@ -56,6 +57,7 @@ class Trainer:
     manifest: Manifest
     backbone: Backbone
     engine: deepspeed.DeepSpeedEngine
+    tuning: Tuning
     stream: PairStream
     batch_maker: BatchMaker
     pacing: Pacing
@@ -86,10 +88,15 @@ class Trainer:
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self._refuse_foreign_shards()
         objective = build_objective(recipe.objective)
-        networks = build_networks(recipe, self.backbone, objective)
+        stage = int(config["zero_optimization"]["stage"])
+        self.tuning = choose_tuning(
+            recipe.speed, self.backbone.denoiser, ranks.device, zero_stage=stage
+        )
+        networks = build_networks(recipe, self.backbone, objective, self.tuning)
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
+        order_weights(self.tuning, networks.policy, *networks.frozen)
 
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -153,6 +160,7 @@ class Trainer:
                 f"{spec.precision}, ZeRO-{self.engine.zero_optimization_stage()}, "
                 f"{self.ranks.world_size} x {self.ranks.device.type}",
             ),
+            ("speed", str(self.tuning)),
             ("pairs", f"{self.manifest.num_pairs} in {self.manifest.tiers} tiers; {stages}"),
         ]
         if self.pacing.unreached:
@@ -311,7 +319,7 @@ class Trainer:
         if self.samples.is_due(self.cursor.step):
             policy = self.engine.module.policy
             policy.eval()
-            with self.log.clock_stopped():
+            with self.log.clock_stopped(), uncompiled(policy):
                 try:
                     self.samples.draw(policy, self.cursor.step)
                 except NumericsError as error:  # a missing picture is no reason to stop training

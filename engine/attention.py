@@ -1,0 +1,131 @@
+"""Attention kernels for a denoiser's transformer blocks: which there are, and putting one in.
+
+PyTorch's own (`sdpa`) is what diffusers uses. `xformers` and `flash` replace the processor of every
+plain attention layer; the VAE keeps PyTorch's, its one head is too wide for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from .errors import RecipeError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query (N, S, H, d), key (N, T, H, d), value (N, T, H, d)) -> (N, S, H, d): N images, S and T
+tokens, H heads of width d."""
+
+# Kernels of other packages: module and function, and what to install.
+PACKAGES = {
+    "flash": ("flash_attn", "flash_attn_func", "pip install --no-build-isolation 'cdpo[flash]'"),
+    "xformers": ("xformers.ops", "memory_efficient_attention", "pip install 'cdpo[xformers]'"),
+}
+PROBE_TOKENS = 77  # the odd length that text has, so that padding is tried as well
+
+
+class ProjectedAttention:
+    """A diffusers attention processor: projections, then a kernel that takes heads next to width.
+
+    For attention without mask, norms of its own, or residual: that of a UNet's transformer blocks.
+    """
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        assert attention_mask is None, "latents and padded prompts are attended to without a mask"
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projected.unflatten(-1, (attn.heads, -1))
+            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        attended = self.attend(query, key, value).flatten(2)
+        project, dropout = attn.to_out
+        return dropout(project(attended))
+
+
+def use_attention(network: nn.Module, attend: Attend) -> None:
+    """Let every plain attention layer of ``network`` run through ``attend``."""
+    for layer in _plain_layers(network):
+        layer.set_processor(ProjectedAttention(attend))
+
+
+def choose_attention(
+    wanted: Literal["auto", "sdpa", "xformers", "flash"],
+    network: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[str, Attend | None]:
+    """The kernel to use and its name; None stands for diffusers' own, over PyTorch's.
+
+    ``auto`` takes the first of flash, xformers and sdpa that imports and computes the widths of
+    this network's heads forward and backward on this device; on a CPU it takes sdpa.
+
+    Raises:
+        RecipeError: if the one that was asked for does not.
+    """
+    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
+        return "sdpa", None
+    widths = {layer.inner_dim // layer.heads for layer in _plain_layers(network)}
+    for name in PACKAGES if wanted == "auto" else (wanted,):
+        try:
+            attend = _import(name)
+            for width in sorted(widths):
+                _try(attend, width, device, dtype)
+        except ImportError as error:
+            if wanted != "auto":
+                raise RecipeError(
+                    f"speed.attention={name}: {error}. Install it with {PACKAGES[name][2]}, or use "
+                    "auto"
+                ) from None
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if wanted != "auto":
+                reason = str(error).strip().split("\n")[0]
+                raise RecipeError(
+                    f"speed.attention={name} does not work with {dtype} on {device.type} "
+                    f"({reason}): use auto or sdpa"
+                ) from None
+        else:
+            return name, attend
+    return "sdpa", None
+
+
+def _plain_layers(network: nn.Module) -> Iterator[Attention]:
+    """Attention layers that do no more than :class:`ProjectedAttention` does."""
+    for layer in network.modules():
+        if isinstance(layer, Attention):
+            norms = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k)
+            extras = layer.norm_cross or layer.residual_connection or layer.added_kv_proj_dim
+            scales = layer.scale_qk and layer.rescale_output_factor == 1
+            if scales and not any(norms) and not extras:
+                yield layer
+
+
+def _import(name: str) -> Attend:
+    module, function, _ = PACKAGES[name]
+    attend: Attend = getattr(import_module(module), function)
+    return attend
+
+
+def _try(attend: Attend, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    """One small forward and backward; whatever the kernel does not take it says by raising."""
+    query, key, value = (
+        torch.ones(1, PROBE_TOKENS, 2, width, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    )
+    attended = attend(query, key, value)
+    attended.sum().backward()
+    if attended.shape != query.shape or not bool((attended - 1).abs().max() < 0.01):
+        raise RuntimeError(f"its mean of ones is not one at head width {width}")

@@ -1,0 +1,169 @@
+"""What one rank needs in memory under each ZeRO stage: arithmetic over sizes, nothing is measured.
+
+Notation: W ranks, P parameters of the policy, T of them trained, b bytes a parameter. Sources: the
+ZeRO paper (Rajbhandari et al., arXiv 1910.02054) and what DeepSpeed 0.19 allocates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Place = Literal["device", "host", "nvme"]
+FLOAT32 = 4
+ADAMW_STATES = 3  # float32 weights, and the two moments
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is to be held: elements where not said otherwise."""
+
+    policy: int
+    """Parameters of the policy, adapters included (P)."""
+    trained: int
+    """Those that train (T)."""
+    reference: int
+    """Parameters that frozen networks have of their own; 0 where they are the policy's."""
+    bytes_per_weight: int
+    """Of the denoisers' arithmetic (b)."""
+    text_encoders: int
+    """Bytes."""
+    vae: int
+    """Bytes."""
+    activations: int
+    """Bytes kept for the backward pass of one micro-batch."""
+    averaged: bool = False
+    """Whether the optimiser keeps a moving average of what trains."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The parts of a DeepSpeed configuration that decide memory."""
+
+    stage: int
+    world_size: int
+    bucket: int
+    """Elements of one reduction bucket."""
+    num_buckets: int
+    """Buckets at once: two where communication overlaps the backward pass."""
+    most_gathered: int = 0
+    """ZeRO-3: elements that may be whole on a rank at once."""
+    optimizer: Place = "device"
+    """Where optimiser states are."""
+    weights: Place = "device"
+    """ZeRO-3: where the parts of the weights are."""
+
+    @classmethod
+    def from_config(cls, zero: Mapping[str, Any], world_size: int) -> Zero:
+        """Of a `zero_optimization` section, DeepSpeed's own defaults filled in."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds to import
+
+        whole = DeepSpeedZeroConfig(**zero)
+        buckets = 2 if whole.overlap_comm and whole.contiguous_gradients else 1
+        return cls(
+            stage=int(whole.stage),
+            world_size=world_size,
+            bucket=int(whole.reduce_bucket_size),
+            num_buckets=buckets,
+            most_gathered=int(whole.max_live_parameters),
+            optimizer=_place(whole.offload_optimizer),
+            weights=_place(whole.offload_param) if whole.stage == 3 else "device",
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one kind of thing on one rank."""
+
+    name: str
+    device: int = 0
+    host: int = 0
+    nvme: int = 0
+    note: str = ""
+
+
+def memory_rows(
+    sizes: Sizes,
+    zero: Zero,
+    *,
+    reference: Place = "device",
+    encoders: Place = "device",
+) -> list[Row]:
+    """What one rank holds at the end of a forward pass and in the optimiser step, a row a kind.
+
+    Args:
+        sizes: of the networks.
+        zero: of the run.
+        reference: where a reference of its own waits.
+        encoders: where text encoders and VAE wait.
+    """
+    width, ranks = sizes.bytes_per_weight, zero.world_size
+    weight_ranks = ranks if zero.stage == 3 else 1
+    gradient_ranks = ranks if zero.stage >= 2 else 1
+    share = _shares(sizes.trained, ranks)
+    bucket = min(zero.bucket, sizes.trained) * zero.num_buckets * width
+    rows = [
+        _at(zero.weights)("policy weights", _shares(sizes.policy, weight_ranks) * width),
+        _reference_row(sizes, zero, reference, weight_ranks),
+        Row("gathered weights", device=_gathered(sizes, zero, reference) * width, note="at most"),
+        _at("host" if zero.optimizer != "device" else "device")(
+            "gradients", _shares(sizes.trained, gradient_ranks) * width
+        ),
+        _at(zero.optimizer)("float32 gradients", share * FLOAT32, "in the step"),
+        _at(zero.optimizer)("AdamW, float32 weights", share * ADAMW_STATES * FLOAT32),
+        _at(zero.optimizer)("moving average", share * FLOAT32 if sizes.averaged else 0),
+        Row("reduction buckets", device=bucket),
+        _at(encoders)("text encoders", sizes.text_encoders),
+        _at(encoders)("VAE, float32", sizes.vae),
+        Row("activations", device=sizes.activations, note="of one micro-batch"),
+    ]
+    return [row for row in rows if row.device or row.host or row.nvme or row.note.startswith("the")]
+
+
+def total(rows: list[Row]) -> Row:
+    """The sum of all rows."""
+    return Row(
+        "total",
+        device=sum(row.device for row in rows),
+        host=sum(row.host for row in rows),
+        nvme=sum(row.nvme for row in rows),
+    )
+
+
+def _at(place: Place) -> Callable[..., Row]:
+    """A row of so many bytes at one place."""
+
+    def row(name: str, num_bytes: int, note: str = "") -> Row:
+        return Row(name, note=note, **{place: num_bytes})
+
+    return row
+
+
+def _reference_row(sizes: Sizes, zero: Zero, place: Place, ranks: int) -> Row:
+    if not sizes.reference:
+        return Row("reference", note="the policy's own")
+    if place == "device":
+        share = _shares(sizes.reference, ranks)
+        return _at(zero.weights)("reference", share * sizes.bytes_per_weight)
+    return _at(place)("reference", sizes.reference * sizes.bytes_per_weight)
+
+
+def _gathered(sizes: Sizes, zero: Zero, reference: Place) -> int:
+    """ZeRO-3: elements whole at once; a single rank without offload has them whole anyway."""
+    if zero.stage < 3 or (zero.world_size == 1 and zero.weights == "device"):
+        return 0
+    partitioned = sizes.policy + (sizes.reference if reference == "device" else 0)
+    return min(zero.most_gathered, partitioned)
+
+
+def _shares(elements: int, ranks: int) -> int:
+    return math.ceil(elements / ranks)
+
+
+def _place(offload: Any) -> Place:
+    """Where a DeepSpeed offload section puts things; `none` and no section are the device."""
+    device = str(getattr(offload, "device", "none"))
+    places: dict[str, Place] = {"cpu": "host", "nvme": "nvme"}
+    return places.get(device.rpartition(".")[2], "device")

@@ -1,0 +1,264 @@
+"""Memory and speed knobs, applied to finished networks from outside; the `speed` of a recipe.
+
+None of them changes what is computed beyond the rounding of float arithmetic. The frozen networks
+get whatever the policy gets: rounded differently they would give a fresh adapter a margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from ..kernels.fuse import fuse
+from .attention import Attend, choose_attention, use_attention
+from .backbones.protocol import Backbone
+from .errors import RecipeError
+from .recipe import Speed
+
+REPEATED_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+# Compilations of one block: its sizes in a UNet, with gradient and without. Dynamo's own limit of
+# eight would leave the rest of the blocks as they are, without a word.
+MOST_COMPILATIONS = 128
+# Sizes never change in a training run. Rounding is that of eager PyTorch: policy and reference are
+# other graphs (adapters, gradients), and what inductor rounds later in one of them than in the
+# other makes step-0 logits of 2 in bf16, where a fresh adapter must give 0.
+COMPILE: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The knobs of a recipe, decided for a device: no `auto` is left."""
+
+    channels_last: bool
+    fused_kernels: bool
+    attention: str
+    attend: Attend | None
+    compile: str
+    activation_checkpointing: bool
+    offload_encoders: bool
+
+    def __str__(self) -> str:
+        """What is on, as a line for people: `channels_last, fused kernels, attention sdpa`."""
+        words = {
+            "channels_last": self.channels_last,
+            "fused kernels": self.fused_kernels,
+            f"attention {self.attention}": True,
+            f"compile {self.compile}": self.compile != "off",
+            "activation checkpointing": self.activation_checkpointing,
+            "encoders offloaded": self.offload_encoders,
+        }
+        return ", ".join(word for word, is_on in words.items() if is_on)
+
+
+def choose_tuning(
+    spec: Speed,
+    denoiser: ModelMixin,
+    device: torch.device,
+    *,
+    zero_stage: int | None = None,
+) -> Tuning:
+    """Decide what `auto` means here, and refuse what does not work here.
+
+    Args:
+        spec: the recipe's section.
+        denoiser: the network to be tuned; its arithmetic and the widths of its attention heads
+            decide which kernels take it.
+        device: where it computes.
+        zero_stage: of the training; None where the network is only sampled from, which leaves out
+            what is for training alone (compilation and checkpointing).
+
+    Raises:
+        RecipeError: one line that names the knob, and what would work.
+    """
+    on_gpu = device.type == "cuda"
+    training = zero_stage is not None
+    if training and spec.compile != "off":
+        if zero_stage == 3:
+            raise RecipeError(
+                f"speed.compile={spec.compile} does not go with ZeRO-3, whose parameters are "
+                "elsewhere while a block is compiled: use speed.compile=off, or ZeRO 1 or 2"
+            )
+        _check_compiler(spec.compile, device)
+    attention, attend = choose_attention(
+        spec.attention, denoiser, device, next(denoiser.parameters()).dtype
+    )
+    return Tuning(
+        channels_last=_is_on(spec.channels_last, on_gpu),
+        fused_kernels=_is_on(spec.fused_kernels, on_gpu),
+        attention=attention,
+        attend=attend,
+        compile=spec.compile if training else "off",
+        activation_checkpointing=training and spec.activation_checkpointing,
+        offload_encoders=spec.encoders == "offload",
+    )
+
+
+def tune(network: nn.Module, tuning: Tuning) -> None:
+    """Fused layers, attention and order of images of one network, before or after adapters; again
+    it changes nothing.
+
+    Networks that share parameters (a policy and its reference) must all be tuned.
+    """
+    if tuning.fused_kernels:
+        fuse(network)
+    if tuning.attend is not None:
+        use_attention(network, tuning.attend)
+    if tuning.channels_last:
+        _order_images(network)
+
+
+def order_weights(tuning: Tuning, network: nn.Module, *frozen: nn.Module) -> None:
+    """Give convolutions the memory order of their images, or each call would copy their weights.
+
+    To be called when DeepSpeed has wrapped the networks: it broadcasts weights in PyTorch's own
+    order alone. What trains keeps that order, for ZeRO lays it out flat, and so does a frozen copy
+    of it, which must compute alike; ZeRO-3 lays out everything flat.
+    """
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    for part in (network, *frozen) if tuning.channels_last else ():
+        for name, weight in part.named_parameters():
+            if weight.ndim == 4 and name not in trained and not hasattr(weight, "ds_id"):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def tune_for_training(
+    spec: Speed,
+    backbone: Backbone,
+    policy: ModelMixin,
+    frozen: Sequence[nn.Module],
+    *,
+    zero_stage: int,
+) -> Tuning:
+    """Tune the policy and every frozen network beside it (reference, teacher) alike.
+
+    To be called when adapters are in place and before DeepSpeed wraps the networks. Returns what
+    was chosen; raises RecipeError as :func:`choose_tuning`.
+    """
+    tuning = choose_tuning(spec, policy, backbone.device, zero_stage=zero_stage)
+    for network in (policy, *frozen):
+        tune(network, tuning)
+    if tuning.activation_checkpointing:
+        policy.enable_gradient_checkpointing()
+    if tuning.compile != "off":
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+        for network in (policy, *frozen):
+            _compile(network, regional=tuning.compile == "regional")
+    _tune_frozen_parts(backbone, tuning)
+    return tuning
+
+
+def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
+    """What is safe where images are drawn: all but compilation. RecipeError as `choose_tuning`."""
+    tuning = choose_tuning(spec, backbone.denoiser, backbone.device)
+    tune(backbone.denoiser, tuning)
+    order_weights(tuning, backbone.denoiser)
+    _tune_frozen_parts(backbone, tuning)
+
+
+def _tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
+    """Tune the VAE, and let it and the text encoders wait where the recipe says."""
+    pipeline = backbone.pipeline
+    tune(pipeline.vae, tuning)
+    order_weights(tuning, pipeline.vae)
+    if tuning.offload_encoders:
+        offload(pipeline.vae, ("encode", "decode"), backbone.device)
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                offload(part, ("forward",), backbone.device)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Run the network as it was written: for samples, whose sizes are not those of training."""
+    compiled = {part: part._compiled_call_impl for part in network.modules()}
+    compiled = {part: call for part, call in compiled.items() if call is not None}
+    try:
+        for part in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
+
+
+def offload(part: nn.Module, calls: Iterable[str], device: torch.device) -> None:
+    """Keep a frozen network in host memory; it is on ``device`` only while one of ``calls`` runs.
+
+    Args:
+        part: a text encoder or a VAE.
+        calls: names of the methods that are called from outside, such as `forward` or `decode`.
+        device: where they compute, whatever device their arguments are on.
+    """
+    part.to("cpu")
+    for name in calls:
+        setattr(part, name, partial(_visit, part, getattr(part, name), device))
+
+
+def _visit(
+    part: nn.Module, call: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any
+) -> Any:
+    def brought(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    try:
+        part.to(device)
+        return call(*map(brought, args), **{name: brought(v) for name, v in kwargs.items()})
+    finally:
+        part.to("cpu")
+
+
+def _is_on(knob: str, on_gpu: bool) -> bool:
+    return knob == "on" or (knob == "auto" and on_gpu)
+
+
+def _order_images(network: nn.Module) -> None:
+    """Give the network channels-last images; what it computes from them stays in that order."""
+    inputs: list[Any] = [network]
+    for block in network.modules():
+        # In training alone this block of diffusers makes the input of its shortcut contiguous: the
+        # policy would round differently than its reference, which is not in training.
+        if type(block) is ResnetBlock2D and block.conv_shortcut is not None:
+            inputs.append(block.conv_shortcut)
+    for part in inputs:
+        if _reorder_images not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_reorder_images)
+
+
+def _reorder_images(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        arg.contiguous(memory_format=torch.channels_last)
+        if isinstance(arg, Tensor) and arg.ndim == 4
+        else arg
+        for arg in args
+    )
+
+
+def _compile(network: nn.Module, *, regional: bool) -> None:
+    """In place, and not as torch.compile(network): names in checkpoints and exports stay."""
+    blocks = [part for part in network.modules() if isinstance(part, REPEATED_BLOCKS)]
+    for part in blocks if regional else [network]:
+        part.compile(**COMPILE)
+
+
+def _check_compiler(mode: str, device: torch.device) -> None:
+    """Compile something small: a missing C++ compiler or Triton is found before any work is."""
+    try:
+        torch.compile(_something_small)(torch.ones(8, device=device))
+    except Exception as error:  # dynamo and inductor have no common base for what can go wrong
+        reason = str(error).strip().split("\n")[0]
+        raise RecipeError(
+            f"speed.compile={mode}: torch.compile does not work here ({reason}): use off"
+        ) from None
+
+
+def _something_small(x: Tensor) -> Tensor:
+    return (x * 2).sin().sum()
