@@ -126,6 +126,7 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
         if isinstance(holder, dict) and leaf in holder:
             filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
     _refuse_lost_averages(config, recipe, problems)
+    _refuse_lost_optimizer(config, problems)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if problems:
@@ -150,6 +151,18 @@ def _refuse_lost_averages(config: dict[str, Any], recipe: Recipe, problems: list
             f"zero_optimization.offload_optimizer is {json.dumps(offload)}, but adapter.ema="
             f"{recipe.adapter.ema} needs the optimiser's states in memory and in one place: "
             "offload to the cpu with ratio 1, or set adapter.ema to null"
+        )
+
+
+def _refuse_lost_optimizer(config: dict[str, Any], problems: list[str]) -> None:
+    """DeepSpeed 0.19 names files on a disk by addresses in memory: another process has others."""
+    zero = config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        problems.append(
+            "zero_optimization.offload_optimizer.device is nvme, but DeepSpeed does not find such "
+            "an optimiser again when a run resumes, and would go on from untrained weights: use "
+            "cpu (offload_param may be nvme)"
         )
 
 

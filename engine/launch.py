@@ -94,12 +94,23 @@ class Ranks:
         return items[self.rank :: self.world_size]
 
 
-def run_verb(verb: str, main: Callable[[Ranks, Recipe, Terminal], None]) -> None:
-    """Parse the command line, run ``main`` on this rank and leave with the contract's exit code."""
+def run_verb(
+    verb: str,
+    main: Callable[[Ranks, Recipe, Terminal], None],
+    dry_run: Callable[[int, Recipe, Terminal], None] | None = None,
+) -> None:
+    """Parse the command line, run ``main`` on this rank and leave with the contract's exit code.
+
+    ``dry_run`` takes the number of ranks to plan for; it joins none, and writes nothing.
+    """
     quieten_libraries()
     terminal = Terminal(enabled=int(os.environ.get("RANK", "0")) == 0)
     try:
-        recipe = parse_command_line(verb, sys.argv[1:])
+        asked = parse_command_line(verb, sys.argv[1:])
+        recipe = asked.recipe
+        if asked.dry_run and dry_run is not None:
+            dry_run(asked.world_size or int(os.environ.get("WORLD_SIZE", "1")), recipe, terminal)
+            return
         with joined_ranks(recipe.train.threads) as ranks, run_lock(ranks, Path(recipe.run_dir)):
             main(ranks, recipe, terminal)
     except CdpoError as error:

@@ -14,6 +14,7 @@ from .backbones import Backbone, Conditioning
 from .objectives import Loss, Networks, Objective, Predict, TrainingBatch
 from .phases import Phase, phase
 from .recipe import Recipe
+from .speed import PLAIN, Tuning, tune, tune_frozen_parts, tune_training
 
 
 class PolicyAndReference(nn.Module):
@@ -42,6 +43,11 @@ class PolicyAndReference(nn.Module):
         self._backbone = backbone
         self._objective = objective
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The networks beside the policy."""
+        return [net for net in (self.reference, self.teacher) if net is not None]
+
     def forward(self, batch: TrainingBatch) -> Loss:
         teacher = self.teacher and self._predicting("teacher", self.teacher)
         networks = Networks(
@@ -61,11 +67,16 @@ class PolicyAndReference(nn.Module):
         return predict
 
 
-def build_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> PolicyAndReference:
+def build_networks(
+    recipe: Recipe, backbone: Backbone, objective: Objective, tuning: Tuning = PLAIN
+) -> PolicyAndReference:
     """Make ``backbone.denoiser`` the policy, with a frozen reference of equal output beside it.
 
+    What ``tuning`` changes (how the networks compute, not what) it changes in all of them alike.
     Raises RecipeError if the adapter's targets are no layers of this denoiser.
     """
+    tune(backbone.denoiser, tuning)  # before it is copied, and before hooks know its layers
+    tune_frozen_parts(backbone, tuning)
     offloaded = False
     if recipe.adapter.type == "full":
         offloaded = recipe.train.reference == "offload"
@@ -77,9 +88,13 @@ def build_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> 
     policy.train()
     reference.eval()
     teacher = backbone.load_teacher()
-    # Whatever changes how the networks compute, not what (memory format, kernels, compilation,
-    # checkpointing), is applied to all of them here.
-    return PolicyAndReference(policy, reference, backbone, objective, teacher, offloaded=offloaded)
+    if teacher is not None:
+        tune(teacher, tuning)
+    networks = PolicyAndReference(
+        policy, reference, backbone, objective, teacher, offloaded=offloaded
+    )
+    tune_training(policy, networks.frozen, tuning)
+    return networks
 
 
 def _frozen_copy(network: ModelMixin, device: torch.device, offloaded: bool) -> ModelMixin:

@@ -18,7 +18,7 @@ from ..kernels.fuse import fuse
 from .adapters import add_lora
 from .backbones import DTYPES
 from .deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
-from .plan_memory import Row, Sizes, Zero, memory_rows, total
+from .plan_memory import Row, Sizes, Zero, memory_rows
 from .plan_networks import (
     MetaModel,
     activation_bytes,
@@ -27,13 +27,11 @@ from .plan_networks import (
     training_flops,
 )
 from .recipe import Recipe
-from .reporting.console import Terminal
 from .speed import choose_tuning
 
 # Frozen passes over the images of a pair. Consistency DPO: reference and target once for each of
 # the two images, the teacher twice, with its prompt and without.
 FROZEN_PASSES = {"diffusion_dpo": 2, "consistency_dpo": 8}
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -131,77 +129,7 @@ def bytes_of(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def print_plan(recipe: Recipe, world_size: int, terminal: Terminal) -> None:
-    """The plan as tables that fit 80 columns."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = make_plan(recipe, world_size, device)
-    height, width = recipe.model.resolution
-    batches = plan.batches
-    terminal.header(
-        f"dry run  {recipe.run_dir}: computed from configs, not measured",
-        [
-            ("model", f"{recipe.model.path}, {height}x{width} pixels, {recipe.train.precision}"),
-            ("ranks", f"{world_size}, ZeRO-{plan.zero_stage} ({recipe.deepspeed})"),
-            (
-                "step",
-                f"{recipe.train.global_batch} pairs; a rank takes {batches.micro_batch} at a time, "
-                f"{batches.accumulation} times",
-            ),
-            ("speed", f"{plan.tuning} (auto as on this machine's {device.type})"),
-        ],
-    )
-    terminal.line()
-    terminal.table(
-        "networks",
-        ["network", "parameters", "trained"],
-        [
-            [name, f"{parameters:,}", f"{trained:,}"]
-            for name, (parameters, trained) in plan.networks.items()
-        ],
-    )
-    terminal.line()
-    terminal.table(
-        "operations (1 unit: a denoiser forward over one image)",
-        ["of", "units", "FLOP"],
-        [
-            [name, f"{units:.2f}", flops_text(units * plan.forward_flops)]
-            for name, units in (
-                ("forward, one image", 1.0),
-                ("forward and backward, one image", plan.training_units),
-                ("frozen passes, one pair", plan.frozen_units),
-                ("all, one pair", plan.units_per_pair),
-                ("all, one step", plan.units_per_pair * recipe.train.global_batch),
-            )
-        ],
-    )
-    terminal.line()
-    _print_memory(plan.memory, terminal)
-
-
-def _print_memory(rows: list[Row], terminal: Terminal) -> None:
-    whole = total(rows)
-    unit, size = ("GiB", GIB) if whole.device >= GIB else ("MiB", GIB >> 10)
-    places = [place for place in ("device", "host", "nvme") if getattr(whole, place)]
-    cells = [
-        [row.name, *(_number(getattr(row, place) / size) for place in places), row.note]
-        for row in [*rows, whole]
-    ]
-    terminal.table(f"memory of each rank, {unit}", ["of", *places, ""], cells)
-
-
 def _training_units(model: MetaModel, policy: ModelMixin, recipe: Recipe, unit: int) -> float:
     if recipe.speed.activation_checkpointing:
         policy.enable_gradient_checkpointing()
     return training_flops(model, policy, recipe.model.resolution) / unit
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value else "–"
-
-
-def flops_text(flops: float) -> str:
-    """With the prefix that leaves one to three digits before the point."""
-    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if flops >= scale:
-            return f"{flops / scale:.3f} {prefix}FLOP"
-    return f"{flops / 1e6:.3f} MFLOP"

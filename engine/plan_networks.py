@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -77,7 +77,8 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
         OutsideError: for a folder or hub id without a pipeline's configs, naming what is missing.
     """
     diffusers_logging.set_verbosity_error()
-    with reading(f"model.path={spec.path}", f"{spec.backbone} model"):
+    kind = f"{spec.backbone} model in a folder, the hub's cache or the hub"
+    with reading(f"model.path={spec.path}", kind):
         index = DiffusionPipeline.load_config(spec.path, revision=spec.revision)
         encoders = {
             name: _build(index, name, spec, dtype)
@@ -87,8 +88,12 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
         denoiser = _build(index, "unet", spec, dtype)
         vae = _build(index, "vae", spec, torch.float32)
     if spec.vae is not None:
-        with reading(f"model.vae={spec.vae}", "VAE"), META:
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(spec.vae))
+        with reading(f"model.vae={spec.vae}", "VAE"):
+            vae = _from_config(AutoencoderKL, AutoencoderKL.load_config(spec.vae), torch.float32)
+    if spec.unet is not None:
+        with reading(f"model.unet={spec.unet}", "UNet"):
+            config = UNet2DConditionModel.load_config(spec.unet)
+            denoiser = _from_config(UNet2DConditionModel, config, dtype)
     return MetaModel(denoiser, vae, encoders)
 
 
@@ -98,15 +103,16 @@ def _build(index: dict[str, Any], name: str, spec: Model, dtype: torch.dtype) ->
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"its model_index.json has no {name} of diffusers or transformers")
     network = getattr(import_module(library), class_name)
+    place = {"subfolder": name, "revision": spec.revision}
+    if library == "diffusers":
+        return _from_config(network, network.load_config(spec.path, **place), dtype)
+    return _from_config(network, network.config_class.from_pretrained(spec.path, **place), dtype)
+
+
+def _from_config(network: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A network on the meta device, of diffusers' configs (dicts) or transformers' (objects)."""
     with META:
-        if library == "diffusers":
-            config = network.load_config(spec.path, subfolder=name, revision=spec.revision)
-            built = network.from_config(config)
-        else:
-            config_class = network.config_class
-            built = network(
-                config_class.from_pretrained(spec.path, subfolder=name, revision=spec.revision)
-            )
+        built = network.from_config(config) if isinstance(config, dict) else network(config)
     # Of the module alone: the libraries' own `to` warns about layers that these models lack.
     return nn.Module.to(built, dtype).requires_grad_(False)
 

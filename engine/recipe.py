@@ -352,6 +352,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:
+        streamed = self.adapter.type == "full" and self.train.reference == "offload"
+        if streamed and self.speed.compile != "off":
+            raise ValueError(
+                f"speed.compile={self.speed.compile} does not go with train.reference=offload, "
+                "whose layers come and go while they compute: use compile=off or reference=copy"
+            )
         if self.train.global_batch % self.data.lanes:
             raise ValueError(
                 f"train.global_batch={self.train.global_batch} is not a multiple of "

@@ -15,6 +15,7 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -123,7 +124,18 @@ def diff_identity(old: Mapping[str, object], new: Mapping[str, object]) -> list[
     ]
 
 
-def parse_command_line(verb: str, arguments: Sequence[str]) -> Recipe:
+@dataclass(frozen=True)
+class CommandLine:
+    """What a verb was asked for."""
+
+    recipe: Recipe
+    dry_run: bool
+    """Print what the recipe will take, and do nothing."""
+    world_size: int | None
+    """Ranks of a dry run; None stands for those the launcher started."""
+
+
+def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
     """The recipe a verb's command line asks for; ``--help`` prints every key and exits.
 
     Raises:
@@ -133,16 +145,27 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> Recipe:
     parser.add_argument("--recipe")
     # Launchers give it, and LOCAL_RANK in the environment, which is what is read.
     parser.add_argument("--local_rank", "--local-rank")
+    if verb == "train":
+        parser.add_argument("--dry-run", action="store_true")
+        parser.add_argument("--world-size", type=int)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
     usage = f"deepspeed engine/{verb}.py --recipe RECIPE.yaml [dotted.key=value ...]"
+    dry_run, world_size = getattr(options, "dry_run", False), getattr(options, "world_size", None)
+    if verb == "train":
+        usage += " [--dry-run [--world-size RANKS]]"
     if options.help:
         print(f"usage: {usage}\n\n{describe_schema()}")
         raise SystemExit(0)
     if options.recipe is None:
         raise RecipeError(f"no recipe given: {usage}")
-    return load_recipe(options.recipe, options.overrides)
+    if world_size is not None and (world_size < 1 or not dry_run):
+        raise RecipeError(
+            f"--world-size {world_size}: it is a number of ranks, 1 or more, for --dry-run; a real "
+            "run has the ranks its launcher starts"
+        )
+    return CommandLine(load_recipe(options.recipe, options.overrides), dry_run, world_size)
 
 
 def describe_schema() -> str:

@@ -59,6 +59,18 @@ class Tuning:
         return ", ".join(word for word, is_on in words.items() if is_on)
 
 
+PLAIN = Tuning(
+    channels_last=False,
+    fused_kernels=False,
+    attention="sdpa",
+    attend=None,
+    compile="off",
+    activation_checkpointing=False,
+    offload_encoders=False,
+)
+"""The networks as their makers wrote them."""
+
+
 def choose_tuning(
     spec: Speed,
     denoiser: ModelMixin,
@@ -130,30 +142,17 @@ def order_weights(tuning: Tuning, network: nn.Module, *frozen: nn.Module) -> Non
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def tune_for_training(
-    spec: Speed,
-    backbone: Backbone,
-    policy: ModelMixin,
-    frozen: Sequence[nn.Module],
-    *,
-    zero_stage: int,
-) -> Tuning:
-    """Tune the policy and every frozen network beside it (reference, teacher) alike.
+def tune_training(policy: ModelMixin, frozen: Sequence[nn.Module], tuning: Tuning) -> None:
+    """What is for training alone: checkpoints in the policy, and all networks compiled.
 
-    To be called when adapters are in place and before DeepSpeed wraps the networks. Returns what
-    was chosen; raises RecipeError as :func:`choose_tuning`.
+    To be called when adapters are in place and before DeepSpeed wraps the networks.
     """
-    tuning = choose_tuning(spec, policy, backbone.device, zero_stage=zero_stage)
-    for network in (policy, *frozen):
-        tune(network, tuning)
     if tuning.activation_checkpointing:
         policy.enable_gradient_checkpointing()
     if tuning.compile != "off":
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
         for network in (policy, *frozen):
             _compile(network, regional=tuning.compile == "regional")
-    _tune_frozen_parts(backbone, tuning)
-    return tuning
 
 
 def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
@@ -161,10 +160,10 @@ def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
     tuning = choose_tuning(spec, backbone.denoiser, backbone.device)
     tune(backbone.denoiser, tuning)
     order_weights(tuning, backbone.denoiser)
-    _tune_frozen_parts(backbone, tuning)
+    tune_frozen_parts(backbone, tuning)
 
 
-def _tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
+def tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
     """Tune the VAE, and let it and the text encoders wait where the recipe says."""
     pipeline = backbone.pipeline
     tune(pipeline.vae, tuning)

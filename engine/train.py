@@ -6,6 +6,11 @@ Goes on from the newest committed checkpoint of the run folder; a finished run s
 one GPU, several GPUs or nodes under the `deepspeed` or `torchrun` launcher, CPU; ZeRO 1, 2, 3.
 Leaves `metrics.jsonl`, `samples/`, `checkpoints/` and what `export.formats` asks for (`lora/`) in
 the run folder.
+
+    python engine/train.py --recipe recipes/sdxl_cdpo.yaml --dry-run --world-size 8
+
+prints what a run will take: parameters, operations, memory of each rank. It needs the model's
+configs, and no weights, shards or GPUs.
 """
 
 from __future__ import annotations
@@ -31,5 +36,13 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     terminal.line(f"exported: {', '.join(map(str, trainer.exports.folders))}")
 
 
+def dry_run(world_size: int, recipe: Recipe, terminal: Terminal) -> None:
+    """What the recipe will take on so many ranks; reads the model's configs and nothing else."""
+    from cdpo.engine.plan_tables import print_plan
+
+    if terminal.enabled:
+        print_plan(recipe, world_size, terminal)
+
+
 if __name__ == "__main__":
-    run_verb("train", main)
+    run_verb("train", main, dry_run)

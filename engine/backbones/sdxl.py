@@ -97,7 +97,7 @@ class StableDiffusionXLText:
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = self._pipeline.encode_prompt(
             prompts,
-            device=self._pipeline.text_encoder.device,
+            device=self._pipeline.device,  # not the encoder's, which may wait in host memory
             do_classifier_free_guidance=False,
         )
         if self._pipeline.config["force_zeros_for_empty_prompt"]:

@@ -481,8 +481,8 @@ RUNTIME = {
 
 def test_identity_holds_what_decides_the_result_and_nothing_else(write):
     """Every new knob must be sorted in here: does a resumed run have to share it?"""
-    watched = ("prompts.", "reward.", "prepare.", "checkpoint.", "monitor.", "export.", "compare.")
-    expected = {key for key in KNOBS if not key.startswith(watched)} - RUNTIME
+    watched = ("prompts.", "reward.", "prepare.", "speed.", "checkpoint.", "monitor.", "export.")
+    expected = {key for key in KNOBS if not key.startswith((*watched, "compare."))} - RUNTIME
     identity = training_identity(load_recipe(write()))
     assert set(identity) == expected
     assert json.loads(json.dumps(identity)) == identity
@@ -530,7 +530,7 @@ def test_numbers_written_differently_hash_alike(write):
     [[], ["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"], ["train.steps=7"]],
 )
 def test_launchers_arguments_are_ignored_wherever_they_stand(write, before):
-    recipe = parse_command_line("train", [*before, "--recipe", str(write()), "seed=5"])
+    recipe = parse_command_line("train", [*before, "--recipe", str(write()), "seed=5"]).recipe
     assert recipe.seed == 5
     assert recipe.train.steps == (7 if before == ["train.steps=7"] else 10_000)
 
@@ -543,11 +543,23 @@ def test_launchers_arguments_are_ignored_wherever_they_stand(write, before):
         (["--recipe"], "expected one argument"),
         (["--recipe", "x.yaml", "--steps", "3"], "unrecognized arguments: --steps"),
         (["--rec", "x.yaml"], "unrecognized arguments: --rec"),
+        (["--recipe", "x.yaml", "--world-size", "2"], "--world-size 2: it is a number of ranks"),
+        (["--recipe", "x.yaml", "--dry-run", "--world-size", "0"], "--world-size 0: it is"),
     ],
 )
 def test_usage_errors_are_recipe_errors(arguments, expected):
     with pytest.raises(RecipeError, match="(?s)" + expected.replace(".", r"\.")):
         parse_command_line("train", arguments)
+
+
+def test_a_dry_run_is_asked_for_by_a_flag_of_train_alone(write):
+    asked = parse_command_line(
+        "train", ["--dry-run", "--recipe", str(write()), "--world-size", "8", "seed=5"]
+    )
+    assert (asked.dry_run, asked.world_size, asked.recipe.seed) == (True, 8, 5)
+    assert not parse_command_line("train", ["--recipe", str(write())]).dry_run
+    with pytest.raises(RecipeError, match="unrecognized arguments: --dry-run"):
+        parse_command_line("prepare", ["--recipe", str(write()), "--dry-run"])
 
 
 def test_help_lists_every_knob_with_its_default_and_meaning(capsys):
