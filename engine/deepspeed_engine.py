@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
 
 from .averaging import AveragingAdamW
+from .errors import RecipeError
 from .recipe import Optimizer
 
 
@@ -37,6 +40,7 @@ def start_engine(
     )
     _skip_shared_memory_build(device)
     _take_fp16_on_cpu(device)
+    _check_disk(config)
     _fit_bucket(config, sum(p.numel() for p in trainable))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -71,3 +75,22 @@ def _take_fp16_on_cpu(device: torch.device) -> None:
     """
     if device.type == "cpu":
         get_accelerator().is_fp16_supported = lambda: True
+
+
+def _check_disk(config: dict[str, Any]) -> None:
+    """RecipeError if the config offloads to a disk and this machine cannot."""
+    for section in ("offload_optimizer", "offload_param"):
+        offload = config["zero_optimization"].get(section) or {}
+        if offload.get("device") != "nvme":
+            continue
+        folder = offload.get("nvme_path")
+        if folder is None or not Path(folder).is_dir():
+            raise RecipeError(
+                f"zero_optimization.{section}.nvme_path={folder} is no folder of this machine: "
+                "copy the DeepSpeed JSON and name one on a local disk"
+            )
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise RecipeError(
+                f"zero_optimization.{section}.device=nvme needs libaio with its headers, from "
+                "which DeepSpeed builds its reader: apt install libaio-dev"
+            )

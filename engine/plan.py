@@ -29,9 +29,10 @@ from .plan_networks import (
 from .recipe import Recipe
 from .speed import choose_tuning
 
-# Frozen passes over the images of a pair. Consistency DPO: reference and target once for each of
-# the two images, the teacher twice, with its prompt and without.
-FROZEN_PASSES = {"diffusion_dpo": 2, "consistency_dpo": 8}
+# Images of a pair that the policy trains on, and forward passes of frozen networks for it. In
+# consistency DPO reference and target see each of the two images once, the teacher twice, with its
+# prompt and without.
+PASSES = {"diffusion_dpo": (2, 2), "consistency_dpo": (2, 8), "sft": (1, 0)}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Plan:
     forward_flops: int
     """Of one denoiser forward over one image: one unit."""
     training_units: float
-    """Of forward and backward over one image."""
-    frozen_units: float
-    """Of the frozen passes for a pair."""
+    """Of the policy's forward and backward over one image."""
+    trained_images: int
+    """Images of a pair that the policy is trained on."""
+    frozen_passes: int
+    """Forward passes of frozen networks for a pair, a unit each."""
     memory: list[Row]
     """Of each rank."""
     batches: BatchPlan
@@ -57,7 +60,8 @@ class Plan:
 
     @property
     def units_per_pair(self) -> float:
-        return 2 * self.training_units + self.frozen_units
+        """Of all passes for one pair."""
+        return self.trained_images * self.training_units + self.frozen_passes
 
 
 def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
@@ -76,41 +80,49 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     tuning = choose_tuning(recipe.speed, model.denoiser, device, zero_stage=stage)
 
     parts = {"denoiser": model.denoiser, "VAE": model.vae, **model.text_encoders}
-    sizes = {name: count_parameters(part) for name, part in parts.items()}
+    networks = {name: (count_parameters(part), 0) for name, part in parts.items()}
     unit = forward_flops(model, model.denoiser, resolution)
-    policy = add_lora(model.denoiser, recipe.adapter, recipe.seed).train()
+    frozen = _frozen_parameters(recipe, model)
+    policy = _build_policy(recipe, model)
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-    networks = {name: (size, 0) for name, size in sizes.items()} | {"adapter": (trained, trained)}
+    if recipe.adapter.type == "full":
+        networks["denoiser"] = (trained, trained)
+    else:
+        networks["adapter"] = (trained, trained)
 
-    # After the operations: what is fused is no longer made of operators that are counted.
-    training_units = _training_units(model, policy, recipe, unit)
+    # Operations first: what is fused is no longer made of operators that are counted.
+    training_units = training_flops(model, policy, resolution) / unit
     if tuning.fused_kernels:
         fuse(policy)
-    activations = activation_bytes(
-        model,
-        policy,
-        2 * batches.micro_batch,
-        resolution,
-        checkpointing=tuning.activation_checkpointing,
+    trained_images, frozen_passes = PASSES[recipe.objective.type]
+    sizes = Sizes(
+        policy=count_parameters(policy),
+        trained=trained,
+        frozen=frozen,
+        bytes_per_weight=dtype.itemsize,
+        text_encoders=sum(bytes_of(encoder) for encoder in model.text_encoders.values()),
+        vae=bytes_of(model.vae),
+        activations=activation_bytes(
+            model,
+            policy,
+            trained_images * batches.micro_batch,
+            resolution,
+            checkpointing=tuning.activation_checkpointing,
+        ),
+        averaged=recipe.adapter.ema is not None,
     )
     memory = memory_rows(
-        Sizes(
-            policy=count_parameters(policy),
-            trained=trained,
-            reference=0,
-            bytes_per_weight=dtype.itemsize,
-            text_encoders=sum(bytes_of(encoder) for encoder in model.text_encoders.values()),
-            vae=bytes_of(model.vae),
-            activations=activations,
-        ),
+        sizes,
         Zero.from_config(config["zero_optimization"], world_size),
+        streamed_reference=_streams_reference(recipe),
         encoders="host" if tuning.offload_encoders else "device",
     )
     return Plan(
         networks=networks,
         forward_flops=unit,
         training_units=training_units,
-        frozen_units=FROZEN_PASSES[recipe.objective.type],
+        trained_images=trained_images,
+        frozen_passes=frozen_passes,
         memory=memory,
         batches=batches,
         zero_stage=stage,
@@ -129,7 +141,28 @@ def bytes_of(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _training_units(model: MetaModel, policy: ModelMixin, recipe: Recipe, unit: int) -> float:
+def _build_policy(recipe: Recipe, model: MetaModel) -> ModelMixin:
+    """The denoiser as it is trained; it stays the model's."""
+    policy: ModelMixin = model.denoiser
+    if recipe.adapter.type == "full":
+        policy.requires_grad_(True)
+    else:
+        policy = add_lora(policy, recipe.adapter, recipe.seed)
     if recipe.speed.activation_checkpointing:
         policy.enable_gradient_checkpointing()
-    return training_flops(model, policy, recipe.model.resolution) / unit
+    return policy.train()
+
+
+def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:
+    """Parameters of frozen networks beside the policy; 0 where they are the policy's own."""
+    size = count_parameters(model.denoiser)
+    frozen = {"reference": size if recipe.adapter.type == "full" else 0}
+    if recipe.objective.type == "consistency_dpo":
+        # The diffusion model before it was distilled: without the projection of the guidance.
+        told = getattr(model.denoiser.time_embedding, "cond_proj", None)
+        frozen["teacher"] = size - (count_parameters(told) if told is not None else 0)
+    return frozen
+
+
+def _streams_reference(recipe: Recipe) -> bool:
+    return recipe.adapter.type == "full" and recipe.train.reference == "offload"

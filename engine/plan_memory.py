@@ -24,8 +24,8 @@ class Sizes:
     """Parameters of the policy, adapters included (P)."""
     trained: int
     """Those that train (T)."""
-    reference: int
-    """Parameters that frozen networks have of their own; 0 where they are the policy's."""
+    frozen: Mapping[str, int]
+    """Parameters that each frozen network has of its own; 0 where they are the policy's."""
     bytes_per_weight: int
     """Of the denoisers' arithmetic (b)."""
     text_encoders: int
@@ -88,7 +88,7 @@ def memory_rows(
     sizes: Sizes,
     zero: Zero,
     *,
-    reference: Place = "device",
+    streamed_reference: bool = False,
     encoders: Place = "device",
 ) -> list[Row]:
     """What one rank holds at the end of a forward pass and in the optimiser step, a row a kind.
@@ -96,18 +96,28 @@ def memory_rows(
     Args:
         sizes: of the networks.
         zero: of the run.
-        reference: where a reference of its own waits.
+        streamed_reference: whether the reference waits in host memory, outside of ZeRO.
         encoders: where text encoders and VAE wait.
     """
     width, ranks = sizes.bytes_per_weight, zero.world_size
     weight_ranks = ranks if zero.stage == 3 else 1
     gradient_ranks = ranks if zero.stage >= 2 else 1
     share = _shares(sizes.trained, ranks)
+    frozen_rows = []
+    partitioned = sizes.policy
+    for name, elements in sizes.frozen.items():
+        if not elements:
+            frozen_rows.append(Row(name, note="the policy's own"))
+        elif name == "reference" and streamed_reference:
+            frozen_rows.append(Row(name, host=elements * width, note="streamed"))
+        else:
+            partitioned += elements
+            frozen_rows.append(_at(zero.weights)(name, _shares(elements, weight_ranks) * width))
     bucket = min(zero.bucket, sizes.trained) * zero.num_buckets * width
     rows = [
         _at(zero.weights)("policy weights", _shares(sizes.policy, weight_ranks) * width),
-        _reference_row(sizes, zero, reference, weight_ranks),
-        Row("gathered weights", device=_gathered(sizes, zero, reference) * width, note="at most"),
+        *frozen_rows,
+        Row("gathered weights", device=_gathered(zero, partitioned) * width, note="at most"),
         _at("host" if zero.optimizer != "device" else "device")(
             "gradients", _shares(sizes.trained, gradient_ranks) * width
         ),
@@ -119,7 +129,7 @@ def memory_rows(
         _at(encoders)("VAE, float32", sizes.vae),
         Row("activations", device=sizes.activations, note="of one micro-batch"),
     ]
-    return [row for row in rows if row.device or row.host or row.nvme or row.note.startswith("the")]
+    return [row for row in rows if row in frozen_rows or row.device or row.host or row.nvme]
 
 
 def total(rows: list[Row]) -> Row:
@@ -141,20 +151,10 @@ def _at(place: Place) -> Callable[..., Row]:
     return row
 
 
-def _reference_row(sizes: Sizes, zero: Zero, place: Place, ranks: int) -> Row:
-    if not sizes.reference:
-        return Row("reference", note="the policy's own")
-    if place == "device":
-        share = _shares(sizes.reference, ranks)
-        return _at(zero.weights)("reference", share * sizes.bytes_per_weight)
-    return _at(place)("reference", sizes.reference * sizes.bytes_per_weight)
-
-
-def _gathered(sizes: Sizes, zero: Zero, reference: Place) -> int:
+def _gathered(zero: Zero, partitioned: int) -> int:
     """ZeRO-3: elements whole at once; a single rank without offload has them whole anyway."""
     if zero.stage < 3 or (zero.world_size == 1 and zero.weights == "device"):
         return 0
-    partitioned = sizes.policy + (sizes.reference if reference == "device" else 0)
     return min(zero.most_gathered, partitioned)
 
 

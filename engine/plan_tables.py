@@ -57,7 +57,7 @@ def _print_operations(plan: Plan, pairs_per_step: int, terminal: Terminal) -> No
     counts = (
         ("forward, one image", 1.0),
         ("forward and backward, one image", plan.training_units),
-        ("frozen passes, one pair", plan.frozen_units),
+        ("frozen passes, one pair", plan.frozen_passes),
         ("all passes, one pair", plan.units_per_pair),
         ("all passes, one step", plan.units_per_pair * pairs_per_step),
     )

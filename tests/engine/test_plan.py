@@ -105,6 +105,35 @@ def test_adapters_are_counted_by_their_formula(plan: Plan) -> None:
     assert policy.device == 2 * (PUBLISHED["sd15"]["unet"] + expected)
 
 
+def test_full_fine_tuning_takes_three_units_and_a_second_copy_of_the_weights() -> None:
+    full = sd15("adapter.type=full", "export.formats=[merged]", "adapter.ema=0.999")
+    plan = make_plan(full, 1, CPU)
+    assert plan.units_per_pair == pytest.approx(2 * 3.0 + 2, rel=0.03)
+    size = PUBLISHED["sd15"]["unet"]
+    assert plan.networks["denoiser"] == (size, size)
+    rows = {row.name: row.device for row in plan.memory}
+    assert rows["reference"] == rows["policy weights"] == 2 * size
+    assert rows["AdamW, float32 weights"] == 12 * size
+    assert rows["moving average"] == 4 * size
+
+
+def test_a_consistency_step_takes_four_calls_and_a_teacher() -> None:
+    lcm = load_recipe(
+        ROOT / "recipes" / "lcm_cdpo.yaml",
+        [
+            f"model.path={CONFIGS / 'sd15'}",
+            "model.unet=null",
+            "model.lcm_lora=latent-consistency/lcm-lora-sdv1-5",
+            "model.resolution=[512,512]",
+            "adapter.targets=attention",
+        ],
+    )
+    plan = make_plan(lcm, 1, CPU)
+    assert plan.units_per_pair == pytest.approx(2 * 2.1 + 8, rel=0.03)
+    teacher = next(row for row in plan.memory if row.name == "teacher")
+    assert teacher.device == 2 * PUBLISHED["sd15"]["unet"]
+
+
 def test_checkpoints_leave_a_quarter_of_the_activations(plan: Plan, checkpointed: Plan) -> None:
     whole, kept = (
         next(row.device for row in some.memory if row.name == "activations")

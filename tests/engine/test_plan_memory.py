@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from cdpo.engine.plan_memory import Row, Sizes, Zero, memory_rows, total
 
@@ -9,7 +11,7 @@ from cdpo.engine.plan_memory import Row, Sizes, Zero, memory_rows, total
 SIZES = Sizes(
     policy=1000,
     trained=100,
-    reference=0,
+    frozen={"reference": 0},
     bytes_per_weight=2,
     text_encoders=50,
     vae=40,
@@ -57,7 +59,7 @@ def test_full_fine_tuning_has_a_reference_and_may_have_an_average() -> None:
     sizes = Sizes(
         policy=1000,
         trained=1000,
-        reference=1000,
+        frozen={"reference": 1000},
         bytes_per_weight=2,
         text_encoders=0,
         vae=0,
@@ -69,9 +71,17 @@ def test_full_fine_tuning_has_a_reference_and_may_have_an_average() -> None:
     assert rows["policy weights"] == rows["reference"] == 250 * 2
     assert rows["gathered weights"] == 2000 * 2  # policy and reference, if nothing bounds them
     assert rows["moving average"] == 250 * 4
-    offloaded = memory_rows(sizes, zero, reference="host")
+    offloaded = memory_rows(sizes, zero, streamed_reference=True)
     assert by_name(offloaded, "host") == {"reference": 2000}
     assert by_name(offloaded)["gathered weights"] == 1000 * 2
+
+
+def test_a_teacher_is_held_beside_the_policy_whose_reference_costs_nothing() -> None:
+    sizes = replace(SIZES, frozen={"reference": 0, "teacher": 990})
+    zero = Zero(stage=2, world_size=2, bucket=10, num_buckets=1)
+    rows = by_name(memory_rows(sizes, zero))
+    assert rows["teacher"] == 990 * 2
+    assert "reference" not in rows
 
 
 def test_offload_moves_states_to_where_the_config_says() -> None:

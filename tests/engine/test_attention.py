@@ -1,0 +1,137 @@
+"""Attention kernels of other packages, which no CPU has: stand-ins with their signatures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import tiny
+import torch
+from cdpo.engine.attention import Attend, choose_attention, use_attention
+from cdpo.engine.errors import RecipeError
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def heads_next_to_width(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What flash_attn_func and memory_efficient_attention compute: (N, S, H, d) in and out."""
+    inputs = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return scaled_dot_product_attention(*inputs).transpose(1, 2)
+
+
+def refusing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
+
+
+def averaging_nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return query * 0
+
+
+@pytest.fixture
+def install(monkeypatch) -> Callable[..., None]:
+    """Put stand-ins for the packages in place: flash, xformers, or neither."""
+
+    def install(flash: Attend | None = None, xformers: Attend | None = None) -> None:
+        packages = {
+            "flash_attn": ("flash_attn_func", flash),
+            "xformers.ops": ("memory_efficient_attention", xformers),
+        }
+        for name, (function, attend) in packages.items():
+            module = ModuleType(name)
+            setattr(module, function, attend)
+            monkeypatch.setitem(sys.modules, name, module if attend else None)
+        monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+
+    return install
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return tiny.unet().requires_grad_(False).eval()
+
+
+def predict(unet: UNet2DConditionModel) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 5, 16, generator=generator)
+    return unet(noisy, 500, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def test_the_processor_computes_what_diffusers_own_does(unet) -> None:
+    before = predict(unet)
+    use_attention(unet, heads_next_to_width)
+    used = {type(processor).__name__ for processor in unet.attn_processors.values()}
+    assert used == {"ProjectedAttention"}
+    torch.testing.assert_close(predict(unet), before, atol=1e-6, rtol=1e-6)
+
+
+def test_layers_with_norms_of_their_own_keep_their_processor() -> None:
+    vae = tiny.pipeline().vae
+    before = list(vae.attn_processors.values())
+    use_attention(vae, heads_next_to_width)
+    assert before and list(vae.attn_processors.values()) == before
+
+
+def choose(wanted: str, unet: UNet2DConditionModel, device: torch.device = CPU) -> str:
+    return choose_attention(wanted, unet, device, torch.float32)[0]
+
+
+def test_what_was_asked_for_is_tried_and_taken(unet, install) -> None:
+    install(flash=heads_next_to_width, xformers=heads_next_to_width)
+    for name in ("flash", "xformers"):
+        chosen, attend = choose_attention(name, unet, CPU, torch.float32)
+        assert (chosen, attend) == (name, heads_next_to_width)
+    assert choose_attention("sdpa", unet, CPU, torch.float32) == ("sdpa", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("flash", "pip install --no-build-isolation 'cdpo[flash]'"),
+        ("xformers", "pip install 'cdpo[xformers]'"),
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_command(unet, install, name, remedy) -> None:
+    install()
+    with pytest.raises(RecipeError) as caught:
+        choose(name, unet)
+    message = str(caught.value)
+    assert message.startswith(f"speed.attention={name}: ") and remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [(refusing, "only supports Ampere"), (averaging_nothing, "its mean of ones is not one")],
+)
+def test_a_kernel_that_does_not_work_here_is_refused_with_its_reason(
+    unet, install, kernel, reason
+) -> None:
+    install(flash=kernel)
+    with pytest.raises(RecipeError) as caught:
+        choose("flash", unet)
+    message = str(caught.value)
+    assert reason in message and "use auto or sdpa" in message and "\n" not in message
+
+
+def test_auto_takes_the_first_that_works(unet, install, monkeypatch) -> None:
+    """As on a GPU: the probe's tensors are made on the CPU instead."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, **{**k, "device": CPU}))
+    install(flash=heads_next_to_width, xformers=heads_next_to_width)
+    assert choose("auto", unet, CUDA) == "flash"
+    install(flash=refusing, xformers=heads_next_to_width)
+    assert choose("auto", unet, CUDA) == "xformers"
+    install()
+    assert choose("auto", unet, CUDA) == "sdpa"
+
+
+def test_auto_on_a_cpu_asks_no_package(unet, install) -> None:
+    install(flash=heads_next_to_width)
+    assert choose("auto", unet) == "sdpa"
