@@ -21,6 +21,7 @@ from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.recipe_file import load_recipe
 from cdpo.engine.reporting.console import Terminal
 from cdpo.kernels.fuse import fuse
+from diffusers import UNet2DConditionModel
 from launching import World
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,23 @@ def test_activations_grow_with_the_batch_and_shrink_with_fused_kernels() -> None
     one = activations(1)
     assert activations(4) == 4 * one
     assert activations(1, fused=True) < 0.9 * one
+
+
+def test_the_estimate_is_what_autograd_keeps_of_a_real_forward_pass() -> None:
+    """On a CPU, whose attention saves no scores either."""
+    spec = Model(path=str(ROOT / "assets" / "emoji" / "sd"))
+    model = read_meta_model(spec, torch.float32)
+    inputs = {
+        name: torch.zeros(value.shape, dtype=value.dtype)
+        for name, value in model.inputs(2, (32, 32)).items()
+    }
+    unet = UNet2DConditionModel.from_config(model.denoiser.config)
+    saved = SavedTensors({weight.untyped_storage()._cdata for weight in unet.parameters()})
+    with saved:
+        unet(**inputs)
+    policy = model.denoiser.requires_grad_(True)
+    estimate = activation_bytes(model, policy, 2, (32, 32), checkpointing=False)
+    assert estimate == pytest.approx(saved.bytes, rel=0.02)
 
 
 def test_saved_tensors_counts_a_storage_once_and_no_weights() -> None:

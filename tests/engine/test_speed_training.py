@@ -129,12 +129,14 @@ def test_an_optimiser_in_host_memory_computes_the_same_and_resumes(
 
 
 @pytest.mark.slow
-def test_weights_and_optimiser_in_host_memory_compute_the_same_on_two_ranks(
+def test_weights_and_optimiser_in_host_memory_compute_the_same_on_two_ranks_and_resume(
     world: World, plain: list[float], tmp_path: Path
 ) -> None:
-    offload = shipped("zero3_offload.json", tmp_path)
-    world.train(tmp_path / "run", *CALM, offload, ranks=2).succeeded()
-    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+    run, offload = tmp_path / "run", shipped("zero3_offload.json", tmp_path)
+    world.train(run, *CALM, offload, ranks=2, failpoint="train.step@5:kill")
+    assert len(metrics(run)) == 4
+    world.train(run, *CALM, offload, ranks=2).succeeded()
+    assert losses(run) == pytest.approx(plain, abs=1e-5)
 
 
 needs_aio = pytest.mark.skipif(
