@@ -125,8 +125,7 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
         holder = config.get(section)
         if isinstance(holder, dict) and leaf in holder:
             filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
-    _refuse_lost_averages(config, recipe, problems)
-    _refuse_lost_optimizer(config, problems)
+    _refuse_lost_states(config, recipe, problems)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if problems:
@@ -140,29 +139,24 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     return config
 
 
-def _refuse_lost_averages(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
-    """The moving average is a state of our own optimiser, which must hold and step all weights."""
+def _refuse_lost_states(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
+    """Offloaded states that a resumed run, or the moving average, would miss without a word."""
     zero = config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    if recipe.adapter.ema is None or not isinstance(offload, dict):
+    if not isinstance(offload, dict):
         return
-    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+    if offload.get("device") == "nvme":
+        problems.append(
+            "zero_optimization.offload_optimizer.device is nvme, but DeepSpeed does not restore "
+            "such an optimiser: a resumed run would go on from untrained weights; use cpu "
+            "(offload_param may be nvme)"
+        )
+    elif recipe.adapter.ema is not None and offload.get("ratio", 1) != 1:
+        # The average is a state of our own optimiser, which must hold and step all weights.
         problems.append(
             f"zero_optimization.offload_optimizer is {json.dumps(offload)}, but adapter.ema="
-            f"{recipe.adapter.ema} needs the optimiser's states in memory and in one place: "
-            "offload to the cpu with ratio 1, or set adapter.ema to null"
-        )
-
-
-def _refuse_lost_optimizer(config: dict[str, Any], problems: list[str]) -> None:
-    """DeepSpeed 0.19 names files on a disk by addresses in memory: another process has others."""
-    zero = config.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        problems.append(
-            "zero_optimization.offload_optimizer.device is nvme, but DeepSpeed does not find such "
-            "an optimiser again when a run resumes, and would go on from untrained weights: use "
-            "cpu (offload_param may be nvme)"
+            f"{recipe.adapter.ema} needs the optimiser's states in one place: offload with ratio "
+            "1, or set adapter.ema to null"
         )
 
 

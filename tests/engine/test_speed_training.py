@@ -144,18 +144,6 @@ needs_aio = pytest.mark.skipif(
 )
 
 
-def test_an_optimiser_on_a_disk_is_refused_for_it_would_not_resume(
-    world: World, tmp_path: Path
-) -> None:
-    path = tmp_path / "ds.json"
-    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
-    zero = {"stage": 3, "offload_optimizer": offload}
-    path.write_text(json.dumps({"zero_optimization": zero}))
-    outcome = world.train(tmp_path / "run", f"deepspeed={path}")
-    assert outcome.code == 2
-    assert "untrained weights" in outcome.text and "Traceback" not in outcome.text
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # DeepSpeed compiles its reader at first use
 @needs_aio
