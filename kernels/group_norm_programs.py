@@ -116,17 +116,16 @@ def forward_statistics_kernel(
     last = tl.minimum(first + chunk_rows, num_rows)
     lane_mean = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
     lane_squares = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
-    count = tl.zeros([TILE_ROWS], tl.float32)
     step = 0.0
     for start in range(first, last, TILE_ROWS):
         row = start + tl.arange(0, TILE_ROWS)
         x, _, _ = _load_tile(x_ptr, sample, row, channel, num_rows, channels)
-        live = (row < last).to(tl.float32)
         step += 1.0
-        count += live
-        deviation = (x - lane_mean) * live[:, None]
-        lane_mean += deviation / step
+        deviation = (x - lane_mean) * (row < last).to(tl.float32)[:, None]
+        lane_mean += deviation * (1.0 / step)
         lane_squares += deviation * (x - lane_mean)
+    lane = tl.arange(0, TILE_ROWS)
+    count = ((last - first - lane + TILE_ROWS - 1) // TILE_ROWS).to(tl.float32)
     rows = (last - first).to(tl.float32)
     # Means are added up as distances from a value among them: far from zero that rounds less.
     origin_ptr = x_ptr + (sample * num_rows + first) * channels + channel
