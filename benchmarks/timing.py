@@ -84,6 +84,24 @@ class CudaClock:
         return self._start.elapsed_time(self._stop), host
 
 
+class WallClock(CpuClock):
+    """Wall time from an idle device to an idle device: of work as long as a training step.
+
+    The host's launching is in it, as it is in a run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def measure(self, run: Run, host_ms: float) -> tuple[float, float]:
+        self._wait()
+        return super().measure(lambda: (run(), self._wait()), host_ms)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 Clock = CpuClock | CudaClock
 
 

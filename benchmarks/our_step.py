@@ -1,0 +1,197 @@
+"""Our training step, of the engine's own parts, with knobs to undo what it does for speed.
+
+It is what the trainer does between a shard's pairs and the optimizer, less DeepSpeed, whose share
+is not compared here (`profile_step.py` shows it): latents come in half precision from the host's
+memory, prompts from the cache, the reference is the policy's network without adapters, winners and
+losers ride in one call, and the loss and what surrounds it are our kernels.
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cdpo.engine.adapters import twin_of
+from cdpo.engine.backbones import Conditioning, Framing
+from cdpo.engine.backbones.ddpm import DiscreteDDPM
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.backbones.protocol import NoiseProcess
+from cdpo.engine.backbones.solver_grid import SolverGrid
+from cdpo.engine.batch_maker import BatchMaker
+from cdpo.engine.objectives import TrainingBatch, build_objective
+from cdpo.engine.policy_and_reference import PolicyAndReference
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.shards.batch import PairBatch
+from cdpo.kernels import fuse
+from cdpo.kernels import use as use_kernels
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from step_models import StepModel, build, text_conditioner
+from step_setup import SEED, Pairs, Update, add_adapter, in_reach, trainable
+from torch import Tensor, nn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How our step is taken."""
+
+    precision: str
+    """Of the networks: `bf16` or `fp32`."""
+    fused_layers: bool
+    """GroupNorm, SiLU and GEGLU of the UNet as our kernels."""
+    channels_last: bool
+    kernels: str = "auto"
+    """`torch`: noise, solver and loss in PyTorch instead of Triton."""
+    cached_latents: bool = True
+    cached_text: bool = True
+    twin_reference: bool = True
+    """The reference shares the policy's weights; else it is a second copy of them."""
+    checkpointing: bool = False
+    """Activations are computed again in the backward."""
+    compiled: bool = False
+    """The blocks that repeat go through torch.compile."""
+    latents_dtype: torch.dtype = torch.float16
+    """Of cached latents: half precision is what shards hold."""
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "Knobs":
+        """The engine's choice: on a GPU everything that is fast there."""
+        on_gpu = device.type == "cuda"
+        return cls("bf16" if on_gpu else "fp32", fused_layers=on_gpu, channels_last=on_gpu)
+
+
+class OurStep:
+    """One optimisation step a call, always on the same pairs, at new timesteps with new noise."""
+
+    def __init__(self, model: StepModel, pairs: Pairs, device: torch.device, knobs: Knobs) -> None:
+        networks = build(model, device, PRECISIONS[knobs.precision])
+        pipeline = networks.pipeline
+        self.model, self.pairs, self.device, self.knobs = model, pairs, device, knobs
+        self._pipeline = pipeline
+        self._teacher = networks.teacher
+        self._backbone = LatentDiffusion(
+            pipeline,
+            text_conditioner(pipeline) if knobs.cached_text else LiveText(pipeline),
+            _noise_process(model, pipeline, device),
+            device,
+        )
+        denoiser = self._backbone.denoiser
+        self.reference = twin_of(denoiser) if knobs.twin_reference else copy.deepcopy(denoiser)
+        self.policy = add_adapter(denoiser, model)
+        self.update = Update(trainable(self.policy), device)
+        objective = build_objective(_recipe(model, knobs).objective)
+        self._module = PolicyAndReference(
+            self.policy, self.reference.eval(), self._backbone, objective, self._teacher
+        )
+        self._tune([self.policy, self.reference, *[self._teacher] * (self._teacher is not None)])
+        resolution = (model.side, model.side)
+        self._maker = BatchMaker(_recipe(model, knobs), self._backbone, resolution, device)
+        self._shard = self._read_shard()
+
+    def __call__(self) -> None:
+        """One optimisation step."""
+        with self._kernels():
+            self.update(self._module(self.batch()).loss)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """By the names that their calls are counted under."""
+        parts = self._pipeline.components
+        named = {"policy": self.policy, "reference": self.reference, "teacher": self._teacher}
+        named |= {"vae": self._pipeline.vae.encoder, "text 1": parts["text_encoder"]}
+        named |= {"text 2": parts.get("text_encoder_2")}
+        return {name: network for name, network in named.items() if network is not None}
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """The loss of one batch, differentiable in the adapter."""
+        with self._kernels():
+            return self._module(batch).loss
+
+    def batch(self) -> TrainingBatch:
+        """The next visit of the pairs, corrupted and told of their prompts."""
+        shard = replace(self._shard, visits=self._shard.visits + 1)
+        self._shard = shard
+        if not self.knobs.cached_latents:
+            shard = replace(shard, latents=self._encode_images())
+        return self._maker.make(shard)
+
+    def predict(self, batch: TrainingBatch) -> Tensor:
+        """The reference's prediction for the first image: one unit of work."""
+        timesteps = batch.draw.timesteps[:1]
+        told = batch.conditioning.select([0])
+        return self._backbone.predict(self.reference, batch.noisy[:1], timesteps, told)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels (N, 3, H, W), by the VAE in the precision of the networks."""
+        vae = self._pipeline.vae
+        pixels = pixels.to(self.device, non_blocking=True).to(vae.dtype)
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+
+    def _encode_images(self) -> Tensor:
+        return self.encode_images(self.pairs.pixels)
+
+    def _read_shard(self) -> PairBatch:
+        """The pairs as they come out of a shard."""
+        latents = self._encode_images().to(self.knobs.latents_dtype)
+        count, side = len(self.pairs), self.model.side
+        return PairBatch(
+            latents=in_reach(latents, self.device),
+            prompts=self.pairs.prompts,
+            pair_ids=torch.arange(count),
+            visits=torch.zeros(count, dtype=torch.int64),
+            tiers=torch.ones(count, dtype=torch.int64),
+            original_sizes=torch.full((2 * count, 2), side),
+            crops=torch.zeros(2 * count, 2, dtype=torch.int64),
+        )
+
+    def _kernels(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.knobs.kernels == "auto" else use_kernels(self.knobs.kernels)
+
+    def _tune(self, networks: list[ModelMixin]) -> None:
+        for network in networks:
+            if self.knobs.fused_layers:
+                fuse(network)
+            if self.knobs.channels_last:
+                network.to(memory_format=torch.channels_last)
+            for block in network.modules() if self.knobs.compiled else ():
+                if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+                    block.compile(dynamic=False)
+        if self.knobs.checkpointing:
+            self.policy.enable_gradient_checkpointing()
+
+
+class LiveText:
+    """Embeds the prompts of every step anew."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline = pipeline
+
+    def encode(self, prompts: list[str], framing: Framing | None) -> Conditioning:
+        return text_conditioner(self._pipeline).encode(prompts, framing)
+
+
+def _noise_process(
+    model: StepModel, pipeline: DiffusionPipeline, device: torch.device
+) -> NoiseProcess:
+    if model.family == "lcm":
+        return SolverGrid(pipeline.scheduler, device, solver_steps=50, guidance=(5.0, 15.0))
+    return DiscreteDDPM(pipeline.scheduler, device)
+
+
+def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
+    """What the engine's parts read in a recipe; its paths are not read."""
+    return Recipe.model_validate(
+        {
+            "run_dir": "unused",
+            "seed": SEED,
+            "model": {"backbone": model.family, "path": "unused"},
+            "objective": model.objective,
+            "prompts": {"train": "unused"},
+            "reward": {"path": "unused"},
+            "train": {"precision": knobs.precision},
+        }
+    )

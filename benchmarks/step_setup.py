@@ -1,0 +1,72 @@
+"""What a step of ours and the straightforward one share: pairs, adapter, optimizer, update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from cdpo.engine.adapters import add_lora
+from cdpo.engine.recipe import Lora
+from diffusers import UNet2DConditionModel
+from step_models import StepModel
+from torch import Tensor, nn
+
+SEED = 3
+LEARNING_RATE, GRADIENT_CLIP = 5e-5, 1.0
+SUBJECTS = ("fox", "cat", "house", "tree", "ship", "violin", "apple", "rocket")
+COLOURS = ("red", "blue", "green", "yellow", "black", "white")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs of images and their prompts, in the host's memory."""
+
+    pixels: Tensor
+    """(2B, 3, H, W) float32 in [-1, 1], winners first."""
+    prompts: list[str]
+    """B of them, all different while there are enough."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def make_pairs(model: StepModel, count: int, device: torch.device) -> Pairs:
+    """The same ones every time, in memory that a GPU copies from without waiting."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = 2 * torch.rand(2 * count, 3, model.side, model.side, generator=generator) - 1
+    subjects = [f"{colour} {subject}" for colour in COLOURS for subject in SUBJECTS]
+    prompts = [subjects[number % len(subjects)] for number in range(count)]
+    return Pairs(in_reach(pixels, device), prompts)
+
+
+def in_reach(tensor: Tensor, device: torch.device) -> Tensor:
+    """In the host's memory and pinned, if the device is a GPU."""
+    return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
+
+
+def add_adapter(unet: UNet2DConditionModel, model: StepModel) -> UNet2DConditionModel:
+    """Trainable LoRA on the attention, in the dtype of the network."""
+    policy = add_lora(unet, Lora(rank=model.rank, alpha=model.rank), SEED)
+    dtype = unet.dtype
+    for parameter in trainable(policy):
+        parameter.data = parameter.data.to(dtype)
+    return policy.train()
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+class Update:
+    """Backward, clipping, AdamW: the end of either step."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda"
+        )
+
+    def __call__(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
