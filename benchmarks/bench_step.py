@@ -105,7 +105,7 @@ class Comparison:
         self.pairs: Pairs = make_pairs(model, count, device)
         self.clock = WallClock(device)
         self.ours = Alternative.of(lambda: self._our_step(knobs))
-        self.unit_flops, self.vae_units = units_of(self._ours)
+        self.unit_flops, self.vae_units = units_of(self.ours.step)
 
     def measure(self, budget_s: float) -> Row:
         """The row of the model, without its knobs."""
@@ -114,7 +114,8 @@ class Comparison:
         alternatives = {"ours": self.ours, "straightforward": other}
         tasks = {name: lambda step=each.step: step for name, each in alternatives.items()}
         times = take_turns(tasks, self.clock, budget_s)
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        on_gpu = self.device.type == "cuda"
+        device_name = torch.cuda.get_device_name(self.device) if on_gpu else "CPU"
         return {
             "model": self.name,
             "pairs": len(self.pairs),
@@ -122,15 +123,15 @@ class Comparison:
             "unit_flops": self.unit_flops,
             "vae_units": self.vae_units,
             "steps": {
-                name_: step_row(
-                    times[name_].device,
+                name: step_row(
+                    times[name].device,
                     pairs=len(self.pairs),
                     unit_flops=self.unit_flops,
                     **counts_of(each.step),
                     peak_gib=each.peak_gib(),
-                    peak_tflops=peak_tflops(name, self.knobs.precision),
+                    peak_tflops=peak_tflops(device_name, self.knobs.precision),
                 )
-                for name_, each in alternatives.items()
+                for name, each in alternatives.items()
             },
             "speedup": ratio(times["straightforward"].device, times["ours"].device),
         }
@@ -149,11 +150,6 @@ class Comparison:
             "time": ratio(times["changed"].device, times["ours"].device),
             "peak_gib": other.peak_gib(),
         }
-
-    @property
-    def _ours(self) -> OurStep:
-        assert isinstance(self.ours.step, OurStep)
-        return self.ours.step
 
     def _our_step(self, knobs: Knobs) -> OurStep:
         return OurStep(self.model, self.pairs, self.device, knobs)

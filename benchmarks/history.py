@@ -84,7 +84,7 @@ def verdict(rows: list[Row]) -> list[str]:
 
 
 def fallen(last: Row, newest: Row) -> list[str]:
-    """Figures that fell by more than the spread of either row: from the 20th to the 80th percentile.
+    """Figures that fell by more than their spread in either row, 20th to 80th percentile.
 
     A figure of the last row that the newest lacks counts as fallen. Throughput at another number of
     pairs or another precision is not compared.
@@ -133,8 +133,8 @@ def draw(rows: list[Row], path: Path) -> Path:
             for axes, model in zip(line, models, strict=True):
                 for kind, color in colors.items():
                     _draw_figure(axes, rows, kind, model, key, color)
+                axes.margins(x=0.1, y=0.12)
                 axes.set_ylim(bottom=0)
-                axes.margins(x=0.1)
             line[0].set_ylabel(FIGURES[key].replace(" over ", "\nover "))
         for axes, model in zip(panels[0], models, strict=True):
             axes.set_title(model, fontsize=10, loc="left")

@@ -12,24 +12,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cdpo.engine.adapters import twin_of
 from cdpo.engine.backbones import Conditioning, Framing
 from cdpo.engine.backbones.ddpm import DiscreteDDPM
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.protocol import NoiseProcess
 from cdpo.engine.backbones.solver_grid import SolverGrid
 from cdpo.engine.batch_maker import BatchMaker
+from cdpo.engine.networks import build_networks
 from cdpo.engine.objectives import TrainingBatch, build_objective
-from cdpo.engine.policy_and_reference import PolicyAndReference
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.kernels import fuse
 from cdpo.kernels import use as use_kernels
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from step_models import StepModel, build, text_conditioner
-from step_setup import SEED, Pairs, Update, add_adapter, in_reach, trainable
+from step_setup import SEED, Pairs, Update, adapter_of, in_one_dtype, in_reach, trainable
 from torch import Tensor, nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,39 +67,35 @@ class OurStep:
     """One optimisation step a call, always on the same pairs, at new timesteps with new noise."""
 
     def __init__(self, model: StepModel, pairs: Pairs, device: torch.device, knobs: Knobs) -> None:
-        networks = build(model, device, PRECISIONS[knobs.precision])
-        pipeline = networks.pipeline
+        built = build(model, device, PRECISIONS[knobs.precision])
+        pipeline, recipe = built.pipeline, _recipe(model, knobs)
         self.model, self.pairs, self.device, self.knobs = model, pairs, device, knobs
         self._pipeline = pipeline
-        self._teacher = networks.teacher
         self._backbone = LatentDiffusion(
             pipeline,
             text_conditioner(pipeline) if knobs.cached_text else LiveText(pipeline),
             _noise_process(model, pipeline, device),
             device,
+            None if built.teacher is None else lambda: built.teacher,
         )
-        denoiser = self._backbone.denoiser
-        self.reference = twin_of(denoiser) if knobs.twin_reference else copy.deepcopy(denoiser)
-        self.policy = add_adapter(denoiser, model)
+        self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
+        if not knobs.twin_reference:
+            self.module.reference = copy.deepcopy(self.module.reference)
+        self.policy = in_one_dtype(self.module.policy)
+        self._tune()
         self.update = Update(trainable(self.policy), device)
-        objective = build_objective(_recipe(model, knobs).objective)
-        self._module = PolicyAndReference(
-            self.policy, self.reference.eval(), self._backbone, objective, self._teacher
-        )
-        self._tune([self.policy, self.reference, *[self._teacher] * (self._teacher is not None)])
-        resolution = (model.side, model.side)
-        self._maker = BatchMaker(_recipe(model, knobs), self._backbone, resolution, device)
+        self._maker = BatchMaker(recipe, self._backbone, (model.side, model.side), device)
         self._shard = self._read_shard()
 
     def __call__(self) -> None:
         """One optimisation step."""
         with self._kernels():
-            self.update(self._module(self.batch()).loss)
+            self.update(self.module(self.batch()).loss)
 
     def networks(self) -> dict[str, nn.Module]:
         """By the names that their calls are counted under."""
         parts = self._pipeline.components
-        named = {"policy": self.policy, "reference": self.reference, "teacher": self._teacher}
+        named = {name: getattr(self.module, name) for name in ("policy", "reference", "teacher")}
         named |= {"vae": self._pipeline.vae.encoder, "text 1": parts["text_encoder"]}
         named |= {"text 2": parts.get("text_encoder_2")}
         return {name: network for name, network in named.items() if network is not None}
@@ -108,7 +103,7 @@ class OurStep:
     def loss(self, batch: TrainingBatch) -> Tensor:
         """The loss of one batch, differentiable in the adapter."""
         with self._kernels():
-            return self._module(batch).loss
+            return self.module(batch).loss
 
     def batch(self) -> TrainingBatch:
         """The next visit of the pairs, corrupted and told of their prompts."""
@@ -122,7 +117,7 @@ class OurStep:
         """The reference's prediction for the first image: one unit of work."""
         timesteps = batch.draw.timesteps[:1]
         told = batch.conditioning.select([0])
-        return self._backbone.predict(self.reference, batch.noisy[:1], timesteps, told)
+        return self._backbone.predict(self.module.reference, batch.noisy[:1], timesteps, told)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -151,8 +146,9 @@ class OurStep:
     def _kernels(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.knobs.kernels == "auto" else use_kernels(self.knobs.kernels)
 
-    def _tune(self, networks: list[ModelMixin]) -> None:
-        for network in networks:
+    def _tune(self) -> None:
+        networks = (self.policy, self.module.reference, self.module.teacher)
+        for network in filter(None, networks):
             if self.knobs.fused_layers:
                 fuse(network)
             if self.knobs.channels_last:
@@ -189,6 +185,7 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
             "run_dir": "unused",
             "seed": SEED,
             "model": {"backbone": model.family, "path": "unused"},
+            "adapter": adapter_of(model).model_dump(),
             "objective": model.objective,
             "prompts": {"train": "unused"},
             "reward": {"path": "unused"},

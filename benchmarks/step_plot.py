@@ -73,6 +73,6 @@ def draw_bars(axes: Axes, names: list[str], spreads: dict[str, Row]) -> None:
             va="center",
             fontsize=8,
         )
-    axes.margins(x=0.16)
+    axes.margins(x=0.2)
     axes.grid(visible=False, axis="y")
     axes.tick_params(length=0)

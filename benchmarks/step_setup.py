@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from cdpo.engine.adapters import add_lora
-from cdpo.engine.recipe import Lora
+from cdpo.engine.recipe import Adapter
 from diffusers import UNet2DConditionModel
 from step_models import StepModel
 from torch import Tensor, nn
@@ -43,13 +43,22 @@ def in_reach(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
 
 
+def adapter_of(model: StepModel) -> Adapter:
+    """LoRA on the attention."""
+    return Adapter(rank=model.rank, alpha=model.rank)
+
+
 def add_adapter(unet: UNet2DConditionModel, model: StepModel) -> UNet2DConditionModel:
-    """Trainable LoRA on the attention, in the dtype of the network."""
-    policy = add_lora(unet, Lora(rank=model.rank, alpha=model.rank), SEED)
-    dtype = unet.dtype
+    """The adapter on a UNet, trainable, with the same values every time."""
+    return in_one_dtype(add_lora(unet, adapter_of(model), SEED)).train()
+
+
+def in_one_dtype(policy: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Put the adapter, which is made in float32, into the dtype of its network."""
+    dtype = policy.conv_in.weight.dtype
     for parameter in trainable(policy):
         parameter.data = parameter.data.to(dtype)
-    return policy.train()
+    return policy
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:

@@ -64,7 +64,6 @@ class StraightforwardStep:
         self._tokenize = pipeline.tokenizer
         self.tokens = self._ids(pairs.prompts)
         self.abar = self.scheduler.alphas_cumprod.to(device)
-        self.generator = torch.Generator().manual_seed(2)
 
     def __call__(self) -> None:
         """One optimisation step."""
@@ -82,9 +81,9 @@ class StraightforwardStep:
 
     def draw(self) -> Randomness:
         count, side = len(self.pairs), self.model.side // 8
-        noise = torch.randn(count, 4, side, side, generator=self.generator)
-        timesteps = torch.randint(1000, (count,), generator=self.generator)
-        return Randomness(noise.to(self.device, self.dtype), timesteps.to(self.device), None)
+        noise = torch.randn(count, 4, side, side, device=self.device, dtype=self.dtype)
+        timesteps = torch.randint(1000, (count,), device=self.device)
+        return Randomness(noise, timesteps, None)
 
     @torch.no_grad()
     def encode_images(self) -> Tensor:
@@ -145,8 +144,8 @@ class StraightforwardConsistency(StraightforwardStep):
         stride = 1000 // SOLVER_STEPS
         steps = drawn.timesteps // stride  # uniform over the solver's steps
         low, high = GUIDANCE
-        guidance = low + (high - low) * torch.rand(len(steps), generator=self.generator)
-        return Randomness(drawn.noise, (steps + 1) * stride - 1, guidance.to(self.device))
+        guidance = low + (high - low) * torch.rand(len(steps), device=self.device)
+        return Randomness(drawn.noise, (steps + 1) * stride - 1, guidance)
 
     def loss(self, drawn: Randomness) -> Tensor:
         text = self.encode_text(self.tokens).text
