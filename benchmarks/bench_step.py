@@ -40,7 +40,7 @@ from step_results import (
 )
 from step_setup import Pairs, make_pairs
 from straightforward_step import StraightforwardStep, straightforward
-from timing import WallClock, take_turns
+from timing import StepClock, take_turns
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
@@ -103,7 +103,7 @@ class Comparison:
     ) -> None:
         self.name, self.model, self.device, self.knobs = name, model, device, knobs
         self.pairs: Pairs = make_pairs(model, count, device)
-        self.clock = WallClock(device)
+        self.clock = StepClock(device)
         self.ours = Alternative.of(lambda: self._our_step(knobs))
         self.unit_flops, self.vae_units = units_of(self.ours.step)
 

@@ -23,7 +23,8 @@ Row = dict[str, Any]
 NOTES = {
     "cuda": "wall time of whole steps, launches included; of peak: of the nominal dense bf16 peak "
     "of the device, where it is known and the step is in bf16",
-    "cpu": "ratios and counts only: tiny models, and times of a CPU say nothing by themselves",
+    "cpu": "ratios of processor time, and counts: tiny models, and times of a CPU say nothing by "
+    "themselves",
 }
 ABSOLUTE = ("ms", "pairs_per_s", "units_per_s", "tflop_per_s", "share_of_peak")
 

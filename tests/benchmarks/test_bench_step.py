@@ -271,7 +271,7 @@ def test_tiny_run(tmp_path, monkeypatch, capsys):
     assert bench_step.main([*arguments, "--history", str(history)]) == 0
     result = json.loads(out.read_text())
     (row,) = result["models"]
-    assert result["note"].startswith("ratios and counts only")
+    assert result["note"].startswith("ratios of processor time")
     assert row["pairs"] == 1 and row["precision"] == "fp32"
     for step in row["steps"].values():
         assert set(step) == {"units_per_pair", "calls", "peak_gib"}
