@@ -133,8 +133,8 @@ def draw(rows: list[Row], path: Path) -> Path:
             for axes, model in zip(line, models, strict=True):
                 for kind, color in colors.items():
                     _draw_figure(axes, rows, kind, model, key, color)
-                axes.margins(x=0.1, y=0.12)
-                axes.set_ylim(bottom=0)
+                axes.margins(x=0.1)
+                axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
             line[0].set_ylabel(FIGURES[key].replace(" over ", "\nover "))
         for axes, model in zip(panels[0], models, strict=True):
             axes.set_title(model, fontsize=10, loc="left")

@@ -140,11 +140,11 @@ def _tiny_vae(*widths: int) -> Config:
 
 _LAST = {"tokens": 10, "rank": 4}
 TINY = {
-    "SD1.5@512": StepModel("sd", 64, TINY_SD, _tiny_vae(32, 40, 48, 48), (TINY_TEXT,), 2, **_LAST),
+    "SD1.5@512": StepModel("sd", 64, TINY_SD, _tiny_vae(32, 40, 48, 48), (TINY_TEXT,), 4, **_LAST),
     "SDXL@1024": StepModel(
-        "sdxl", 64, TINY_XL, _tiny_vae(16, 40, 72, 72), (TINY_TEXT, TINY_TEXT_2), 2, **_LAST
+        "sdxl", 64, TINY_XL, _tiny_vae(16, 40, 72, 72), (TINY_TEXT, TINY_TEXT_2), 4, **_LAST
     ),
-    "LCM@768": StepModel("lcm", 64, TINY_SD, _tiny_vae(24, 48, 56, 64), (TINY_TEXT,), 2, **_LAST),
+    "LCM@768": StepModel("lcm", 64, TINY_SD, _tiny_vae(24, 48, 56, 64), (TINY_TEXT,), 4, **_LAST),
 }
 
 
