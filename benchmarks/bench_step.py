@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cdpo.engine.errors import RecipeError
 from device_costs import peak_bytes
 from history import record
 from our_step import PRECISIONS, Knobs, OurStep
@@ -144,7 +145,7 @@ class Comparison:
             times = take_turns(tasks, self.clock, budget_s)
         except torch.OutOfMemoryError:
             return {"time": None, "failed": "out of memory"}
-        except (TorchDynamoException, InductorError):
+        except (TorchDynamoException, InductorError, RecipeError):
             return {"time": None, "failed": "does not compile here"}
         return {
             "time": ratio(times["changed"].device, times["ours"].device),

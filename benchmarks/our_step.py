@@ -22,11 +22,9 @@ from cdpo.engine.networks import build_networks
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
-from cdpo.kernels import fuse
+from cdpo.engine.speed import choose_tuning, order_weights
 from cdpo.kernels import use as use_kernels
 from diffusers import DiffusionPipeline
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from step_models import StepModel, build, text_conditioner
 from step_setup import SEED, Pairs, Update, adapter_of, in_one_dtype, in_reach, trainable
 from torch import Tensor, nn
@@ -78,11 +76,14 @@ class OurStep:
             device,
             None if built.teacher is None else lambda: built.teacher,
         )
-        self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
+        tuning = choose_tuning(recipe.speed, pipeline.unet, device, zero_stage=2)
+        self.module = build_networks(
+            recipe, self._backbone, build_objective(recipe.objective), tuning
+        )
+        order_weights(tuning, self.module.policy, *self.module.frozen)
         if not knobs.twin_reference:
             self.module.reference = copy.deepcopy(self.module.reference)
         self.policy = in_one_dtype(self.module.policy)
-        self._tune()
         self.update = Update(trainable(self.policy), device)
         self._maker = BatchMaker(recipe, self._backbone, (model.side, model.side), device)
         self._shard = self._read_shard()
@@ -146,19 +147,6 @@ class OurStep:
     def _kernels(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.knobs.kernels == "auto" else use_kernels(self.knobs.kernels)
 
-    def _tune(self) -> None:
-        networks = (self.policy, self.module.reference, self.module.teacher)
-        for network in filter(None, networks):
-            if self.knobs.fused_layers:
-                fuse(network)
-            if self.knobs.channels_last:
-                network.to(memory_format=torch.channels_last)
-            for block in network.modules() if self.knobs.compiled else ():
-                if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
-                    block.compile(dynamic=False)
-        if self.knobs.checkpointing:
-            self.policy.enable_gradient_checkpointing()
-
 
 class LiveText:
     """Embeds the prompts of every step anew."""
@@ -190,5 +178,16 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
             "prompts": {"train": "unused"},
             "reward": {"path": "unused"},
             "train": {"precision": knobs.precision},
+            "speed": {
+                "channels_last": _switch(knobs.channels_last),
+                "fused_kernels": _switch(knobs.fused_layers),
+                "attention": "sdpa",  # as in the straightforward step
+                "compile": "regional" if knobs.compiled else "off",
+                "activation_checkpointing": knobs.checkpointing,
+            },
         }
     )
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
