@@ -1,9 +1,10 @@
-"""Pictures for the README: sampled prompts, and VAE reconstructions beneath their originals.
+"""Pictures for the README: samples, the LCM beside its teacher, VAE reconstructions.
 
     python assets/emoji/show.py samples --guidance 2 --steps 15
+    python assets/emoji/show.py lcm_samples
     python assets/emoji/show.py reconstructions
 
-Both write a PNG of at most 255 colours next to this file.
+Each writes a PNG of at most 255 colours next to this file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 ZOOM = 3  # shown size of a pixel
+LCM_STEPS = (1, 2, 4, 8)
 
 
 def load_pipeline() -> StableDiffusionPipeline:
@@ -107,10 +109,21 @@ def reconstructions() -> Image.Image:
     return sheet(images[order], [labels[i] for i in order], 12)
 
 
+def teacher_and_lcm(seed: int, steps: int, guidance: float) -> Image.Image:
+    """12 prompts, each drawn by the teacher and by the LCM in 1, 2, 4 and 8 steps."""
+    prompts = random.Random(0).sample(read_prompts("train"), 12)
+    columns = [sample(load_pipeline(), prompts, seed, steps, guidance)]
+    lcm = load_lcm_pipeline()
+    columns += [sample(lcm, prompts, seed, few, guidance) for few in LCM_STEPS]
+    few_labels = [f"LCM, {few} step{'s' * (few > 1)}" for few in LCM_STEPS]
+    labels = [label for prompt in prompts for label in (prompt, *few_labels)]
+    return sheet(torch.stack(columns, dim=1).flatten(0, 1), labels, 10)
+
+
 def main() -> None:
-    """Write one of the two pictures."""
+    """Write one of the three pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("samples", "reconstructions"))
+    parser.add_argument("what", choices=("samples", "lcm_samples", "reconstructions"))
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,6 +133,8 @@ def main() -> None:
     out = args.out or HERE / f"{args.what}.png"
     if args.what == "reconstructions":
         paper = reconstructions()
+    elif args.what == "lcm_samples":
+        paper = teacher_and_lcm(args.seed, args.steps, args.guidance)
     else:
         prompts = (
             args.prompts.read_text().splitlines()

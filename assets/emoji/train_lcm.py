@@ -9,7 +9,8 @@ UNet alone, as on the hub; VAE, text encoder, tokenizer and noise schedule are t
 The guidance weight w of `cond + w (cond - uncond)` is an input of the student and drawn from
 U[0, 4] in training: guidance scales s = 1 + w of 1 to 5 in diffusers' convention, around the 2 that
 the demo samples with. Stops and continues from build/emoji/lcm.pt; every --export steps the
-averaged weights are written out.
+averaged weights are written out. It has not been run to its end yet, so the repository holds no
+assets/emoji/lcm.
 """
 
 from __future__ import annotations
