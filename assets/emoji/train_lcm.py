@@ -2,142 +2,82 @@
 
     python assets/emoji/train_lcm.py
 
-Latent consistency distillation (Luo et al., arXiv 2310.04378): the student's estimate of the clean
-latents must be the same at two neighbouring points of the teacher's DDIM path. The result is the
-UNet alone, as on the hub; VAE, text encoder, tokenizer and noise schedule are those of sd/.
+The result is the UNet alone, as on the hub; VAE, text encoder, tokenizer and noise schedule are
+those of sd/. The guidance weight w of `cond + w (cond - uncond)` is an input of the student and
+drawn from U[0, 4]: guidance scales s = 1 + w of 1 to 5 in diffusers' convention, around the 2 that
+the demo samples with. Two stages, both with a pseudo-Huber distance (c = 0.001):
 
-The guidance weight w of `cond + w (cond - uncond)` is an input of the student and drawn from
-U[0, 4] in training: guidance scales s = 1 + w of 1 to 5 in diffusers' convention, around the 2 that
-the demo samples with. Stops and continues from build/emoji/lcm.pt; every --export steps the
-averaged weights are written out. It has not been run to its end yet, so the repository holds no
-assets/emoji/lcm.
+1. Endpoints. The teacher draws --paths latents from pure noise in 11 guided DDIM steps; the student
+   learns to name the last point of a path from any other.
+2. Neighbours, the last fifth of the steps: consistency distillation as published. The student's
+   estimate at t must be that of its moving average one of 50 DDIM steps of the teacher earlier.
+
+Stage 2 alone gets there too slowly for this much arithmetic: README.md has the numbers. Stops and
+continues from build/emoji/lcm.pt and lcm_paths.pt.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from consistency import GUIDANCE_DIM, STRIDE, corrupt, estimate, pseudo_huber, solver_step
 from data import BUILD, load_pairs, sampling_weights, tidy
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
-from train_unet import SD, build_scheduler, encode_all, update_average
+from train_unet import SD, encode_all, update_average
 from transformers import CLIPTextModel, CLIPTokenizer
 
 LCM = Path(__file__).resolve().parent / "lcm"
-GUIDANCE_DIM = 256  # of the sinusoidal embedding of w, as published
 MAX_W = 4.0
-STRIDE = 20  # 50 DDIM steps: t = 19, 39 ... 999
-SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # LCMScheduler's
-HUBER_C = 1e-3
+POINTS = 12  # of a stored path, both ends included
+LAST = 999
 
 
-class Batch(NamedTuple):
-    """One draw: clean latents and noise (B, 4, 8, 8), text states (B, 24, D), t and w (B,)."""
+class Example(NamedTuple):
+    """What a student is shown: noisy latents (B, 4, 8, 8), t, text states (B, 24, D) and w."""
 
-    clean: torch.Tensor
-    noise: torch.Tensor
-    states: torch.Tensor
+    noisy: torch.Tensor
     t: torch.Tensor
+    states: torch.Tensor
     w: torch.Tensor
 
 
-def build_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The teacher with an input for w, which has no effect before the first step."""
-    config = {**teacher.config, "time_cond_proj_dim": GUIDANCE_DIM}
-    student = UNet2DConditionModel.from_config(config)
-    nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected
-    return student
+class Paths(NamedTuple):
+    """Ways of the teacher from noise to clean latents.
 
-
-def embed_guidance(w: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of 1000 w, (B, 256), as in diffusers' LatentConsistencyModelPipeline."""
-    half = GUIDANCE_DIM // 2
-    rates = torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * w[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class DiffusionPath:
-    """What turns a noise prediction at t into clean latents or into the latents before them."""
-
-    def __init__(self, alphas_cumprod: torch.Tensor) -> None:
-        self.alphas = alphas_cumprod
-
-    def at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signal and noise level at t, each (B, 1, 1, 1)."""
-        a = self.alphas[t].view(-1, 1, 1, 1)
-        return a.sqrt(), (1 - a).sqrt()
-
-    def corrupt(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noisy latents at t."""
-        signal, sigma = self.at(t)
-        return signal * clean + sigma * noise
-
-    def clean(self, noisy: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The latents that `noise` leaves when it is taken out of `noisy`."""
-        signal, sigma = self.at(t)
-        return (noisy - sigma * noise) / signal
-
-    def consistency(
-        self, noisy: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """f(x, t) = c_skip x + c_out x0; at t = 0 it is x itself."""
-        s = (t * TIMESTEP_SCALING).view(-1, 1, 1, 1)
-        c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
-        c_out = s / (s**2 + SIGMA_DATA**2).sqrt()
-        return c_skip * noisy + c_out * self.clean(noisy, noise, t)
-
-
-@torch.no_grad()
-def solver_step(
-    teacher: UNet2DConditionModel,
-    path: DiffusionPath,
-    noisy: torch.Tensor,
-    batch: Batch,
-    earlier: torch.Tensor,
-    empty: torch.Tensor,
-) -> torch.Tensor:
-    """One DDIM step of the guided teacher, from t to `earlier`.
-
-    Half precision will do: the step is short, so an error of the noise shrinks to a few percent.
+    Latents (N, POINTS, 4, 8, 8) at timesteps t (N, POINTS), falling from 999 to 0; the picture
+    whose caption was drawn (N,) and w (N,).
     """
-    both = torch.cat([batch.states, empty.expand_as(batch.states)])
-    with torch.autocast("cpu", torch.bfloat16):
-        output = teacher(noisy.repeat(2, 1, 1, 1), batch.t.repeat(2), both, return_dict=False)[0]
-    cond, uncond = output.float().chunk(2)
-    guided = cond + batch.w.view(-1, 1, 1, 1) * (cond - uncond)
-    return path.corrupt(path.clean(noisy, guided, batch.t), guided, earlier)
+
+    latents: torch.Tensor
+    t: torch.Tensor
+    picked: torch.Tensor
+    w: torch.Tensor
 
 
-def estimate(
-    net: UNet2DConditionModel,
-    path: DiffusionPath,
-    noisy: torch.Tensor,
-    t: torch.Tensor,
-    batch: Batch,
-) -> torch.Tensor:
-    """Clean latents by student or target, in float32.
+class World:
+    """Latents and captions to draw from; a draw depends on nothing but the generator's state."""
 
-    At t = 999 an error of the noise counts 66 times in the clean latents; bf16 alone, wrong by
-    0.005, would make that 0.3 of their deviation.
-    """
-    noisy = noisy.contiguous(memory_format=torch.channels_last)
-    noise = net(noisy, t, batch.states, timestep_cond=embed_guidance(batch.w), return_dict=False)[0]
-    return path.consistency(noisy, noise, t)
+    def __init__(self) -> None:
+        pixels, captions = load_pairs()
+        vae = AutoencoderKL.from_pretrained(SD / "vae", torch_dtype=torch.float32).eval()
+        self.means, self.stds = encode_all(vae, pixels)
+        self.states, self.empty = encode_captions(captions), encode_captions([""])
+        self.weights = sampling_weights(captions)
 
-
-def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean of sqrt(d^2 + c^2) - c."""
-    return ((prediction - target).square() + HUBER_C**2).sqrt().mean() - HUBER_C
+    def draw(
+        self, count: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Indices of pictures, noise for each, and w."""
+        picked = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, *self.means.shape[1:], generator=generator)
+        return picked, noise, MAX_W * torch.rand(count, generator=generator)
 
 
 @torch.no_grad()
@@ -149,25 +89,78 @@ def encode_captions(captions: list[str]) -> torch.Tensor:
     return torch.cat([encoder(part).last_hidden_state for part in ids.split(256)])
 
 
-class Draws:
-    """Training examples; the batch of a step depends on nothing but seed and step."""
+def solve_paths(
+    teacher: UNet2DConditionModel, world: World, count: int, generator: torch.Generator
+) -> Paths:
+    """`count` paths; the first step goes down 20 to 100, the others 100, so every t is visited."""
+    picked, latents, w = world.draw(count, generator)
+    t = torch.full((count,), LAST)
+    first = STRIDE * torch.randint(1, 6, (count,), generator=generator)
+    points, times = [latents], [t]
+    while len(points) < POINTS:
+        earlier = (t - (first if len(points) == 1 else 5 * STRIDE)).clamp(min=0)
+        moved = solver_step(teacher, latents, t, earlier, world.states[picked], world.empty, w)
+        # A path that has arrived stays where it is.
+        latents, t = torch.where((t == 0).view(-1, 1, 1, 1), latents, moved), earlier
+        points.append(latents)
+        times.append(t)
+    return Paths(torch.stack(points, dim=1), torch.stack(times, dim=1), picked, w)
 
-    def __init__(self, batch: int, seed: int) -> None:
-        pixels, captions = load_pairs()
-        vae = AutoencoderKL.from_pretrained(SD / "vae", torch_dtype=torch.float32).eval()
-        self.means, self.stds = encode_all(vae, pixels)
-        self.states, self.empty = encode_captions(captions), encode_captions([""])
-        self.weights = sampling_weights(captions)
-        self.batch, self.seed = batch, seed
 
-    def __call__(self, step: int) -> Batch:
-        generator = torch.Generator().manual_seed(self.seed * 10**7 + step)
-        picked = torch.multinomial(self.weights, self.batch, generator=generator)
-        draws = torch.randn(2, self.batch, *self.means.shape[1:], generator=generator)
-        t = torch.randint(1, 1000 // STRIDE + 1, (self.batch,), generator=generator) * STRIDE - 1
-        w = MAX_W * torch.rand(self.batch, generator=generator)
-        clean = self.means[picked] + self.stds[picked] * draws[0]
-        return Batch(clean, draws[1], self.states[picked], t, w)
+def stored_paths(
+    teacher: UNet2DConditionModel, world: World, count: int, seed: int, file: Path
+) -> Paths:
+    """At least `count` paths; what the file lacks is solved and added to it."""
+    parts = [Paths(*torch.load(file))] if file.exists() else []
+    started = time.time()
+    while (done := sum(len(part.w) for part in parts)) < count:
+        generator = torch.Generator().manual_seed(seed * 10**7 + done)
+        parts.append(solve_paths(teacher, world, 64, generator))
+        if len(parts) == 9 or done + 64 >= count:
+            parts = [Paths(*(torch.cat(fields) for fields in zip(*parts, strict=True)))]
+            torch.save(tuple(parts[0]), file)
+            print(f"{len(parts[0].w)} paths, {time.time() - started:.0f}s", flush=True)
+    return parts[0]
+
+
+def endpoint_example(
+    paths: Paths, world: World, batch: int, generator: torch.Generator
+) -> tuple[Example, torch.Tensor]:
+    """Points of paths, and where those paths end."""
+    path = torch.randint(len(paths.w), (batch,), generator=generator)
+    length = (paths.t[path] > 0).sum(dim=1)
+    point = (torch.rand(batch, generator=generator) * length).long()
+    states = world.states[paths.picked[path]]
+    shown = Example(paths.latents[path, point], paths.t[path, point], states, paths.w[path])
+    return shown, paths.latents[path, -1]
+
+
+@torch.no_grad()
+def neighbour_example(
+    teacher: UNet2DConditionModel,
+    target: UNet2DConditionModel,
+    world: World,
+    batch: int,
+    generator: torch.Generator,
+) -> tuple[Example, torch.Tensor]:
+    """Corrupted pictures, and the target's estimates one DDIM step of the teacher earlier."""
+    picked, noise, w = world.draw(batch, generator)
+    drawn = torch.randn(noise.shape, generator=generator)
+    t = torch.randint(1, 1000 // STRIDE + 1, (batch,), generator=generator) * STRIDE - 1
+    noisy = corrupt(world.means[picked] + world.stds[picked] * drawn, noise, t)
+    shown, earlier = Example(noisy, t, world.states[picked], w), (t - STRIDE).clamp(min=0)
+    before = solver_step(teacher, noisy, t, earlier, shown.states, world.empty, w)
+    return shown, estimate(target, before, earlier, shown.states, w)
+
+
+def build_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher with an input for w, which has no effect before the first step."""
+    config = {**teacher.config, "time_cond_proj_dim": GUIDANCE_DIM}
+    student = UNet2DConditionModel.from_config(config)
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected
+    return student
 
 
 def export(average: UNet2DConditionModel) -> None:
@@ -181,17 +174,19 @@ def export(average: UNet2DConditionModel) -> None:
 def main() -> None:
     """Train the student from the last checkpoint on, exporting as it goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--paths", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--neighbours", type=float, default=0.2, help="share of steps in stage 2")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--bound", type=float, default=5.0, help="of the loss weight")
     parser.add_argument("--target-decay", type=float, default=0.95, help="average that teaches")
-    parser.add_argument("--decay", type=float, default=0.998, help="average that is exported")
-    parser.add_argument("--export", type=int, default=500)
+    parser.add_argument("--decay", type=float, default=0.995, help="average that is exported")
+    parser.add_argument("--export", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=BUILD / "lcm.pt")
     args = parser.parse_args()
-    draws = Draws(args.batch, args.seed)
-    path = DiffusionPath(build_scheduler().alphas_cumprod)
+    world = World()
     teacher = UNet2DConditionModel.from_pretrained(SD / "unet", torch_dtype=torch.float32)
     teacher.set_attn_processor(AttnProcessor())  # for the reason given in train_unet.py
     teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -200,6 +195,8 @@ def main() -> None:
     nets = {"student": student.train().requires_grad_(True)}
     nets |= {name: copy.deepcopy(student).requires_grad_(False) for name in ("target", "average")}
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0.0, fused=True)
+    file = args.checkpoint.with_name(f"{args.checkpoint.stem}_paths.pt")
+    paths = stored_paths(teacher, world, args.paths, args.seed + 1, file)
     first, seconds = 0, 0.0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint)
@@ -210,27 +207,25 @@ def main() -> None:
     started, losses = time.time() - seconds, []
     for step in range(first, args.steps):
         # Constant until the last fifth: --steps may be raised between two runs.
-        rate = args.lr * min(1.0, (step + 1) / 100, 5 * (1 - step / args.steps) + 0.01)
+        rate = args.lr * min(1.0, (step + 1) / 50, 5 * (1 - step / args.steps) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = draws(step)
-        noisy = path.corrupt(batch.clean, batch.noise, batch.t)
-        earlier = (batch.t - STRIDE).clamp(min=0)
-        before = solver_step(teacher, path, noisy, batch, earlier, draws.empty)
-        with torch.no_grad():
-            wanted = estimate(nets["target"], path, before, earlier, batch)
-        loss = pseudo_huber(estimate(student, path, noisy, batch.t, batch), wanted)
+        generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
+        if step < (1 - args.neighbours) * args.steps:
+            shown, wanted = endpoint_example(paths, world, args.batch, generator)
+        else:
+            shown, wanted = neighbour_example(teacher, nets["target"], world, args.batch, generator)
+        loss = pseudo_huber(estimate(student, *shown), wanted, shown.t, args.bound)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         update_average(nets["target"], student, step, args.target_decay)
         update_average(nets["average"], student, step, args.decay)
         losses.append(loss.item())
         if step % 50 == 49:
             recent = sum(losses[-50:]) / len(losses[-50:])
-            clock = time.time() - started
-            print(f"{step + 1} loss {recent:.4f} gradient {norm:.2f} {clock:.0f}s", flush=True)
+            print(f"{step + 1} loss {recent:.4f} {time.time() - started:.0f}s", flush=True)
         if (step + 1) % args.export == 0 or step + 1 == args.steps:
             export(nets["average"])
             state = {name: net.state_dict() for name, net in nets.items()}
