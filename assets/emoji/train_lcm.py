@@ -174,8 +174,8 @@ def export(average: UNet2DConditionModel) -> None:
 def main() -> None:
     """Train the student from the last checkpoint on, exporting as it goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--paths", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--paths", type=int, default=6144)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--neighbours", type=float, default=0.2, help="share of steps in stage 2")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
