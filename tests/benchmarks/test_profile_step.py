@@ -48,12 +48,13 @@ def test_two_steps_of_the_real_trainer(world: World, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     names = [e["name"] for e in events if e.get("cat") == "user_annotation"]
-    assert set(PHASES) - {"teacher", "solver"} <= set(names)
+    present = [name for name in PHASES if name not in ("teacher", "solver")]  # those of LCMs
+    assert set(present) <= set(names)
     # 8 pairs in micro-batches of 4: two of each phase a step, but one read
     assert (names.count("data"), names.count("policy"), names.count("backward")) == (2, 4, 4)
 
     trace = read_trace(tmp_path / "trace.json.gz")
-    times = [trace.phases[name].host_ms for name in PHASES]
+    times = [trace.phases[name].host_ms for name in present]
     assert trace.num_steps == 2
     assert min(times) > 0
     assert 0.5 * trace.host_ms < sum(times) <= trace.host_ms
