@@ -195,6 +195,7 @@ def main() -> None:
     nets = {"student": student.train().requires_grad_(True)}
     nets |= {name: copy.deepcopy(student).requires_grad_(False) for name in ("target", "average")}
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0.0, fused=True)
+    args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     file = args.checkpoint.with_name(f"{args.checkpoint.stem}_paths.pt")
     paths = stored_paths(teacher, world, args.paths, args.seed + 1, file)
     first, seconds = 0, 0.0
