@@ -1,4 +1,4 @@
-"""Reading samples of local shards at random, strictly.
+"""Reading samples of shards at random, strictly.
 
 The first time a run opens a shard its size and sha256 are compared with the manifest and its tar
 headers are scanned into an index; from then on a sample is one positioned read. What is kept in
@@ -29,6 +29,7 @@ from .sample import (
     decode_meta,
 )
 from .shard_error import ShardError
+from .store import LocalStore, ShardStore, check_size
 from .strict_tar import SampleIndex, index_samples, read_span
 
 _META, _LATENTS = MEMBERS.index(META), MEMBERS.index(LATENTS)
@@ -39,12 +40,11 @@ class _File:
     from a number that was closed and given out again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +59,21 @@ class _OpenShard:
 class ShardReaders:
     """The shards of one manifest, opened on demand; safe to use from several threads.
 
+    ``store`` is where they lie; a folder stands for the :class:`LocalStore` of that folder.
+
     ``max_files`` bounds open files, ``max_indexes`` the shards whose headers stay in memory (about
     50 bytes a sample): at least as many as are read in turns, or each read scans a shard again.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        store: ShardStore | str | Path,
         manifest: Manifest,
         *,
         max_files: int = 128,
         max_indexes: int = 1024,
     ) -> None:
-        self.folder = Path(folder)
+        self.store = LocalStore(store) if isinstance(store, str | Path) else store
         self.latent_shape = manifest.latent_shape
         self._max_files, self._max_indexes = max_files, max_indexes
         self._files: OrderedDict[str, _OpenShard] = OrderedDict()
@@ -85,16 +87,10 @@ class ShardReaders:
         self._max_indexes = max(self._max_indexes, num_shards)
 
     def check_present(self, entries: Iterable[ShardEntry]) -> None:
-        """Raise ShardError for the first shard that is absent or of the wrong size: cheap enough
-        to run before a model is loaded.
+        """Raise ShardError for the first shard that is absent or of the wrong size, as far as that
+        is cheap enough to run before a model is loaded.
         """
-        for entry in entries:
-            path = self.folder / entry.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise _cannot_open(path, error) from None
-            _check_size(entry, size, str(path))
+        self.store.check_present(entries)
 
     def read(self, entry: ShardEntry, index: int) -> PairSample:
         """Sample ``index`` of a shard. Raises ShardError (shard, key, member, reason)."""
@@ -147,25 +143,30 @@ class ShardReaders:
                 self._indexes.popitem(last=False)
 
     def _open_checked(self, entry: ShardEntry) -> _OpenShard:
-        path = self.folder / entry.name
         try:
-            file = _File(path)
-            state = os.fstat(file.descriptor)
-        except OSError as error:
-            raise _cannot_open(path, error) from None
+            return self._open_once(entry)
+        except ShardError:
+            if not self.store.discard(entry):
+                raise
+        return self._open_once(entry)  # a copy that went bad is fetched once more
+
+    def _open_once(self, entry: ShardEntry) -> _OpenShard:
+        name = self.store.name_of(entry)
+        file = _File(self.store.open(entry))
+        state = os.fstat(file.descriptor)
         identity = (state.st_ino, state.st_size, state.st_mtime_ns)
         with self._lock:
             index = self._indexes.get(entry.name)
             seen = self._verified.get(entry.name)
         if seen != identity:
-            _verify(file, entry, str(path))
+            _verify(file, entry, name)
             index = None
         if index is None:
-            index = index_samples(file.descriptor, str(path), MEMBERS, entry.count)
-            self._check_sizes(index, str(path))
+            index = index_samples(file.descriptor, name, MEMBERS, entry.count)
+            self._check_sizes(index, name)
         with self._lock:
             self._verified[entry.name] = identity
-        return _OpenShard(str(path), file, index)
+        return _OpenShard(name, file, index)
 
     def _check_sizes(self, index: SampleIndex, shard: str) -> None:
         """Refuse members too large for what they are, before anything is read or allocated."""
@@ -180,7 +181,7 @@ class ShardReaders:
 
 
 def _verify(file: _File, entry: ShardEntry, shard: str) -> None:
-    _check_size(entry, os.fstat(file.descriptor).st_size, shard)
+    check_size(entry, os.fstat(file.descriptor).st_size, shard)
     try:
         with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -189,18 +190,3 @@ def _verify(file: _File, entry: ShardEntry, shard: str) -> None:
     if found != entry.sha256:
         reason = f"sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…: damaged"
         raise ShardError(shard, f"{reason}; copy or prepare it again")
-
-
-def _check_size(entry: ShardEntry, size: int, shard: str) -> None:
-    if size != entry.bytes:
-        what = "truncated" if size < entry.bytes else "too long"
-        raise ShardError(
-            shard,
-            f"{what}: {size} bytes, manifest says {entry.bytes}; copy or prepare it again",
-        )
-
-
-def _cannot_open(path: Path, error: OSError) -> ShardError:
-    if isinstance(error, FileNotFoundError):
-        return ShardError(str(path), "missing; copy it here or run prepare again")
-    return ShardError(str(path), f"cannot be opened: {error.strerror or error}")

@@ -64,7 +64,7 @@ class PairStream:
         except TimeoutError:
             raise DataError(
                 f"no batch for step {step} within {self._timeout:g} s: is the storage of "
-                f"{self.readers.folder} stalled?"
+                f"{self.readers.store.location} stalled?"
             ) from None
 
     def fetch(self, position: Position) -> PairBatch:

@@ -1,0 +1,88 @@
+"""Where shards lie: a reader asks a store for an open file and does not care how it got there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from .manifest import Manifest, ShardEntry, load_manifest
+from .shard_error import ShardError
+
+
+class ShardStore(Protocol):
+    """A set of shards at one place. Its methods may be called from several threads at once."""
+
+    @property
+    def location(self) -> str:
+        """The place as messages name it, without credentials."""
+
+    def manifest(self) -> Manifest:
+        """The table of contents; DataError in one line where it is absent or wrong."""
+
+    def name_of(self, entry: ShardEntry) -> str:
+        """A shard as messages name it, without credentials."""
+
+    def open(self, entry: ShardEntry) -> int:
+        """A descriptor for reading, the caller's to close. While it is open the file stays.
+
+        Raises ShardError where the shard is missing, OutsideError where a service is at fault.
+        """
+
+    def discard(self, entry: ShardEntry) -> bool:
+        """Give up a copy that proved bad; whether opening it again may bring a good one."""
+
+    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+        """Raise ShardError for the first shard that is absent or of the wrong size, as far as that
+        is cheap: it runs before a model is loaded.
+        """
+
+
+class LocalStore:
+    """Shards in a folder of this machine, which are read where they are."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    def manifest(self) -> Manifest:
+        return load_manifest(self.folder)
+
+    def name_of(self, entry: ShardEntry) -> str:
+        return str(self.folder / entry.name)
+
+    def open(self, entry: ShardEntry) -> int:
+        try:
+            return os.open(self.folder / entry.name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._cannot_open(entry, error) from None
+
+    def discard(self, entry: ShardEntry) -> bool:
+        return False  # it is the user's own, and there is no other
+
+    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+        for entry in entries:
+            try:
+                size = (self.folder / entry.name).stat().st_size
+            except OSError as error:
+                raise self._cannot_open(entry, error) from None
+            check_size(entry, size, self.name_of(entry))
+
+    def _cannot_open(self, entry: ShardEntry, error: OSError) -> ShardError:
+        if isinstance(error, FileNotFoundError):
+            return ShardError(self.name_of(entry), "missing; copy it here or run prepare again")
+        return ShardError(self.name_of(entry), f"cannot be opened: {error.strerror or error}")
+
+
+def check_size(entry: ShardEntry, size: int, shard: str) -> None:
+    """Raise ShardError unless a file of ``size`` bytes is as long as the manifest says."""
+    if size != entry.bytes:
+        what = "truncated" if size < entry.bytes else "too long"
+        raise ShardError(
+            shard,
+            f"{what}: {size} bytes, manifest says {entry.bytes}; copy or prepare it again",
+        )
