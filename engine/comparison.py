@@ -66,7 +66,7 @@ class Comparison:
             (
                 "sample",
                 f"base and tuned: {sizes} prompts x {spec.images_per_prompt} images, "
-                f"{spec.sampler.steps} DDIM steps, guidance {spec.sampler.guidance:g}",
+                f"{spec.sampler.steps} steps, guidance {spec.sampler.guidance:g}",
             ),
             ("score by", scorers),
         ]

@@ -78,7 +78,7 @@ class Preparation:
             (
                 "sample",
                 f"{len(self.prompts)} prompts x {spec.candidates_per_prompt} candidates, "
-                f"{spec.sampler.steps} DDIM steps, guidance {spec.sampler.guidance:g}",
+                f"{spec.sampler.steps} steps, guidance {spec.sampler.guidance:g}",
             ),
             ("rank by", f"{self.recipe.reward.type} {self.recipe.reward.path}"),
         ]

@@ -80,7 +80,7 @@ class Prompts(Section):
 
 
 class Sampler(Section):
-    """How images are drawn from a model (DDIM without added noise)."""
+    """How images are drawn: by DDIM without added noise, from an LCM by its own multistep rule."""
 
     steps: PositiveInt = 50
     """Denoiser calls per image; more is slower and closer to the model's distribution."""

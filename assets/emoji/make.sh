@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Remake the small world from nothing, in order. About an hour and a half on two CPU cores; every
+# Remake the small world from nothing, in order. Less than two hours on two CPU cores; every
 # training continues from its checkpoint in build/emoji/ when it is stopped and started again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,6 +16,9 @@ OMP_NUM_THREADS=1 "$python" assets/emoji/train_clip.py reward --seed 1
 OMP_NUM_THREADS=1 "$python" assets/emoji/train_clip.py judge --seed 2
 wait
 "$python" assets/emoji/train_vae.py --steps 1000 --decoder-only
+"$python" assets/emoji/train_lcm.py
 "$python" assets/emoji/show.py reconstructions
 "$python" assets/emoji/show.py samples
+"$python" assets/emoji/show.py lcm_samples
 "$python" assets/emoji/score_clip.py
+"$python" assets/emoji/score_lcm.py

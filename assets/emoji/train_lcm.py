@@ -12,7 +12,7 @@ the demo samples with. Two stages, both with a pseudo-Huber distance (c = 0.001)
 2. Neighbours, the last fifth of the steps: consistency distillation as published. The student's
    estimate at t must be that of its moving average one of 50 DDIM steps of the teacher earlier.
 
-Stage 2 alone gets there too slowly for this much arithmetic: README.md has the numbers. Stops and
+Stage 2 alone gets there too slowly for this much arithmetic. Stops and
 continues from build/emoji/lcm.pt and lcm_paths.pt.
 """
 
