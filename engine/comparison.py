@@ -52,7 +52,8 @@ class Comparison:
         self.folder = self.run_dir / "compare"
         self.report_path = self.folder / "report.html"
         train, heldout = read_prompts(recipe.prompts)
-        self.prompt_sets = {"training": train} | ({"held-out": heldout} if heldout else {})
+        sets = {"training": train, "held-out": heldout}
+        self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.tuned = ranks.on_first(lambda: tuned_hash(recipe))
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)

@@ -21,7 +21,7 @@ from . import __version__
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
 from .curriculum.pairs import Pair, PromptPairs, form_pairs
-from .errors import DataError
+from .errors import DataError, RecipeError
 from .failpoints import failpoint
 from .keyed import Stream
 from .latents import LatentStore
@@ -67,6 +67,10 @@ class Preparation:
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = recipe.shards_dir
+        if recipe.prepare.source.type != "generate":
+            raise RecipeError(
+                f"prepare.source.type={recipe.prepare.source.type} is not read yet: use generate"
+            )
         self.prompts, _ = read_prompts(recipe.prompts)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)

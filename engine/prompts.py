@@ -11,8 +11,11 @@ MAX_PROMPT_CHARACTERS = 2000
 
 
 def read_prompts(spec: Prompts) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts of a recipe; DataError names the file and line at fault."""
-    train = _read(spec.train, spec.limit)
+    """Training and held-out prompts of a recipe, none where it names no file.
+
+    DataError names the file and line at fault.
+    """
+    train = _read(spec.train, spec.limit) if spec.train else []
     heldout = _read(spec.heldout, spec.limit) if spec.heldout else []
     both = set(train) & set(heldout)
     if both:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .recipe_adapter import Adapter, Export, check_exports
+from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
     Fraction,
     NonNegativeFloat,
@@ -71,8 +72,9 @@ class Model(Section):
 class Prompts(Section):
     """Where prompts come from: text files with one prompt a line; `#` starts a comment line."""
 
-    train: str
-    """Prompts whose candidates are ranked and trained on."""
+    train: str | None = None
+    """Prompts whose candidates are ranked and trained on. A `prepare.source` that is not sampled
+    brings captions of its own: there, what `compare` reports as training prompts, or null."""
     heldout: str | None = None
     """Prompts never trained on; `compare` reports them apart."""
     limit: PositiveInt | None = None
@@ -91,6 +93,8 @@ class Sampler(Section):
 class Prepare(Section):
     """Stage 1: candidates, scores, pairs, shards."""
 
+    source: Source = Generate()
+    """Where images and preferences come from: sampled, or a data set that is already there."""
     candidates_per_prompt: Annotated[int, Field(ge=2)] = 50
     """Images ranked for each prompt (M in the papers, 500 there, 50 reported about equal)."""
     sampler: Sampler = Sampler()
@@ -369,6 +373,12 @@ class Recipe(Section):
                 f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the "
                 "others with diffusion_dpo or sft"
             )
+        check_source(
+            self.prepare.source,
+            self.curriculum.difficulty,
+            self.prompts.train,
+            self.prompts.heldout,
+        )
         check_exports(self.adapter, self.export)
         if self.compare.weights == "ema" and self.adapter.ema is None:
             raise ValueError("compare.weights=ema needs an average: set adapter.ema, e.g. 0.999")

@@ -171,7 +171,7 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
 def describe_schema() -> str:
     """Every knob with its default and what it does, as text for a terminal."""
     lines = ["Keys of a recipe, with their defaults:"]
-    for key in KNOBS:
+    for key in (key for key, info in SCHEMA.items() if not _sections_of(info)):
         default = SCHEMA[key].get_default()
         text = "(required)" if default is PydanticUndefined else shown(default)
         lines.append(f"\n  {key} = {text}")
@@ -190,26 +190,31 @@ class _Parser(argparse.ArgumentParser):
 # The schema as dotted keys
 
 
-def _section_of(info: FieldInfo) -> type[BaseModel] | None:
-    """The section class behind a field such as ``Model`` or ``Reward | None``, if it is one."""
-    for kind in (info.annotation, *get_args(info.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+def _sections_of(info: FieldInfo) -> list[type[BaseModel]]:
+    """The section classes behind a field: one of ``Model`` or ``Reward | None``, several where a
+    ``type`` chooses, none of a knob.
+    """
+    kinds = (info.annotation, *get_args(info.annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _walk_schema(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+def _walk_schema(
+    section: type[BaseModel], prefix: str = "", *, default_types: bool = False
+) -> dict[str, FieldInfo]:
+    """Dotted keys; with ``default_types`` those alone that go with the default of each ``type``."""
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
-        found[prefix + name] = info
-        inner = _section_of(info)
-        if inner is not None:
-            found |= _walk_schema(inner, f"{prefix}{name}.")
+        found.setdefault(prefix + name, info)
+        for inner in _sections_of(info)[: 1 if default_types else None]:
+            inside = _walk_schema(inner, f"{prefix}{name}.", default_types=default_types)
+            found |= {key: info for key, info in inside.items() if key not in found}
     return found
 
 
 SCHEMA = _walk_schema(Recipe)  # sections and knobs, in the order of declaration
-KNOBS = tuple(key for key, info in SCHEMA.items() if _section_of(info) is None)
+KNOBS = tuple(
+    key for key, info in _walk_schema(Recipe, default_types=True).items() if not _sections_of(info)
+)
 
 
 def _nearest(key: str) -> str:
@@ -290,11 +295,28 @@ def _validate(values: dict[str, Any], source: Source) -> Recipe | None:
         return Recipe.model_validate(_with_tuples(values), strict=True)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            key = ""
-            for part in detail["loc"]:
-                key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+            key = _dotted(detail["loc"])
+            if detail["type"].startswith("union_tag"):
+                key += ".type"
             source.fail(key, _wording(key, detail))
         return None
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """The key of pydantic's location, which names the chosen ``type`` behind a section as well."""
+    key = ""
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif part not in _types_of(key):
+            key += f".{part}" if key else part
+    return key
+
+
+def _types_of(key: str) -> list[str]:
+    """The values of ``type`` at a section that has several schemas, none for any other key."""
+    sections = _sections_of(SCHEMA[key]) if key in SCHEMA and SCHEMA[key].discriminator else []
+    return [section.model_fields["type"].default for section in sections]
 
 
 def _with_tuples(value: Any) -> Any:
@@ -306,15 +328,21 @@ def _with_tuples(value: Any) -> Any:
 def _wording(key: str, detail: ErrorDetails) -> str:
     """One problem in words: the value seen and what would be right."""
     kind, seen = detail["type"], detail["input"]
+    if kind == "extra_forbidden" and key in SCHEMA:
+        return f"{shown(seen)} has no place here: the key goes with another type of its section"
     if kind == "extra_forbidden":
         return f"unknown key; {_nearest(key)}"
+    if kind.startswith("union_tag"):
+        types = _types_of(key.removesuffix(".type"))
+        given = shown(detail["ctx"]["tag"]) if "tag" in detail.get("ctx", {}) else "missing;"
+        return f"{given} should be {', '.join(types[:-1])} or {types[-1]}"
     if kind == "missing":
         what = SCHEMA[key].description if key in SCHEMA else None
-        return f"missing{': ' + what if what else ''}"
+        return f"missing{': ' + ' '.join(what.split()) if what else ''}"
     if kind == "value_error" and not key:
         return str(detail["ctx"]["error"])
     right = detail["msg"].replace("Input should", "should")
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         right = "should be a section, with keys of its own below it"
     elif kind == "int_type" and isinstance(seen, float) and seen.is_integer():
         right += f", such as {int(seen)}" if abs(seen) < 1e15 else ""

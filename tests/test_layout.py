@@ -18,7 +18,7 @@ SOURCES = sorted(
 )
 ENTRIES = {"prepare", "train", "compare"}
 BASE = {"errors", "keyed", "phases"}
-BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_yaml", "recipe_file"}
+BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_source", "recipe_yaml", "recipe_file"}
 BASE |= {"deepspeed_config"}
 MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards"}
 PROTOCOL = "cdpo.engine.backbones.protocol."  # all that an objective knows of a backbone

@@ -1,0 +1,85 @@
+"""Section `prepare.source` of a recipe: where images and preferences come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .recipe_types import NonNegativeInt, PositiveInt, Section
+
+
+class Generate(Section):
+    """Candidates sampled from the model for every prompt, ranked by the reward: the method."""
+
+    type: Literal["generate"] = "generate"
+    """`generate`: sample candidates and rank them with the reward. `paired`: a data set of two
+    images, a label and a caption. `ranked`: a data set of images with captions and scores."""
+
+
+class Imported(Section):
+    """What every data set that is already there has."""
+
+    type: str
+    path: str
+    """The data set: a parquet, CSV or tar file, a folder of parquet files or of tars, or a pattern
+    such as `pickapic/train-*.parquet`; for `paired` also a folder with one folder of winners and
+    one of losers. Paths in a table are relative to its folder."""
+    caption: str = "caption"
+    """Column with the caption (in a tar a key of its KEY.json; beside folders of images a folder of
+    NAME.txt). Captions that are empty or among `prompts.heldout` are left out, and counted."""
+    limit: PositiveInt | None = None
+    """Use only the first so many rows: for trying a recipe out."""
+    max_unreadable: NonNegativeInt = 0
+    """Rows that may be left out, and counted, because an image is missing, damaged or too large;
+    one more stops the import and names file and row."""
+
+
+class Paired(Imported):
+    """Pairs that people, or another model, judged. The defaults are Pick-a-Pic v2's columns."""
+
+    type: Literal["paired"] = "paired"
+    images: tuple[str, str] = ("jpg_0", "jpg_1")
+    """Columns (members of a tar, sub-folders) with the two images: encoded bytes, or paths."""
+    label: str | None = "label_0"
+    """Column that says how the first image did: 1 it won, 0 it lost, 0.5 a tie, which is left out;
+    null: the first image of every row is the winner."""
+    best_image: str | None = "best_image_uid"
+    """Column with the id of the better image, used where the table has it and `image_ids`: a row it
+    contradicts `label` in is left out; null: never look."""
+    image_ids: tuple[str, str] | None = ("image_0_uid", "image_1_uid")
+    """Columns with the images' ids, used where the table has them; null: file and row."""
+    scores: tuple[str, str] | None = None
+    """Columns with a score of each image, to take difficulty from; null: the recipe's reward scores
+    both."""
+    on_disagreement: Literal["drop", "keep", "swap"] = "drop"
+    """Where the scores contradict the label: `drop` the pair, `keep` the label (such pairs are the
+    hardest), or `swap`: believe the scores."""
+
+
+class Ranked(Imported):
+    """Images with scores, ranked and paired within each caption as sampled candidates are."""
+
+    type: Literal["ranked"] = "ranked"
+    image: str = "image"
+    """Column (member of a tar) with the image: encoded bytes, or a path."""
+    score: str | None = "score"
+    """Column with its score, higher is better; null: the recipe's reward scores it."""
+
+
+Source = Annotated[Generate | Paired | Ranked, Field(discriminator="type")]
+
+
+def check_source(source: Source, difficulty: str, train: str | None, heldout: str | None) -> None:
+    """ValueError where the source does not go with the curriculum or the prompt files."""
+    if source.type == "paired" and difficulty != "score_gap":
+        raise ValueError(
+            "prepare.source.type=paired needs curriculum.difficulty=score_gap: two images have "
+            "only one gap in rank"
+        )
+    if source.type == "generate" and train is None:
+        raise ValueError("prompts.train: missing: the prompts to sample candidates for")
+    if train is None and heldout is None:
+        raise ValueError(
+            "prompts.heldout: missing: with no prompts.train either, there is nothing to compare on"
+        )

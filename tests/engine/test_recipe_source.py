@@ -1,0 +1,102 @@
+"""`prepare.source` of a recipe: which keys go with which type, and what is said otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from cdpo.engine.errors import RecipeError
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe_file import KNOBS, describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe_source import Generate, Paired, Ranked
+
+MINIMAL = {
+    "run_dir": "runs/x",
+    "model": {"path": "m"},
+    "prompts": {"train": "t"},
+    "reward": {"path": "r"},
+    "curriculum": {"difficulty": "score_gap"},
+}
+
+
+def load(folder: Path, source: object, *overrides: str, **changes: object) -> Recipe:
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "prepare": {"source": source}, **changes}))
+    return load_recipe(path, overrides)
+
+
+def problem(folder: Path, source: object, *overrides: str, **changes: object) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(folder, source, *overrides, **changes)
+    [line] = str(caught.value).splitlines()
+    return line
+
+
+def test_the_defaults_of_pairs_are_the_columns_of_pick_a_pic(tmp_path):
+    source = load(tmp_path, {"type": "paired", "path": "p"}).prepare.source
+    assert isinstance(source, Paired)
+    assert (source.images, source.label, source.caption) == (
+        ("jpg_0", "jpg_1"),
+        "label_0",
+        "caption",
+    )
+    assert source.best_image == "best_image_uid" and source.on_disagreement == "drop"
+
+
+def test_sources_are_chosen_by_type_and_by_overrides(tmp_path):
+    assert load(tmp_path, {"type": "generate"}).prepare.source == Generate()
+    ranked = load(tmp_path, {"type": "ranked", "path": "a.csv", "score": None}).prepare.source
+    assert ranked == Ranked(path="a.csv", score=None)
+    mine = ["type=paired", "path=p", "images=[winner,loser]", "label=null"]
+    overrides = [f"prepare.source.{text}" for text in mine]
+    paired = load(tmp_path, {"type": "generate"}, *overrides).prepare.source
+    assert paired == Paired(path="p", images=("winner", "loser"), label=None)
+
+
+@pytest.mark.parametrize("kind", ["paired", "ranked"])
+def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, kind):
+    recipe = load(tmp_path, {"type": kind, "path": "p"})
+    save_resolved(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    saved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())["prepare"]["source"]
+    assert set(saved) == set(type(recipe.prepare.source).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({}, "prepare.source.type: missing; should be generate, paired or ranked"),
+        ({"type": "pairs"}, ":7: prepare.source.type: 'pairs' should be generate, paired or"),
+        ({"type": "paired"}, "prepare.source.path: missing: The data set: a parquet, CSV or tar"),
+        ("paired", "prepare.source: 'paired' should be a section"),
+        ({"type": "paired", "path": 3}, "prepare.source.path: 3 should be a valid string"),
+        ({"type": "paired", "path": "p", "images": ["a"]}, "prepare.source.images[1]: missing"),
+        ({"type": "ranked", "path": "p", "label": "l"}, "label: 'l' has no place here: the key"),
+        ({"type": "ranked", "path": "p", "captoin": "s"}, "did you mean prepare.source.caption?"),
+        ({"type": "ranked", "path": "p", "max_unreadable": -1}, "greater than or equal to 0"),
+        ({"type": "paired", "path": "p", "on_disagreement": "flip"}, "'drop', 'keep' or 'swap'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, source, expected):
+    assert expected in problem(tmp_path, source)
+
+
+def test_pairs_have_no_difficulty_by_rank(tmp_path):
+    line = problem(tmp_path, {"type": "paired", "path": "p"}, curriculum={"difficulty": "rank_gap"})
+    assert "paired needs curriculum.difficulty=score_gap" in line
+
+
+def test_which_prompts_a_source_needs(tmp_path):
+    paired = {"type": "paired", "path": "p"}
+    assert load(tmp_path, paired, prompts={"heldout": "h"}).prompts.train is None
+    assert "prompts.train: missing" in problem(
+        tmp_path, {"type": "generate"}, prompts={"heldout": "h"}
+    )
+    assert "prompts.heldout: missing" in problem(tmp_path, paired, prompts={})
+
+
+def test_every_recipe_shows_the_type_and_help_shows_the_keys_of_all_types():
+    assert [key for key in KNOBS if key.startswith("prepare.source")] == ["prepare.source.type"]
+    for key in ("on_disagreement", "score", "max_unreadable", "label"):
+        assert f"\n  prepare.source.{key} = " in describe_schema()
