@@ -1,6 +1,6 @@
 """The small world's first losses, to the last bit: a refactor may not change them.
 
-Sampling, ranking, sharding and training of the committed model, run on one thread, without oneDNN,
+Sampling, ranking, sharding and training of the committed models, run on one thread, without oneDNN,
 whose convolutions are blocked by the size of the caches, and with MKL's path for processors of all
 makers. The file's first line names the processor it was written on: there the losses are compared
 exactly, on another one to a ten-thousandth (1e-5 was seen between two makers before oneDNN was left
@@ -20,11 +20,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT, losses
 
-GOLDEN = ROOT / "tests" / "assets" / "losses" / "emoji_cdpo.txt"
+GOLDEN = ROOT / "tests" / "assets" / "losses"
 SHORT = [
     "prompts.limit=6",
     "prepare.candidates_per_prompt=6",
-    "prepare.sampler.steps=4",
     "train.steps=12",
     "train.global_batch=8",
     "train.micro_batch=4",
@@ -52,12 +51,14 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the golden file is of x86-64")
-def test_the_losses_of_the_small_world(tmp_path: Path) -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the golden files are of x86-64")
+@pytest.mark.parametrize(("name", "steps"), [("emoji_cdpo", 4), ("emoji_lcm_cdpo", 2)])
+def test_the_losses_of_the_small_world(name: str, steps: int, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}", f"prepare.sampler.steps={steps}", *SHORT]
     for verb in ("prepare", "train"):
         command = [sys.executable, "-c", WITHOUT_ONEDNN, f"engine/{verb}.py"]
         outcome = subprocess.run(
-            [*command, "--recipe", "recipes/emoji_cdpo.yaml", f"run_dir={tmp_path}", *SHORT],
+            [*command, "--recipe", f"recipes/{name}.yaml", *overrides],
             cwd=ROOT,
             env=os.environ | SAME_ARITHMETIC,
             capture_output=True,
@@ -66,9 +67,10 @@ def test_the_losses_of_the_small_world(tmp_path: Path) -> None:
         )
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     found = losses(tmp_path)
+    file = GOLDEN / f"{name}.txt"
     if os.environ.get("CDPO_WRITE_GOLDEN"):
-        GOLDEN.write_text("\n".join([processor(), *map(float.hex, found)]) + "\n")
-    made_on, *golden = GOLDEN.read_text().splitlines()
+        file.write_text("\n".join([processor(), *map(float.hex, found)]) + "\n")
+    made_on, *golden = file.read_text().splitlines()
     if made_on == processor():
         assert list(map(float.hex, found)) == golden
     assert found == pytest.approx([float.fromhex(loss) for loss in golden], rel=1e-4)
