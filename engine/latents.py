@@ -47,12 +47,7 @@ class LatentStore:
             backbone.encode_images(chosen[start : start + batch_size])
             for start in range(0, len(chosen), batch_size)
         ]
-        latents = torch.cat(parts).cpu().half().contiguous()
-        if not latents.isfinite().all():
-            raise DataError(
-                f"latents of {prompt!r} overflow half precision or are NaN: name a "
-                "VAE that is safe in half precision as model.vae"
-            )
+        latents = half_latents(torch.cat(parts).cpu(), repr(prompt))
         tensors = {"latents": latents, "candidates": torch.as_tensor(candidates)}
         with atomic_file(self._path(prompt)) as file:
             file.write(save(tensors, metadata=made_of))
@@ -76,3 +71,14 @@ class LatentStore:
 
     def _path(self, prompt: str) -> Path:
         return self.folder / f"{content_id(prompt):016x}.safetensors"
+
+
+def half_latents(latents: Tensor, of: str) -> Tensor:
+    """Latents in fp16; DataError, naming what they are ``of``, where that cannot hold them."""
+    half = latents.half().contiguous()
+    if not half.isfinite().all():
+        raise DataError(
+            f"latents of {of} overflow half precision or are NaN: name a VAE that is safe in half "
+            "precision as model.vae"
+        )
+    return half

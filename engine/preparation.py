@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from . import __version__
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
 from .curriculum.pairs import Pair, PromptPairs, form_pairs
-from .errors import DataError, RecipeError
+from .errors import DataError
 from .failpoints import failpoint
 from .keyed import Stream
 from .latents import LatentStore
@@ -40,22 +39,11 @@ from .shards.manifest import (
     ShardEntry,
     Statistics,
     VaeSource,
-    load_manifest,
     save_manifest,
 )
-from .shards.reader import ShardReaders
 from .shards.sample import PairMeta
-from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 from .speed import tune_for_sampling
-
-
-@dataclass(frozen=True)
-class TierShards:
-    """The pairs of a tier and how they fill its shards."""
-
-    plan: ShardPlan
-    fill: ShardFill
-    pairs: list[Pair]
+from .tier_shards import PAIR_KEYS, TierShards, fill_tiers, finished_set, write_tiers
 
 
 class Preparation:
@@ -67,10 +55,6 @@ class Preparation:
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = recipe.shards_dir
-        if recipe.prepare.source.type != "generate":
-            raise RecipeError(
-                f"prepare.source.type={recipe.prepare.source.type} is not read yet: use generate"
-            )
         self.prompts, _ = read_prompts(recipe.prompts)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)
@@ -90,9 +74,6 @@ class Preparation:
     def _inputs_hash(self) -> str:
         """Of every choice the shards are a function of; another hash means other shards."""
         recipe = self.recipe
-        curriculum = recipe.curriculum.model_dump(
-            include={"tiers", "difficulty", "binning", "min_score_gap", "pairs_per_prompt_per_tier"}
-        )
         inputs: dict[str, Any] = {
             "seed": recipe.seed,
             "model": recipe.model.model_dump(mode="json"),
@@ -101,23 +82,14 @@ class Preparation:
             "prepare": recipe.prepare.model_dump(
                 mode="json", include={"candidates_per_prompt", "sampler", "precision"}
             ),
-            "curriculum": curriculum,
+            "curriculum": recipe.curriculum.model_dump(include=PAIR_KEYS),
             "data": recipe.data.model_dump(include={"lanes", "pairs_per_shard"}),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _already_done(self) -> bool:
-        if not (self.shards_dir / "manifest.json").exists():
-            return False
-        try:
-            manifest = load_manifest(self.shards_dir)
-            if manifest.fingerprint != self.inputs:
-                return False
-            ShardReaders(self.shards_dir, manifest).check_present(manifest.shards)
-        except DataError as error:  # its remedy is to prepare again, which is what we are here for
-            self.terminal.warn(f"the shards are written again: {error}")
-            return False
-        return self._is_of_these_weights(manifest)
+        manifest = finished_set(self.shards_dir, self.inputs, self.terminal)
+        return manifest is not None and self._is_of_these_weights(manifest)
 
     def _is_of_these_weights(self, manifest: Manifest) -> bool:
         """Whether model, VAE and reward still hold what made the shards: paths may stay the same
@@ -153,9 +125,9 @@ class Preparation:
             prompt: form_pairs(prompt, scores[prompt], self.recipe.curriculum, self.recipe.seed)
             for prompt in self.prompts
         }
-        fills = self._fill_shards(formed)
-        latents = self._encode(backbone, fingerprints["vae"], images, fills)
-        shards = self._write(fills, latents, backbone)
+        pairs, fills = self._fill_shards(formed)
+        latents = self._encode(backbone, fingerprints["vae"], images, pairs)
+        shards = self._write(pairs, fills, latents, backbone)
         manifest = self._manifest(shards, fills, formed, backbone, fingerprints, reward)
         self.ranks.on_first(lambda: self._finish(manifest, formed, scores, images))
 
@@ -185,8 +157,8 @@ class Preparation:
         failpoint("prepare.scored")
         return scores
 
-    def _fill_shards(self, formed: dict[str, PromptPairs]) -> list[TierShards]:
-        """Which pair goes into which shard; every rank finds the same."""
+    def _fill_shards(self, formed: dict[str, PromptPairs]) -> tuple[list[Pair], list[TierShards]]:
+        """All pairs, and which goes into which shard; every rank finds the same."""
         dropped = sum(outcome.dropped_candidates for outcome in formed.values())
         tied = [prompt for prompt, outcome in formed.items() if outcome.all_tied]
         if dropped:
@@ -202,24 +174,18 @@ class Preparation:
                 f"reward or differ by less than curriculum.min_score_gap="
                 f"{self.recipe.curriculum.min_score_gap}"
             )
-        tiers = range(1, self.recipe.curriculum.tiers + 1)
-        fills = [self._fill_tier(tier, [p for p in pairs if p.tier == tier]) for tier in tiers]
+        ids = np.asarray([pair.pair_id for pair in pairs], dtype=np.int64)
+        fills = fill_tiers(ids, np.asarray([pair.tier for pair in pairs]), self.recipe)
         counts = "  ".join(f"{len(fill.pairs)}" for fill in fills)
         self.terminal.line(f"pairs by tier, easiest first: {counts}")
-        return fills
-
-    def _fill_tier(self, tier: int, pairs: list[Pair]) -> TierShards:
-        data = self.recipe.data
-        plan = plan_shards(tier, len(pairs), data.lanes, data.pairs_per_shard)
-        ids = np.asarray([pair.pair_id for pair in pairs], dtype=np.int64)
-        return TierShards(plan, ShardFill(plan, ids, self.recipe.seed), pairs)
+        return pairs, fills
 
     def _encode(
-        self, backbone: Backbone, vae: str, images: CandidateSet, fills: list[TierShards]
+        self, backbone: Backbone, vae: str, images: CandidateSet, pairs: list[Pair]
     ) -> LatentStore:
         store = LatentStore(self.run_dir / "latents", images, vae)
         wanted: dict[str, set[int]] = {}
-        for pair in (pair for fill in fills for pair in fill.pairs):
+        for pair in pairs:
             wanted.setdefault(pair.prompt, set()).update((pair.winner, pair.loser))
         total = sum(len(candidates) for candidates in wanted.values())
         with self.terminal.progress("encode", total, 0, "images") as progress:
@@ -231,26 +197,21 @@ class Preparation:
         return store
 
     def _write(
-        self, fills: list[TierShards], latents: LatentStore, backbone: Backbone
+        self,
+        pairs: list[Pair],
+        fills: list[TierShards],
+        latents: LatentStore,
+        backbone: Backbone,
     ) -> list[ShardEntry]:
-        """Write this rank's shards; returns everybody's entries in the order of tier and number."""
-        self.ranks.on_first(lambda: _clear(self.shards_dir))
         resolution = self.recipe.model.resolution
+
+        def sample(number: int) -> tuple[PairMeta, np.ndarray]:
+            pair = pairs[number]
+            meta = PairMeta.of_sampled(pair, resolution)
+            return meta, latents.pair(pair.prompt, pair.winner, pair.loser)
+
         shape = backbone.latent_shape(resolution)
-        shards = [(fill, index) for fill in fills for index in range(fill.plan.num_shards)]
-        own = []
-        for fill, index in self.ranks.share(shards):
-            failpoint("prepare.shard")
-            samples = (
-                (
-                    PairMeta.of_sampled(pair, resolution),
-                    latents.pair(pair.prompt, pair.winner, pair.loser),
-                )
-                for pair in (fill.pairs[member] for member in fill.fill.members(index))
-            )
-            own.append(write_shard(self.shards_dir / fill.plan.name(index), samples, shape))
-        entries = {entry.name: entry for part in self.ranks.gather(own) for entry in part}
-        return [entries[fill.plan.name(index)] for fill, index in shards]
+        return write_tiers(self.shards_dir, fills, sample, shape, self.ranks)
 
     def _manifest(
         self,
@@ -334,11 +295,3 @@ def _contact_row(
             for tier, pair in sorted(by_tier.items())
         ],
     )
-
-
-def _clear(folder: Path) -> None:
-    """Remove the manifest and the shards of other inputs, manifest first: it would name them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for old in folder.glob("tier-*.tar*"):  # ours only: data.path may name any folder
-        old.unlink()

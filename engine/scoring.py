@@ -67,7 +67,9 @@ class Scoring:
                 scores = {}
                 for prompt in chunk:
                     own = images.read(prompt)
-                    scores[prompt] = _checked(reward.score(own, [prompt] * len(own)), len(own))
+                    scores[prompt] = checked_scores(
+                        reward.score(own, [prompt] * len(own)), len(own)
+                    )
                     progress.advance(per_prompt * self.ranks.world_size)
                 name = f"part-{self.ranks.rank:04d}-{content_id(*chunk):016x}.parquet"
                 self._write(self.parts / name, scores)
@@ -118,7 +120,8 @@ class Scoring:
             file.write(buffer.getvalue().to_pybytes())
 
 
-def _checked(scores: np.ndarray, count: int) -> np.ndarray:
+def checked_scores(scores: np.ndarray, count: int) -> np.ndarray:
+    """``scores`` as float32 (count,); DataError for anything else that a reward returns."""
     scores = np.asarray(scores)
     if scores.shape != (count,) or not np.issubdtype(scores.dtype, np.floating):
         raise DataError(

@@ -55,6 +55,24 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
         raise
 
 
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As :func:`atomic_file`, for libraries that write a file by its name: give them this one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable: a renamed file may otherwise vanish in a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import webdataset
-from cdpo.engine import candidates, latents, preparation
+from cdpo.engine import candidates, latents, preparation, tier_shards
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.errors import DataError
@@ -269,7 +269,7 @@ def test_other_tars_in_the_folder_are_left_alone(tiny_recipe, ranks, tmp_path):
         (candidates, "prepare.candidates", 3),
         (preparation, "prepare.scored", 1),
         (latents, "prepare.latents", 2),
-        (preparation, "prepare.shard", 4),
+        (tier_shards, "prepare.shard", 4),
     ],
 )
 def test_killed_at_a_fail_point_and_started_again(
@@ -291,12 +291,21 @@ def test_killed_at_a_fail_point_and_started_again(
     assert contents(shards) == contents(plain / "shards")
 
 
-@pytest.mark.parametrize("function", ["write_shard", "draw_contact_sheet", "save_manifest"])
-def test_killed_in_between_and_started_again(plain, tiny_recipe, ranks, monkeypatch, function):
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (tier_shards, "write_shard"),
+        (preparation, "draw_contact_sheet"),
+        (preparation, "save_manifest"),
+    ],
+)
+def test_killed_in_between_and_started_again(
+    plain, tiny_recipe, ranks, monkeypatch, module, function
+):
     def die(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, function, die)
+    monkeypatch.setattr(module, function, die)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny_recipe(), ranks)
     monkeypatch.undo()
@@ -313,7 +322,7 @@ def test_killed_and_started_again_with_another_recipe(tiny_recipe, ranks, monkey
         if name == "prepare.shard":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "failpoint", die)
+    monkeypatch.setattr(tier_shards, "failpoint", die)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny_recipe(), ranks)
     monkeypatch.undo()
