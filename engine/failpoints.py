@@ -25,6 +25,7 @@ NAMES = (
     "train.loss",
     "export.published",
     "prepare.candidates",
+    "prepare.part",
     "prepare.scored",
     "prepare.latents",
     "prepare.shard",

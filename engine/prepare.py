@@ -1,8 +1,9 @@
-"""Stage 1: sample candidates, score and rank them, form pairs, sort them into tiers, write shards.
+"""Stage 1: sample candidates, or read a data set; score, form pairs in tiers, write shards.
 
     deepspeed engine/prepare.py --recipe recipes/emoji_cdpo.yaml
 
-Goes on where it was stopped, to the prompt; a finished run says so. Leaves `candidates/`,
+Goes on where it was stopped, to the prompt; a finished run says so. Leaves `candidates/` (or, of
+a data set that was read, `source/`),
 `scores.parquet`, `shards/` with `manifest.json`, and `contact_sheet.png` in the run folder.
 """
 
@@ -16,9 +17,11 @@ from cdpo.engine.reporting.console import Terminal
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     """The verb on one rank, after the recipe has been read and the ranks have met."""
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
+    from cdpo.engine.importing import Importing
     from cdpo.engine.preparation import Preparation
 
-    preparation = Preparation(ranks, recipe, terminal)
+    is_sampled = recipe.prepare.source.type == "generate"
+    preparation = (Preparation if is_sampled else Importing)(ranks, recipe, terminal)
     terminal.header(f"prepare  {recipe.run_dir}", preparation.describe())
     if preparation.is_finished:
         terminal.line(f"nothing to do: {preparation.shards_dir} is complete for this recipe")

@@ -20,7 +20,7 @@ ENTRIES = {"prepare", "train", "compare"}
 BASE = {"errors", "keyed", "phases"}
 BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_source", "recipe_yaml", "recipe_file"}
 BASE |= {"deepspeed_config"}
-MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards"}
+MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards", "sources"}
 PROTOCOL = "cdpo.engine.backbones.protocol."  # all that an objective knows of a backbone
 # Not installed here, perhaps, but imported by the libraries we use when they are.
 OPTIONAL = {

@@ -56,7 +56,7 @@ class VaeSource(ModelSource):
 
 
 class RewardSource(ModelSource):
-    """The reward that ranked the candidates."""
+    """The reward that ranked the candidates; of type `given` where the scores came with them."""
 
     type: str
 
@@ -80,6 +80,8 @@ class Statistics(Record):
     """Pairs written, tier 1 first."""
     dropped_remainder_by_tier: tuple[Count, ...] = ()
     """Pairs left out so that all shards of a tier hold equally many."""
+    imported: dict[str, Count] | None = None
+    """Of an imported data set: its `rows`, and what became of those that are no pair, by reason."""
 
 
 class Manifest(Record):
@@ -175,7 +177,8 @@ def manifest_hash(manifest: Manifest) -> str:
 
 
 def _canonical(manifest: Manifest, indent: int | None = None) -> bytes:
-    data = manifest.model_dump(mode="json")
+    # Fields that a set has no use for are left out: sets older than a field keep their hash.
+    data = manifest.model_dump(mode="json", exclude_none=True)
     return json.dumps(data, indent=indent, sort_keys=True, ensure_ascii=False).encode()
 
 

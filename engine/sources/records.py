@@ -1,0 +1,117 @@
+"""From rows to records: which rows state a preference or a rank, and why the others do not."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError
+from ..prompts import MAX_PROMPT_CHARACTERS
+from ..recipe_source import Imported, Paired, Ranked
+from .rows import Row
+
+TIE, UNLABELLED, CONTRADICTORY = "ties", "without a label", "label contradicts best_image"
+NO_CAPTION, HELD_OUT = f"no caption of 1 to {MAX_PROMPT_CHARACTERS} characters", "held-out prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row worth reading images of.
+
+    ``names`` are the images' ids or paths, empty where the source has neither; ``winner`` is the
+    place of the better one (0 for ranked images); ``scores`` are given ones, NaN where a row lacks
+    one, empty where the reward is to score.
+    """
+
+    row: Row
+    caption: str
+    winner: int
+    names: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+class RecordMaker:
+    """Reads rows as a recipe says; ``left_out`` counts the others by reason."""
+
+    def __init__(self, spec: Imported, present: Collection[str], heldout: Collection[str]) -> None:
+        """``present`` are the source's columns: those that are optional are used if they are there.
+
+        Raises DataError for a label that is asked for and not there, as for any other column.
+        """
+        self.spec = spec
+        self.heldout = frozenset(heldout)
+        self.left_out: Counter[str] = Counter()
+        self.label, self.best, self.ids = None, None, None
+        self.scores: tuple[str, ...] = ()
+        if isinstance(spec, Paired):
+            self.label = spec.label
+            self.scores = spec.scores or ()
+            if spec.image_ids and set(spec.image_ids) <= set(present):
+                self.ids = spec.image_ids
+                self.best = spec.best_image if spec.best_image in present else None
+        elif isinstance(spec, Ranked) and spec.score:
+            self.scores = (spec.score,)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read, besides the images; each of them must be there."""
+        optional = (self.label, self.best, *(self.ids or ()), *self.scores)
+        return list(dict.fromkeys([self.spec.caption, *filter(None, optional)]))
+
+    def make(self, row: Row, where: str) -> Record | None:
+        """The record of a row, or None for one that is left out. DataError names ``where``."""
+        caption = row.values[self.spec.caption]
+        caption = caption.strip() if isinstance(caption, str) else ""
+        winner: int | str | None = 0
+        if not 0 < len(caption) <= MAX_PROMPT_CHARACTERS:
+            winner = NO_CAPTION
+        elif caption in self.heldout:
+            winner = HELD_OUT
+        elif self.label:
+            winner = self._winner(row, where)
+        if isinstance(winner, str):
+            self.left_out[winner] += 1
+            return None
+        assert winner is not None
+        return Record(row, caption, winner, self._names(row), self._scores(row, where))
+
+    def _winner(self, row: Row, where: str) -> int | str:
+        """The place of the better image, or why there is none."""
+        assert self.label
+        label = _number(row.values[self.label], where, self.label)
+        if math.isnan(label):
+            return UNLABELLED
+        if label not in (0, 0.5, 1):
+            raise DataError(
+                f"{where}: {self.label} is {label:g}; it must be 1 (the first image won), 0 (it "
+                "lost) or 0.5 (a tie)"
+            )
+        if label == 0.5:
+            return TIE
+        winner = int(label == 0)
+        if self.best and self.ids:
+            best, ids = row.values[self.best], [row.values[name] for name in self.ids]
+            if best in ids and ids[winner] != best:
+                return CONTRADICTORY
+        return winner
+
+    def _names(self, row: Row) -> tuple[str, ...]:
+        if self.ids and all(row.values[name] for name in self.ids):
+            return tuple(str(row.values[name])[:256] for name in self.ids)
+        return row.paths
+
+    def _scores(self, row: Row, where: str) -> tuple[float, ...]:
+        return tuple(_number(row.values[name], where, name) for name in self.scores)
+
+
+def _number(value: Any, where: str, column: str) -> float:
+    """A cell as a number, NaN for an empty one; numbers may come as text, as CSV has them."""
+    if value is None or value == "":
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: {column} is {str(value)[:60]!r}, not a number") from None

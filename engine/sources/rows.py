@@ -1,0 +1,116 @@
+"""What every kind of source gives: rows without their images, and the images of some of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import DataError
+from .files import SourceFiles
+
+ROWS_AT_ONCE = 256  # rows without images, read together
+MAX_IMAGE_BYTES = 64 * 2**20  # an encoded image; the largest decoded one has 48 MB
+
+
+class UnreadableImage(DataError):
+    """An image that is missing, damaged or too large; the rows of a source may be few of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a source without its images.
+
+    ``group`` and ``number`` say where in the file it lies: row group and row of a table, 0 and
+    sample of a tar. ``paths`` are those of images that are files, ``spans`` (offset, size, offset,
+    size ...) those of images inside a tar; a table with images inside has neither.
+    """
+
+    group: int
+    number: int
+    values: dict[str, Any]
+    paths: tuple[str, ...] = ()
+    spans: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the images of a row are, as :class:`Row` says it."""
+
+    number: int
+    paths: tuple[str, ...]
+    spans: tuple[int, ...]
+
+
+Images = tuple[bytes | UnreadableImage, ...]
+
+
+class RowReader(Protocol):
+    """Reads one kind of source."""
+
+    files: SourceFiles
+    images: tuple[str, ...]
+    """Columns of the images."""
+
+    def columns(self) -> list[str]:
+        """What a row has, the images included. DataError when files differ in it."""
+        ...
+
+    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+        """All rows of a file in their order, with the values of these columns; no list is longer
+        than :data:`ROWS_AT_ONCE` or goes over the border of a group.
+        """
+        ...
+
+    def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
+        """The encoded images of some rows of a group, which are given in their order."""
+        ...
+
+    def describe(self, file: int, number: int) -> str:
+        """How messages name a row."""
+        ...
+
+
+def describe_row(files: SourceFiles, file: int, number: int) -> str:
+    """``train-00000.parquet row 17``, counted from 0 as tables are."""
+    return f"{files.paths[file]} row {number}"
+
+
+def load_file(path: Path) -> bytes | UnreadableImage:
+    """The bytes of an image file, if it is a regular one of bounded size."""
+    try:
+        # Not O_RDONLY alone: opening a pipe that a table names would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return UnreadableImage(f"{path}: is not a file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                return UnreadableImage(f"{path}: {too_large(status.st_size)}")
+            return os.pread(descriptor, MAX_IMAGE_BYTES, 0)
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        return UnreadableImage(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def too_large(size: int) -> str:
+    """Why an encoded image is not taken."""
+    return f"{size} bytes, at most {MAX_IMAGE_BYTES} are taken"
+
+
+def check_columns(wanted: Sequence[str], present: Sequence[str], where: str) -> None:
+    """DataError naming the columns that a source lacks, and those that it has."""
+    missing = [name for name in wanted if name not in present]
+    if not missing:
+        return
+    hint = ""
+    if {"winner", "loser"} <= set(present):
+        hint = "; for winner and loser: prepare.source.images=[winner,loser] and label=null"
+    raise DataError(
+        f"{where}: has no column {' and no column '.join(missing)}; it has {', '.join(present)}"
+        f" (the recipe's prepare.source says which is which{hint})"
+    )

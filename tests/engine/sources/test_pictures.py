@@ -1,0 +1,131 @@
+"""Images of strangers: what is decoded and how it is cut, and what is refused before it is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import preferences
+import pytest
+from cdpo.engine.sources import pictures
+from cdpo.engine.sources.pictures import read_picture
+from cdpo.engine.sources.rows import UnreadableImage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds nothing."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        checksum = zlib.crc32(name + data)
+        parts.append(struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum))
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [((16, 16), (0, 0)), ((32, 48), (0, 4)), ((40, 16), (12, 0)), ((10, 20), (0, 8))],
+)
+def test_the_shorter_side_is_resized_and_the_middle_kept(size, crop):
+    found = read_picture(preferences.picture(1, size), (16, 16))
+    assert found.image.size == (16, 16) and found.image.mode == "RGB"
+    assert (found.original, found.crop) == (size, crop)
+
+
+def test_what_is_cut_out_is_what_resizing_and_cropping_give():
+    data = preferences.picture(2, (40, 64))
+    whole = Image.open(io.BytesIO(data)).resize((32, 20), Image.Resampling.LANCZOS)
+    found = read_picture(data, (20, 24))
+    assert found.crop == (0, 4)
+    np.testing.assert_array_equal(np.asarray(found.image), np.asarray(whole.crop((4, 0, 28, 20))))
+
+
+def test_an_image_of_the_right_size_is_not_touched():
+    data = preferences.picture(3, (16, 24))
+    image = np.asarray(read_picture(data, (16, 24)).image)
+    np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(data))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.integers(1, 20))
+def test_any_size_fills_any_resolution(height, width, to_height, to_width):
+    image = Image.new("RGB", (width, height), "red")
+    if max(height, width) > 16 * min(height, width):
+        with pytest.raises(UnreadableImage, match="times as long as wide"):
+            read_picture(encoded(image), (to_height, to_width))
+        return
+    found = read_picture(encoded(image), (to_height, to_width))
+    assert found.image.size == (to_width, to_height)
+    assert found.original == (height, width) and min(found.crop) >= 0
+    assert (np.asarray(found.image) == (255, 0, 0)).all()
+
+
+def test_a_camera_that_was_held_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image = Image.new("RGB", (32, 16), "blue")
+    assert read_picture(encoded(image, "JPEG", exif=exif), (16, 16)).original == (32, 16)
+
+
+def test_transparency_shows_white_and_other_modes_become_rgb():
+    clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    assert read_picture(encoded(clear), (8, 8)).image.getpixel((4, 4)) == (255, 255, 255)
+    for mode in ("L", "P", "1", "LA", "CMYK"):
+        kind = "JPEG" if mode == "CMYK" else "PNG"
+        assert read_picture(encoded(Image.new(mode, (16, 16)), kind), (8, 8)).image.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "is empty"),
+        (b"GIF89a no image", "is no image of JPEG, PNG, WEBP"),
+        (encoded(Image.new("RGB", (8, 8)), "GIF"), "is no image of"),
+        (encoded(Image.new("RGB", (8, 8)), "PPM"), "is no image of"),
+        (preferences.picture(1, (64, 64))[:-900], "is damaged"),
+        (preferences.picture(1, (64, 64), "JPEG")[:-300], "is damaged"),
+        (png_header(0, 5), "is damaged|is no image"),
+        (png_header(5000, 5000), "5000x5000 pixels, at most 16777216"),
+        (png_header(2**31 - 1, 2**31 - 1), "has over 16777216 pixels"),
+        (png_header(1, 16_000_000), "1x16000000 pixels, at most 16 times as long as wide"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(data, expected):
+    with pytest.raises(UnreadableImage, match=expected) as caught:
+        read_picture(data, (16, 16))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_decoded_before_its_size_is_known(monkeypatch):
+    monkeypatch.setattr(pictures, "_on_white", lambda image: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage):
+        read_picture(png_header(5000, 5000), (16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=64), st.integers(0, 500), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_damage_gives_a_picture_or_an_unreadable_image(noise, place, kind):
+    data = bytearray(preferences.picture(4, (20, 24), kind))
+    data[place : place + len(noise)] = noise
+    with contextlib.suppress(UnreadableImage):
+        assert read_picture(bytes(data), (8, 8)).image.size == (8, 8)
+
+
+def test_the_committed_readme_picture_is_read():
+    """A real file, not of our own making."""
+    path = next(Path(__file__).parents[3].glob("assets/readme/*.png"))
+    assert read_picture(path.read_bytes(), (32, 32)).image.size == (32, 32)

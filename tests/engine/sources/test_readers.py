@@ -1,0 +1,266 @@
+"""Every kind of source gives the same rows and images; what is wrong with one is said in a line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import preferences
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cdpo.engine.errors import DataError
+from cdpo.engine.recipe_source import Imported, Paired, Ranked
+from cdpo.engine.sources import open_source
+from cdpo.engine.sources.index import Index, open_index
+from cdpo.engine.sources.rows import RowReader, UnreadableImage
+
+ROWS = [preferences.judged(number) for number in range(40)]
+DECIDED = [row for row in ROWS if row.label_0 != 0.5]
+WINNER_LOSER = {"images": ("winner", "loser"), "label": None}
+
+
+def opened(folder: Path, spec: Imported) -> tuple[RowReader, Index]:
+    reader = open_source(spec)
+    return reader, Index(folder, open_index(folder, reader, spec, ()))
+
+
+def read(folder: Path, spec: Imported) -> list[tuple[str, int, tuple[object, ...]]]:
+    """Caption, winner and images of every record."""
+    reader, index = opened(folder, spec)
+    found = []
+    winners = index.numbers("winner")
+    for number in range(index.num_parts):
+        part = index.part(number)
+        images = reader.load(part.file, part.group, part.places)
+        for row, (caption, pair) in enumerate(zip(part.captions, images, strict=True)):
+            found.append((caption, int(winners[part.first + row]), pair))
+    return found
+
+
+EXPECTED = [(row.caption, int(row.label_0 == 0), (row.jpg_0, row.jpg_1)) for row in DECIDED]
+SORTED = [(c, 0, images if not w else images[::-1]) for c, w, images in EXPECTED]
+
+
+def test_parquet_of_several_files_and_row_groups(tmp_path):
+    for number in range(2):
+        part = ROWS[number * 20 : number * 20 + 20]
+        preferences.write_parquet(tmp_path / "data" / f"train-{number}.parquet", part, per_group=8)
+    assert read(tmp_path / "index", Paired(path=str(tmp_path / "data"))) == EXPECTED
+    pattern = Paired(path=str(tmp_path / "data" / "*-1.parquet"))
+    assert read(tmp_path / "index", pattern) == EXPECTED[16:]
+    assert read(tmp_path / "index", Paired(path=str(tmp_path), limit=10)) == EXPECTED[:8]
+
+
+def test_webdataset_tars(tmp_path):
+    preferences.write_tar(tmp_path / "a.tar", ROWS[:30])
+    preferences.write_tar(tmp_path / "b.tar", ROWS[30:])
+    assert read(tmp_path / "index", Paired(path=str(tmp_path))) == EXPECTED
+
+
+def test_a_csv_of_paths(tmp_path):
+    path = preferences.write_csv(tmp_path / "pairs.csv", ROWS)
+    assert read(tmp_path / "index", Paired(path=str(path), **WINNER_LOSER)) == SORTED
+
+
+def test_a_folder_of_winners_and_losers(tmp_path):
+    path = preferences.write_folder(tmp_path / "pairs", ROWS)
+    assert read(tmp_path / "index", Paired(path=str(path), **WINNER_LOSER)) == SORTED
+
+
+def test_parquet_of_paths_and_of_hugging_face_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(ROWS[0].jpg_0)
+    pq.write_table(
+        pa.table({"image": ["a.png"], "caption": ["x"], "score": [1]}), tmp_path / "p.parquet"
+    )
+    spec = Ranked(path=str(tmp_path / "p.parquet"))
+    assert read(tmp_path / "index", spec) == [("x", 0, (ROWS[0].jpg_0,))]
+    path = preferences.write_ranked(tmp_path / "r.parquet")
+    found = read(tmp_path / "index", Ranked(path=str(path)))
+    assert found[5] == (preferences.CAPTIONS[1], 0, (preferences.picture(17 + 1),))
+
+
+def test_names_and_scores_come_with_the_data(tmp_path):
+    path = preferences.write_parquet(tmp_path / "a.parquet", ROWS)
+    _, index = opened(tmp_path / "index", Paired(path=str(path)))
+    assert index.value(4, "names") == ["image-10", "image-11"]
+    path = preferences.write_ranked(tmp_path / "r.parquet")
+    _, index = opened(tmp_path / "index", Ranked(path=str(path)))
+    assert index.numbers("scores")[:5, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 1.0]
+
+
+def test_the_index_is_made_once_and_a_copy_of_the_data_has_the_same_content(tmp_path, monkeypatch):
+    path = preferences.write_parquet(tmp_path / "a" / "x.parquet", ROWS)
+    spec = Paired(path=str(path))
+    facts = open_index(tmp_path / "index", open_source(spec), spec, ())
+    with monkeypatch.context() as patch:
+        patch.setattr("cdpo.engine.sources.index._make", lambda *_: pytest.fail("made again"))
+        assert open_index(tmp_path / "index", open_source(spec), spec, ()) == facts
+    copied = Paired(path=str(preferences.write_parquet(tmp_path / "b" / "x.parquet", ROWS)))
+    again = open_index(tmp_path / "index", open_source(copied), copied, ())
+    assert again.content == facts.content
+    changed = [*ROWS[:-1], preferences.judged(0, caption="another")]
+    other = Paired(path=str(preferences.write_parquet(tmp_path / "b" / "x.parquet", changed)))
+    assert open_index(tmp_path / "index", open_source(other), other, ()).content != facts.content
+
+
+# What is wrong with a source
+
+
+def refused(folder: Path, spec: Imported) -> str:
+    with pytest.raises(DataError) as caught:
+        read(folder / "index", spec)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: None, "there is no such file or folder"),
+        (lambda path: path.mkdir(), "holds no .parquet, .tar or .csv files, nor folders jpg_0 and"),
+        (lambda path: path.write_text("hello"), "holds no .parquet"),
+    ],
+)
+def test_nothing_to_read(tmp_path, make: Callable[[Path], object], expected):
+    make(tmp_path / "data")
+    text = refused(tmp_path, Paired(path=str(tmp_path / "data")))
+    assert f"prepare.source.path={tmp_path / 'data'}: " in text and expected in text
+
+
+def test_several_kinds_in_a_folder(tmp_path):
+    preferences.write_parquet(tmp_path / "data" / "a.parquet", ROWS)
+    preferences.write_tar(tmp_path / "data" / "a.tar", ROWS)
+    assert "holds 1 parquet, 1 tar files" in refused(tmp_path, Paired(path=str(tmp_path / "data")))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tar"])
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, kind):
+    write = {"parquet": preferences.write_parquet, "tar": preferences.write_tar}
+    path = write.get(kind, preferences.write_csv)(tmp_path / f"a.{kind}", ROWS)
+    extra = WINNER_LOSER if kind == "csv" else {}
+    text = refused(tmp_path, Paired(path=str(path), caption="text", **extra))
+    assert f"{path}" in text and "has no column text; it has " in text and "caption" in text
+
+
+def test_defaults_on_a_table_of_winners_say_what_to_set(tmp_path):
+    path = preferences.write_csv(tmp_path / "a.csv", ROWS)
+    text = refused(tmp_path, Paired(path=str(path)))
+    assert "no column label_0 and no column jpg_0 and no column jpg_1" in text
+    assert "prepare.source.images=[winner,loser]" in text
+
+
+def test_columns_that_hold_no_images(tmp_path):
+    path = preferences.write_parquet(tmp_path / "a.parquet", ROWS)
+    text = refused(tmp_path, Paired(path=str(path), images=("jpg_0", "label_0")))
+    assert "column label_0 holds double, not images" in text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tar"])
+def test_files_that_are_something_else(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"\x00\x01 nothing of the kind" * 99)
+    assert str(path) in refused(tmp_path, Paired(path=str(path)))
+
+
+def test_a_table_cut_in_the_middle(tmp_path):
+    path = preferences.write_parquet(tmp_path / "a.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert "cannot be read as parquet" in refused(tmp_path, Paired(path=str(path)))
+
+
+def test_a_source_without_rows(tmp_path):
+    table = pa.Table.from_pylist([vars(ROWS[0])]).slice(0, 0)
+    pq.write_table(table, tmp_path / "a.parquet")
+    text = refused(tmp_path, Paired(path=str(tmp_path / "a.parquet")))
+    assert "none of its 0 rows states a preference" in text
+    ties = [preferences.judged(number, 0.5) for number in range(3)]
+    path = preferences.write_parquet(tmp_path / "b.parquet", ties)
+    assert "none of its 3 rows states a preference: 3 ties" in refused(
+        tmp_path, Paired(path=str(path))
+    )
+
+
+# Tars
+
+
+RECORD = json.dumps({"label_0": 1, "caption": "x"}).encode()
+WHOLE = [("a.jpg_0", b"0"), ("a.jpg_1", b"1"), ("a.json", RECORD)]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (WHOLE[:2], "key a: member json is missing; it has jpg_0, jpg_1"),
+        ([WHOLE[0], WHOLE[2]], "key a: member jpg_1 is missing"),
+        ([*WHOLE, ("b.jpg_0", b""), *WHOLE[:1]], "key b: member jpg_1 and json is missing"),
+        ([*WHOLE, *[("b" + n[1:], d) for n, d in WHOLE], *WHOLE], "key a: comes up again"),
+        ([*WHOLE, WHOLE[0]], "key a: member jpg_0 comes up twice"),
+        ([*WHOLE[:2], ("a.json", b"[]")], "key a: json is not a JSON object"),
+        ([*WHOLE[:2], ("a.json", b"{")], "key a: json is not valid JSON"),
+        ([*WHOLE[:2], ("a.json", b"[" * 100_000)], "key a: json is not valid JSON"),
+    ],
+)
+def test_samples_that_are_not_whole(tmp_path, members, expected):
+    path = preferences.write_plain_tar(tmp_path / "a.tar", members)
+    assert expected in refused(tmp_path, Paired(path=str(path)))
+
+
+def test_other_members_and_folders_are_no_matter(tmp_path):
+    members = [("README", b"hi"), *WHOLE, ("a.txt", b"caption"), ("d/b.txt", b"lone")]
+    path = preferences.write_plain_tar(tmp_path / "a.tar", members)
+    assert read(tmp_path / "index", Paired(path=str(path))) == [("x", 0, (b"0", b"1"))]
+
+
+def test_tars_that_were_cut_off(tmp_path):
+    """At every block: never a shorter data set without a word."""
+    path = preferences.write_plain_tar(tmp_path / "a.tar", WHOLE)
+    whole = path.read_bytes()
+    for blocks in range(6):
+        path.write_bytes(whole[: blocks * 512])
+        assert str(path) in refused(tmp_path, Paired(path=str(path)))
+    damaged = bytearray(whole)
+    damaged[1024 + 10] ^= 1  # the second header, whose checksum no longer holds
+    path.write_bytes(damaged)
+    assert str(path) in refused(tmp_path, Paired(path=str(path)))
+
+
+def test_links_in_tars_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("a.jpg_0")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link, io.BytesIO())
+    assert "'a.jpg_0' is a link" in refused(tmp_path, Paired(path=str(tmp_path / "a.tar")))
+
+
+# Folders and paths
+
+
+def test_folders_whose_names_do_not_match(tmp_path):
+    path = preferences.write_folder(tmp_path / "pairs", ROWS)
+    (path / "loser" / "0003.png").unlink()
+    text = refused(tmp_path, Paired(path=str(path), **WINNER_LOSER))
+    assert f"{path / 'loser'}: no image for winner/0003.png" in text
+
+
+def test_a_missing_caption_is_named(tmp_path):
+    path = preferences.write_folder(tmp_path / "pairs", ROWS)
+    (path / "caption" / "0003.txt").unlink()
+    text = refused(tmp_path, Paired(path=str(path), **WINNER_LOSER))
+    assert "caption of 0003" in text and "No such file" in text
+
+
+def test_paths_that_are_no_files_are_unreadable_and_nothing_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    lines = ["image,caption", "pipe,x", "absent.png,x", ".,x", ",x"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    found = read(tmp_path / "index", Ranked(path=str(tmp_path / "a.csv"), score=None))
+    problems = [str(images[0]) for _, _, images in found]
+    assert all(isinstance(images[0], UnreadableImage) for _, _, images in found)
+    assert problems[0].endswith("pipe: is not a file")
+    assert "No such file" in problems[1]

@@ -1,0 +1,96 @@
+"""Which rows state a preference, and what is said of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cdpo.engine.errors import DataError
+from cdpo.engine.recipe_source import Paired, Ranked
+from cdpo.engine.sources.records import (
+    CONTRADICTORY,
+    HELD_OUT,
+    NO_CAPTION,
+    TIE,
+    UNLABELLED,
+    Record,
+    RecordMaker,
+)
+from cdpo.engine.sources.rows import Row
+
+COLUMNS = ["caption", "label_0", "image_0_uid", "image_1_uid", "best_image_uid"]
+
+
+def make(maker: RecordMaker, **values: Any) -> Record | None:
+    defaults = {"caption": "a cat", "label_0": 1.0, "image_0_uid": "a", "image_1_uid": "b"}
+    row = {**defaults, "best_image_uid": None, **values}
+    return maker.make(Row(0, 7, row), "x.parquet row 7")
+
+
+def paired(**changes: Any) -> RecordMaker:
+    return RecordMaker(Paired(path="p", **changes), COLUMNS, {"a dog"})
+
+
+@pytest.mark.parametrize(
+    ("label", "winner"), [(1, 0), (1.0, 0), ("1", 0), (True, 0), (0, 1), ("0.0", 1), (False, 1)]
+)
+def test_a_label_says_how_the_first_image_did(label, winner):
+    record = make(paired(), label_0=label)
+    assert record is not None and (record.winner, record.names) == (winner, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"label_0": 0.5}, TIE),
+        ({"label_0": "0.50"}, TIE),
+        ({"label_0": None}, UNLABELLED),
+        ({"label_0": float("nan")}, UNLABELLED),
+        ({"label_0": ""}, UNLABELLED),
+        ({"label_0": 1, "best_image_uid": "b"}, CONTRADICTORY),
+        ({"caption": ""}, NO_CAPTION),
+        ({"caption": " \n"}, NO_CAPTION),
+        ({"caption": None}, NO_CAPTION),
+        ({"caption": "x" * 2001}, NO_CAPTION),
+        ({"caption": " a dog "}, HELD_OUT),
+    ],
+)
+def test_rows_without_a_preference_are_counted(values, reason):
+    maker = paired()
+    assert make(maker, **values) is None
+    assert maker.left_out == {reason: 1}
+
+
+@pytest.mark.parametrize("label", [0.7, 2, -1, float("inf"), "0.3"])
+def test_another_label_is_an_error_that_names_the_row(label):
+    with pytest.raises(DataError, match=r"^x\.parquet row 7: label_0 is .*; it must be 1 \(the"):
+        make(paired(), label_0=label)
+
+
+def test_a_label_that_is_no_number():
+    with pytest.raises(DataError, match=r"x\.parquet row 7: label_0 is 'left', not a number"):
+        make(paired(), label_0="left")
+
+
+def test_best_image_is_looked_at_only_where_it_says_something():
+    maker = paired()
+    assert make(maker, best_image_uid="a") and make(maker, best_image_uid="tie")
+    assert make(paired(best_image=None), best_image_uid="b")
+    assert not maker.left_out
+
+
+def test_optional_columns_are_read_where_they_are():
+    assert paired().columns == [*COLUMNS[:2], "best_image_uid", *COLUMNS[2:4]]
+    assert RecordMaker(Paired(path="p"), ["caption", "label_0"], ()).columns == COLUMNS[:2]
+    with_scores = Paired(path="p", label=None, scores=("s", "t"))
+    assert RecordMaker(with_scores, ["caption"], ()).columns == ["caption", "s", "t"]
+
+
+def test_given_scores():
+    maker = RecordMaker(Ranked(path="p"), ["caption", "score"], ())
+    record = maker.make(Row(0, 0, {"caption": "x", "score": "1.5"}, ("a.png",)), "")
+    assert record is not None and (record.scores, record.names) == ((1.5,), ("a.png",))
+    empty = maker.make(Row(0, 0, {"caption": "x", "score": None}), "")
+    assert empty is not None and empty.scores[0] != empty.scores[0]
+    with pytest.raises(DataError, match=r"t\.csv row 3: score is 'good', not a number"):
+        maker.make(Row(0, 3, {"caption": "x", "score": "good"}), "t.csv row 3")
