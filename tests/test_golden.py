@@ -3,8 +3,9 @@
 Sampling, ranking, sharding and training of the committed models, run on one thread, without oneDNN,
 whose convolutions are blocked by the size of the caches, and with MKL's path for processors of all
 makers. The file's first line names the processor it was written on: there the losses are compared
-exactly, on another one to a ten-thousandth (1e-5 was seen between two makers before oneDNN was left
-out). After a change that is meant to alter the arithmetic, write the file anew with
+exactly, on another one to a thousandth (2e-4 was seen between two generations: rounding enters the
+loss multiplied by beta / 2). After a change that is meant to alter the arithmetic, write the files
+anew with
 
     CDPO_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +48,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def processor() -> str:
-    """The make of this machine's processor, as /proc/cpuinfo names it."""
+    """This machine's processor: virtual ones go by one name over several generations."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    known = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    fields = ("model name", "cpu family", "model", "stepping")
+    return ", ".join(f"{field} {known.get(field, 'unknown')}" for field in fields)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the golden files are of x86-64")
@@ -73,4 +77,4 @@ def test_the_losses_of_the_small_world(name: str, steps: int, tmp_path: Path) ->
     made_on, *golden = file.read_text().splitlines()
     if made_on == processor():
         assert list(map(float.hex, found)) == golden
-    assert found == pytest.approx([float.fromhex(loss) for loss in golden], rel=1e-4)
+    assert found == pytest.approx([float.fromhex(loss) for loss in golden], rel=1e-3)
