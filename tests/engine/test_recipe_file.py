@@ -74,10 +74,11 @@ def test_shipped_recipes_are_valid_and_show_every_knob(name, monkeypatch):
     path = Path("recipes") / f"{name}.yaml"
     recipe = load_recipe(path)
     given_keys = flatten(Source("").read(path.read_text(encoding="utf-8")))
-    assert set(KNOBS) - given_keys <= set(), "knobs the recipe does not show"
+    knobs = set(KNOBS) | flatten({"prepare": {"source": recipe.prepare.source.model_dump()}})
+    assert knobs - given_keys <= set(), "knobs the recipe does not show"
     assert f"engine/train.py   --recipe {path}" in path.read_text(encoding="utf-8")
     assert recipe.run_dir == f"runs/{name}"
-    for prompts in (recipe.prompts.train, recipe.prompts.heldout):
+    for prompts in filter(None, (recipe.prompts.train, recipe.prompts.heldout)):
         assert Path(prompts).is_file()
     assert Path(recipe.deepspeed).is_file()
 

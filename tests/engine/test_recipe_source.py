@@ -103,23 +103,7 @@ def test_every_recipe_shows_the_type_and_help_shows_the_keys_of_all_types():
         assert f"\n  prepare.source.{key} = " in describe_schema()
 
 
-def test_the_recipe_for_pick_a_pic_is_valid_and_shows_every_knob_of_its_type(monkeypatch):
+def test_the_recipe_for_pick_a_pic_gives_the_defaults(monkeypatch):
     monkeypatch.chdir(ROOT)
-    path = Path("recipes/pickapic_sd15_cdpo.yaml")
-    text = path.read_text(encoding="utf-8")
-    recipe = load_recipe(path)
-    resolved = recipe.model_dump(mode="json")
-    assert keys_of(yaml.safe_load(text)) == keys_of(resolved)
-    source = recipe.prepare.source
-    assert source == Paired(path=source.path)  # the defaults are that data set's
-    assert recipe.run_dir == "runs/pickapic_sd15_cdpo"
-    assert f"engine/prepare.py --recipe {path}" in text
-    assert recipe.prompts.heldout and Path(recipe.prompts.heldout).is_file()
-
-
-def keys_of(values: dict[str, object], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for key, value in values.items():
-        inside = keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
-        keys |= inside
-    return keys
+    source = load_recipe("recipes/pickapic_sd15_cdpo.yaml").prepare.source
+    assert source == Paired(path=source.path)
