@@ -5,12 +5,14 @@ often it was killed.
 from __future__ import annotations
 
 import io
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import preferences
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -23,6 +25,7 @@ from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.sample import PairMeta
+from cdpo.engine.sources.loading import Loaded, load_records
 from cdpo.engine.sources.pictures import read_picture
 from PIL import Image
 
@@ -333,6 +336,46 @@ def test_unreadable_images_with_given_scores_are_met_when_they_are_encoded(
     imported = load_manifest(shards).statistics.imported
     assert imported == {"rows": 24, "unreadable images": 1}
     assert all(f"#{2}/" not in name for meta, _ in pairs_of(shards) for name in meta.images)
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_data(paired, ranks, tmp_path, monkeypatch):
+    """200 MB of images in one row group of many pages, which is the least that can be read; a JPEG
+    ends before what follows it.
+    """
+    images = [preferences.picture(seed, kind="JPEG") + bytes(125_000) for seed in (1, 2)]
+    path = tmp_path / "large.parquet"
+    rows = [
+        preferences.judged(number, 1.0, jpg_0=images[0], jpg_1=images[1]) for number in range(800)
+    ]
+    table = pa.Table.from_pylist([vars(row) for row in rows])
+    pages = {"use_dictionary": False, "write_batch_size": 8, "data_page_size": 2**20}
+    pq.write_table(table, path, compression="none", row_group_size=800, **pages)
+    assert path.stat().st_size > 200e6
+    del table, rows
+    pa.default_memory_pool().release_unused()
+    before, most = [], []
+
+    def watched(*arguments: object) -> Iterator[Loaded]:
+        before.append(resident())  # the models are in memory by then
+        for number, record in enumerate(load_records(*arguments)):
+            if number % 16 == 0:
+                most.append(resident())
+            yield record
+
+    for module in (import_scores, import_latents):
+        monkeypatch.setattr(module, "load_records", watched)
+    monkeypatch.setattr(importing, "draw_import_sheet", lambda *_: None)
+    run(paired(path=path), ranks)
+    assert len(most) == 2 * (16 + 16 + 16 + 2) and max(most) - before[0] < 100e6
+
+
+def resident() -> int:
+    """Bytes of memory this process has in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # No pairs
