@@ -47,6 +47,7 @@ setup(
     package_dir=FOLDERS,
     packages=packages(),
     package_data={"cdpo.engine": ["*/templates/*"]},
+    entry_points={"console_scripts": ["cdpo=cdpo.engine.command_line:main"]},
     zip_safe=False,
     # Lower bounds are what was tried; upper bounds the next release that may break us.
     # constraints.txt holds the exact versions of CI.

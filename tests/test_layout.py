@@ -16,7 +16,7 @@ SOURCES = sorted(
     for folder in ("engine", "kernels", "benchmarks", "assets")
     for path in (ROOT / folder).rglob("*.py")
 )
-ENTRIES = {"prepare", "train", "compare"}
+ENTRIES = {"prepare", "train", "compare", "command_line"}
 BASE = {"errors", "keyed", "phases"}
 BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_source", "recipe_yaml", "recipe_file"}
 BASE |= {"deepspeed_config"}

@@ -1,0 +1,35 @@
+"""The console script ``cdpo``: the three verbs on one process, and the tools.
+
+cdpo prepare|train|compare --recipe R   as `python engine/train.py --recipe R`
+cdpo shards check|show|merge ...        looking after sets of shards
+
+Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .errors import EXIT_OK, EXIT_USAGE
+
+VERBS = ("prepare", "train", "compare")
+
+
+def main() -> None:
+    """What ``cdpo`` on a command line runs; leaves with the exit code that errors.py lists."""
+    command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command == "shards":
+        from .shards.tools.command import main as shards
+
+        sys.exit(shards(rest))
+    if command in VERBS:
+        from .launch import run_verb
+
+        verb = importlib.import_module(f"{__package__}.{command}")
+        sys.argv = [f"cdpo {command}", *rest]
+        run_verb(command, verb.main, getattr(verb, "dry_run", None))
+        return
+    asked = command in ("-h", "--help")
+    print((__doc__ or "").strip(), file=sys.stdout if asked else sys.stderr)
+    sys.exit(EXIT_OK if asked else EXIT_USAGE)

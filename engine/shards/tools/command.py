@@ -1,0 +1,82 @@
+"""The command line ``cdpo shards``, or ``python -m cdpo.engine.shards``.
+
+    cdpo shards check runs/mine/shards
+    cdpo shards show runs/mine/shards --sheet sheet.png
+    cdpo shards merge runs/a/shards runs/b/shards --into sets/both
+
+It leaves with 0, or with the exit code of what is wrong: 2 usage, 3 data, 6 a model folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from ...errors import EXIT_DATA, EXIT_OK, CdpoError
+from ...reporting.console import Terminal
+from ..manifest import load_manifest
+from .check import PROBLEMS_PER_SHARD, WORKERS, check_set
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one sub-command and return its exit code. Usage errors leave by argparse, with 2."""
+    parser = argparse.ArgumentParser(
+        prog="cdpo shards", description="Look after a set of shards.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_check(commands)
+    options = parser.parse_args(list(arguments))
+    terminal = Terminal()
+    try:
+        return int(options.run(options, terminal))
+    except CdpoError as error:
+        terminal.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "check",
+        help="read every sample: checksums, members, shapes, NaN",
+        description="Read every sample of a set as training would, and list all that is wrong. "
+        "Leaves with 3 if anything is.",
+        allow_abbrev=False,
+    )
+    command.add_argument("path", help="the folder with manifest.json")
+    command.add_argument(
+        "--workers", type=_positive, default=WORKERS, help="shards read at a time (%(default)s)"
+    )
+    command.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace, terminal: Terminal) -> int:
+    manifest = load_manifest(options.path)
+    with terminal.progress("check", manifest.num_pairs, unit="pairs") as progress:
+        report = check_set(
+            options.path, manifest, workers=options.workers, on_shard=progress.advance
+        )
+    for name in report.strays:
+        terminal.warn(
+            f"{os.path.join(options.path, name)} is not in the manifest; nothing reads it"
+        )
+    for problem in report.problems:
+        terminal.error(problem)
+    hidden = report.num_problems - len(report.problems)
+    if hidden:
+        terminal.error(f"and {hidden} more (at most {PROBLEMS_PER_SHARD} of a shard are shown)")
+    of = f"{manifest.num_pairs} pairs in {len(manifest.shards)} shards"
+    if report.is_sound:
+        terminal.line(f"sound: {of}, {manifest.tiers} tiers, {manifest.lanes} lanes")
+        return EXIT_OK
+    terminal.error(f"{report.num_problems} problems; {report.num_pairs} of {of} can be read")
+    return EXIT_DATA
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number

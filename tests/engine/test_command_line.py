@@ -1,0 +1,68 @@
+"""The console script: verbs and tools by one name."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cdpo.engine import command_line, launch
+from cdpo.engine.shards.tools import command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_setup_names_a_function_that_is_there():
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    [scripts] = [
+        ast.literal_eval(keyword.value)["console_scripts"]
+        for node in ast.walk(setup)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "entry_points"
+    ]
+    name, _, target = scripts[0].partition("=")
+    module, _, function = target.partition(":")
+    assert (name, getattr(importlib.import_module(module), function)) == ("cdpo", command_line.main)
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "compare"])
+def test_a_verb_runs_as_its_script_does(verb, monkeypatch):
+    ran = []
+    monkeypatch.setattr(launch, "run_verb", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["cdpo", verb, "--recipe", "r.yaml", "seed=1"])
+    command_line.main()
+    module = importlib.import_module(f"cdpo.engine.{verb}")
+    assert ran == [(verb, module.main, getattr(module, "dry_run", None))]
+    assert sys.argv == [f"cdpo {verb}", "--recipe", "r.yaml", "seed=1"]
+
+
+def test_tools_get_their_arguments_and_give_the_exit_code(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "main", lambda arguments: asked.append(arguments) or 3)
+    monkeypatch.setattr(sys, "argv", ["cdpo", "shards", "check", "x"])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    assert (asked, left.value.code) == ([["check", "x"]], 3)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["tarin"], 2), (["--help"], 0)])
+def test_anything_else_shows_the_usage(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cdpo", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    assert left.value.code == code
+    shown = "".join(capsys.readouterr())
+    assert "cdpo prepare|train|compare --recipe R" in shown
+
+
+def test_the_tools_run_as_a_module(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cdpo.engine.shards", "check", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "no shards in" in done.stderr
