@@ -288,6 +288,7 @@ class Importing:
         draw_import_sheet(sheet, self.index, self.reader, pairs, chosen, manifest.resolution)
         save_manifest(self.shards_dir, manifest)
         shutil.rmtree(self.run_dir / "latents")
+        shutil.rmtree(self.run_dir / "scores", ignore_errors=True)  # of a kill after the merge
         self.terminal.line(f"shards: {self.shards_dir}")
         self.terminal.line(f"look at: {sheet}")
 

@@ -8,6 +8,7 @@ its clipping at zero, neither of which changes a ranking that is not degenerate)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from ..backbones import fingerprint
 from ..backbones.pretrained import reading
 from ..recipe import Reward
 
+PROMPTS_KEPT = 4096  # an imported data set may have a million captions
+
 
 class ClipScore:
-    """A CLIP model in float32; prompts are embedded once."""
+    """A CLIP model in float32; the embeddings of the latest prompts are kept."""
 
     def __init__(self, spec: Reward, device: torch.device) -> None:
         with reading(f"reward at {spec.path}", "CLIP model"):
@@ -39,7 +42,7 @@ class ClipScore:
         self.device = device
         self.batch_size = spec.batch_size
         self.fingerprint = fingerprint(self.model)
-        self._text_cache: dict[str, torch.Tensor] = {}
+        self._embed_text = lru_cache(maxsize=PROMPTS_KEPT)(self._embed_text_anew)
 
     @torch.no_grad()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -60,18 +63,15 @@ class ClipScore:
         text_embeds = torch.stack([self._embed_text(prompt) for prompt in prompts])
         return (image_embeds * text_embeds).sum(-1).float().cpu().numpy()
 
-    def _embed_text(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._text_cache:
-            tokens = self.tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=self.model.config.text_config.max_position_embeddings,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            text = self.model.text_model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
-            embeds = self.model.text_projection(text.pooler_output)
-            self._text_cache[prompt] = F.normalize(embeds, dim=-1)[0]
-        return self._text_cache[prompt]
+    def _embed_text_anew(self, prompt: str) -> torch.Tensor:
+        tokens = self.tokenizer(
+            [prompt],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        text = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
+        return F.normalize(self.model.text_projection(text.pooler_output), dim=-1)[0]

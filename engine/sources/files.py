@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,10 +32,14 @@ class SourceFiles:
 
     def signature(self) -> list[list[str | int]]:
         """Name, size and time of change of each file: while it stays the same, so do they."""
+        paths: Iterable[Path] = self.paths
+        if self.kind == "folder":
+            paths = sorted(path for path in self.paths[0].rglob("*") if path.is_file())
         found: list[list[str | int]] = []
-        for number, path in enumerate(self.paths):
+        for path in paths:
             status = path.stat()
-            found.append([self.name(number), status.st_size, status.st_mtime_ns])
+            name = path.relative_to(self.root).as_posix()
+            found.append([name, status.st_size, status.st_mtime_ns])
         return found
 
 

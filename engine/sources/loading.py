@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ..errors import DataError
 from .index import Part
 from .pictures import Picture, Size, read_picture
 from .rows import RowReader, UnreadableImage
@@ -45,12 +46,19 @@ def load_records(
     places = [part.places[index] for index in wanted]
     waiting: deque[Future[Loaded]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for index, data in zip(wanted, reader.load(part.file, part.group, places), strict=True):
+        found = 0
+        for index, data in zip(wanted, reader.load(part.file, part.group, places), strict=False):
+            found += 1
             waiting.append(pool.submit(decode, index, data))
             if len(waiting) >= 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        if found < len(wanted):
+            raise DataError(
+                f"{reader.files.paths[part.file]}: has fewer rows than when it was indexed: it has "
+                "changed; start again"
+            )
 
 
 def _picture(column: str, data: bytes | UnreadableImage, resolution: Size) -> Picture:

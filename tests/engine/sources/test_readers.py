@@ -17,6 +17,7 @@ from cdpo.engine.errors import DataError
 from cdpo.engine.recipe_source import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index
+from cdpo.engine.sources.loading import load_records
 from cdpo.engine.sources.rows import RowReader, UnreadableImage
 
 ROWS = [preferences.judged(number) for number in range(40)]
@@ -106,6 +107,23 @@ def test_the_index_is_made_once_and_a_copy_of_the_data_has_the_same_content(tmp_
     changed = [*ROWS[:-1], preferences.judged(0, caption="another")]
     other = Paired(path=str(preferences.write_parquet(tmp_path / "b" / "x.parquet", changed)))
     assert open_index(tmp_path / "index", open_source(other), other, ()).content != facts.content
+
+
+def test_a_file_that_comes_into_a_folder_is_noticed(tmp_path):
+    path = preferences.write_folder(tmp_path / "pairs", ROWS[:10])
+    spec = Paired(path=str(path), **WINNER_LOSER)
+    assert len(read(tmp_path / "index", spec)) == 8
+    for name, data in (("winner", ROWS[0].jpg_0), ("loser", ROWS[0].jpg_1), ("caption", b"new")):
+        (path / name / f"9999.{'txt' if name == 'caption' else 'png'}").write_bytes(data)
+    assert [caption for caption, _, _ in read(tmp_path / "index", spec)][8:] == ["new"]
+
+
+def test_a_table_that_loses_rows_while_it_is_read(tmp_path):
+    path = preferences.write_parquet(tmp_path / "a.parquet", DECIDED)
+    reader, index = opened(tmp_path / "index", Paired(path=str(path)))
+    preferences.write_parquet(path, DECIDED[:5])
+    with pytest.raises(DataError, match=r"a\.parquet: has fewer rows than when it was indexed"):
+        list(load_records(reader, index.part(0), range(16), (8, 8)))
 
 
 # What is wrong with a source
