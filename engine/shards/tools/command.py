@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from ...errors import EXIT_DATA, EXIT_OK, CdpoError
 from ...reporting.console import Terminal
 from ..manifest import load_manifest
 from .check import PROBLEMS_PER_SHARD, WORKERS, check_set
+from .show import show
+from .survey import PAIRS_PER_TIER, survey
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_check(commands)
+    _add_show(commands)
     options = parser.parse_args(list(arguments))
     terminal = Terminal()
     try:
@@ -73,6 +77,42 @@ def _check(options: argparse.Namespace, terminal: Terminal) -> int:
         return EXIT_OK
     terminal.error(f"{report.num_problems} problems; {report.num_pairs} of {of} can be read")
     return EXIT_DATA
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "show",
+        help="counts by tier, histograms of scores and gaps, pictures",
+        description="Show what a set holds.",
+        allow_abbrev=False,
+    )
+    command.add_argument("path", help="the folder with manifest.json")
+    command.add_argument(
+        "--pairs",
+        type=_positive,
+        default=PAIRS_PER_TIER,
+        help="pairs of each tier that are read for the histograms (%(default)s)",
+    )
+    command.add_argument(
+        "--sheet", metavar="PNG", help="draw pairs of each tier; needs the VAE of the set"
+    )
+    command.add_argument(
+        "--prompts", type=_positive, default=8, help="prompts on the sheet (%(default)s)"
+    )
+    command.set_defaults(run=_show)
+
+
+def _show(options: argparse.Namespace, terminal: Terminal) -> int:
+    manifest = load_manifest(options.path)
+    tiers = survey(options.path, manifest, options.pairs)
+    unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
+    show(options.path, manifest, tiers, terminal, unicode=unicode)
+    if options.sheet:
+        from .sheet import draw_sheet  # a VAE is needed for pictures only, and takes seconds
+
+        draw_sheet(options.path, manifest, options.sheet, options.prompts)
+        terminal.line(f"look at: {options.sheet}")
+    return EXIT_OK
 
 
 def _positive(text: str) -> int:
