@@ -108,6 +108,8 @@ def _show(options: argparse.Namespace, terminal: Terminal) -> int:
     unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
     show(options.path, manifest, tiers, terminal, unicode=unicode)
     if options.sheet:
+        for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(library, "error")  # read when they are imported
         from .sheet import draw_sheet  # a VAE is needed for pictures only, and takes seconds
 
         draw_sheet(options.path, manifest, options.sheet, options.prompts)
