@@ -2,7 +2,7 @@
 
 Protocol (all ranks together): files go to ``step-N.tmp/``; every rank fsyncs its own files and
 hashes them; the ranks agree; rank 0 writes ``MANIFEST.json``, fsyncs it and the folder, renames to
-``step-N``, reads it back, and only then drops older checkpoints and replaces ``latest``. A crash at
+``step-N``, reads it back, and only then replaces ``latest`` and drops older checkpoints. A crash at
 any point leaves the previous checkpoint whole. ``latest`` is a hint for people: a resume takes the
 newest folder whose manifest verifies.
 
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from .code_version import code_version
 from .curriculum.pacing import Cursor
 from .errors import CheckpointError
 from .failpoints import failpoint
@@ -110,7 +110,7 @@ class CheckpointStore:
         try:
             manifest = {
                 "format": FORMAT,
-                "version": __version__,
+                "code": code_version(),
                 "step": cursor.step,
                 "skips": list(cursor.skips),
                 "world_size": self.ranks.world_size,
@@ -121,32 +121,41 @@ class CheckpointStore:
                 "files": files,
             }
             _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            failpoint("checkpoint.manifest")
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
                 _sync_folder(folder)
             failpoint("checkpoint.before_rename")
             shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
             if final.exists():  # damaged, or of the same step before further batches were skipped
                 final.rename(final.with_suffix(".old"))
+                failpoint("checkpoint.replacing")
             temporary.rename(final)
-            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
             _sync_folder(self.folder)
             failpoint("checkpoint.after_rename")
             _verify(final)
             _write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
+            failpoint("checkpoint.latest")
             (self.folder / "latest.tmp").rename(self.folder / "latest")
             failpoint("checkpoint.before_prune")
-            newer = [old for step, old in self._committed() if step > cursor.step]
-            older = [old for step, old in self._committed() if step <= cursor.step][self.keep :]
-            for old in newer + older:  # newer ones did not verify, or we would stand there
-                shutil.rmtree(old)
+            self._prune(cursor.step)
         except (OSError, ValueError, KeyError) as exc:
             raise self._cannot_write(temporary, exc) from None
 
-    def load_newest(self, read: Callable[[Path], None]) -> Cursor | None:
+    def _prune(self, step: int) -> None:
+        """Drop what the checkpoint of ``step`` replaces, and what crashes have left behind."""
+        newer = [old for number, old in self._committed() if number > step]
+        older = [old for number, old in self._committed() if number <= step][self.keep :]
+        # Newer ones did not verify, or we would stand there.
+        for old in [*newer, *older, *self.folder.glob("step-*.tmp"), *self.folder.glob("*.old")]:
+            shutil.rmtree(old)
+            failpoint("checkpoint.pruned")
+
+    def load_newest(self, read: Callable[[Path, int], object]) -> Cursor | None:
         """Resume from the newest checkpoint that verifies; None if there is none at all.
 
-        ``read(folder)`` is called on every rank. Raises CheckpointError if the checkpoint belongs
-        to another recipe, data set or world size, or if checkpoints exist but none verifies.
+        ``read(folder, ranks)`` is called on every rank, with the number of those that wrote.
+        Raises CheckpointError if the checkpoint belongs to another recipe or data set, or if
+        checkpoints exist but none verifies.
         """
         folder, manifest = self.ranks.on_first(self._newest)
         if folder is None:
@@ -154,7 +163,7 @@ class CheckpointStore:
         self._refuse_strangers(folder, manifest)
         error: Exception | None = None
         try:
-            read(folder)
+            read(folder, manifest["world_size"])
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             error = CheckpointError(f"checkpoint {folder} cannot be read: {exc}")
         self.ranks.agree(error)
@@ -162,6 +171,7 @@ class CheckpointStore:
 
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._put_back()
         problems = []
         for _, folder in self._committed():
             try:
@@ -187,15 +197,12 @@ class CheckpointStore:
                 f"checkpoint {folder} was trained on other shards (manifest "
                 f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir"
             )
-        if (
-            manifest["world_size"] != self.ranks.world_size
-            or manifest["zero"] != self.recipe.deepspeed
-        ):
-            raise CheckpointError(
-                f"checkpoint {folder} was written by {manifest['world_size']} ranks under "
-                f"{manifest['zero']}, this run has {self.ranks.world_size} under "
-                f"{self.recipe.deepspeed}: resume with the same"
-            )
+
+    def _put_back(self) -> None:
+        """Undo a replacement that a crash has cut in two: the old one away, the new one not yet."""
+        for old in self.folder.glob("step-*.old"):
+            if not old.with_suffix("").exists():
+                old.rename(old.with_suffix(""))
 
     def _committed(self) -> list[tuple[int, Path]]:
         """Committed folders, newest first."""
@@ -230,6 +237,7 @@ def _fresh_folder(folder: Path) -> None:
 def _sync_and_describe(path: Path) -> dict[str, Any]:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+        failpoint("checkpoint.synced")
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": path.stat().st_size, "sha256": digest}
 

@@ -3,8 +3,8 @@
 ``CDPO_FAILPOINT=name:action``, with action ``kill`` (SIGKILL to itself), ``term`` (SIGTERM),
 ``enospc`` (OSError as if the disk were full) or one that the place itself plays (``nan``).
 ``name@3:action`` acts at the third passage, ``name@3+:action`` from the third on, and
-``name:action/rank1`` on that rank alone. Unset, a fail-point costs one dictionary look-up. Every
-name is listed here, and a test holds the list against the code.
+``name:action/rank1`` on that rank alone; several are joined by commas. Unset, a fail-point costs
+one dictionary look-up. Every name is listed here, and a test holds the list against the code.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from collections import Counter
 
 NAMES = (
     "checkpoint.write",
+    "checkpoint.written",
+    "checkpoint.synced",
     "checkpoint.hashed",
+    "checkpoint.manifest",
     "checkpoint.before_rename",
+    "checkpoint.replacing",
     "checkpoint.after_rename",
+    "checkpoint.latest",
     "checkpoint.before_prune",
+    "checkpoint.pruned",
+    "checkpoint.divided",
     "train.step",
     "train.loss",
     "export.published",
@@ -42,17 +49,24 @@ def failpoint(name: str) -> str | None:
     wanted = os.environ.get("CDPO_FAILPOINT")
     if not wanted:
         return None
-    match = _SYNTAX.fullmatch(wanted)
-    if match is None or match["name"] not in NAMES:
-        raise ValueError(f"CDPO_FAILPOINT={wanted!r}: write it as name@3:kill, name one of {NAMES}")
-    if match["name"] != name or match["rank"] not in (None, os.environ.get("RANK", "0")):
-        return None
-    _passages[name] += 1
-    if match["passage"]:
-        passage, first = _passages[name], int(match["passage"])
-        if passage != first and not (match["on"] and passage > first):
-            return None
-    return _act(match["action"])
+    for part in wanted.split(","):
+        match = _SYNTAX.fullmatch(part)
+        if match is None or match["name"] not in NAMES:
+            raise ValueError(
+                f"CDPO_FAILPOINT={wanted!r}: write it as name@3:kill, name one of {NAMES}"
+            )
+        if match["name"] == name and match["rank"] in (None, os.environ.get("RANK", "0")):
+            _passages[part] += 1
+            if _is_meant(_passages[part], match):
+                return _act(match["action"])
+    return None
+
+
+def _is_meant(passage: int, match: re.Match[str]) -> bool:
+    if not match["passage"]:
+        return True
+    first = int(match["passage"])
+    return passage == first or (match["on"] is not None and passage > first)
 
 
 def _act(action: str) -> str | None:

@@ -172,10 +172,15 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go to the newest checkpoint, if there is one; whether there was."""
-        cursor = self.checkpoints.load_newest(partial(read_partitions, self.engine))
+        cursor = self.checkpoints.load_newest(self._read_checkpoint)
         if cursor is not None:
             self.cursor = cursor
         return cursor is not None
+
+    def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
+        note = read_partitions(self.engine, self.ranks, folder, saved_ranks)
+        if note is not None:
+            self.terminal.line(note)
 
     @property
     def is_finished(self) -> bool:
@@ -339,7 +344,8 @@ class Trainer:
     def _write_checkpoint(self, folder: Path) -> None:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""
         errors: list[OSError | RuntimeError] = []
-        for write in (partial(write_partitions, self.engine), self.exports.write_adapters):
+        partitions = partial(write_partitions, self.engine, rank=self.ranks.rank)
+        for write in (partitions, self.exports.write_adapters):
             try:
                 write(folder)
             except (OSError, RuntimeError) as error:

@@ -1,4 +1,7 @@
-"""DeepSpeed's part of a checkpoint: its partitions, and its collectives never left half-way."""
+"""DeepSpeed's part of a checkpoint: its partitions, and its collectives never left half-way.
+
+Beside every partition lies a table of what is where in it (:mod:`.zero_layout`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Any
 import deepspeed
 
 from .failpoints import failpoint
+from .launch import Ranks
+from .resharding import read_divided_anew
+from .zero_layout import Layout, layout_of, layout_path, load_layout
 
 TAG = "deepspeed"
 
@@ -34,7 +40,7 @@ class _Guard:
             self.error = error
 
 
-def write_partitions(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+def write_partitions(engine: deepspeed.DeepSpeedEngine, folder: Path, rank: int) -> None:
     """Write every rank's partition under ``folder``; the error of this rank's disk comes last."""
     guard = _Guard(engine.checkpoint_engine)
     try:
@@ -52,13 +58,54 @@ def write_partitions(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         engine.checkpoint_engine = guard._inner
     if guard.error is not None:
         raise guard.error
+    layout = layout_of(engine)
+    if layout is not None:
+        layout.save(folder / TAG, rank)
+    failpoint("checkpoint.written")
 
 
-def read_partitions(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Load what :func:`write_partitions` wrote; ValueError if DeepSpeed finds nothing."""
+def read_partitions(
+    engine: deepspeed.DeepSpeedEngine, ranks: Ranks, folder: Path, saved_ranks: int
+) -> str | None:
+    """Load what :func:`write_partitions` wrote on ``saved_ranks`` ranks, under any ZeRO stage.
+
+    Where nothing but the step has changed DeepSpeed reads its own files, which is exact to the last
+    bit of every later loss; otherwise the partitions are divided anew. Returns a line about that.
+
+    Raises OSError, RuntimeError, ValueError or KeyError if the checkpoint cannot be read.
+    """
+    if not (folder / TAG).is_dir():
+        # DeepSpeed would say nothing and start afresh; a resume that found nothing is an error.
+        raise ValueError("DeepSpeed has saved nothing in it")
+    own = layout_of(engine)
+    saved = load_layout(folder / TAG, 0) if layout_path(folder / TAG, 0).exists() else None
+    if own is None or saved is None:
+        if saved_ranks != ranks.world_size:
+            raise ValueError(
+                f"{saved_ranks} ranks wrote it without the table that others would need, now there "
+                f"are {ranks.world_size}: resume with as many"
+            )
+        _read_own(engine, folder)
+        return None
+    if _are_divided_alike(own, folder / TAG, ranks, saved_ranks):
+        _read_own(engine, folder)
+        return None
+    read_divided_anew(engine, folder / TAG, own, saved_ranks)
+    return (
+        f"{folder.name} was written by {saved_ranks} x ZeRO-{saved.stage}: divided anew for "
+        f"{ranks.world_size} x ZeRO-{own.stage}"
+    )
+
+
+def _are_divided_alike(own: Layout, folder: Path, ranks: Ranks, saved_ranks: int) -> bool:
+    if saved_ranks != ranks.world_size:
+        return False
+    return all(ranks.gather(own.divides_like(load_layout(folder, ranks.rank))))
+
+
+def _read_own(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     path, _ = engine.load_checkpoint(
         str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
     )
     if path is None:
-        # DeepSpeed says nothing and starts afresh; a resume that found nothing is an error.
         raise ValueError("DeepSpeed found nothing to load in it")

@@ -33,10 +33,15 @@ def test_killed_at_any_step(
     "place",
     [
         "checkpoint.write@2",
+        "checkpoint.written@2",
+        "checkpoint.synced@9",
         "checkpoint.hashed@2",
+        "checkpoint.manifest@2",
         "checkpoint.before_rename@2",
         "checkpoint.after_rename@2",
+        "checkpoint.latest@2",
         "checkpoint.before_prune@2",
+        "checkpoint.pruned",
         "train.loss@7",
     ],
 )
@@ -154,12 +159,6 @@ def test_a_checkpoint_of_other_shards_is_refused(world: World, tmp_path: Path) -
     refused(world.train(run, f"data.path={shards}"), 5, "other shards")
 
 
-@pytest.mark.slow
-def test_another_world_size_is_refused(world: World, tmp_path: Path) -> None:
-    world.train(tmp_path / "run", "train.steps=4", ranks=2).succeeded()
-    refused(world.train(tmp_path / "run"), 5, "2 ranks")
-
-
 def test_a_finished_run_can_be_extended(
     world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
@@ -197,3 +196,19 @@ def test_bad_batches_are_not_met_again_after_a_stop(world: World, tmp_path: Path
     refused(outcome, 4, "2 batches in a row")
     world.train(run).succeeded()
     assert [row["skipped"] for row in metrics(run)] == [0, 0, 2, 2, 2, 2]
+
+
+def test_killed_while_a_checkpoint_replaces_one_of_the_same_step(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    """The only checkpoint there is, moved aside and not yet replaced, is put back."""
+    run = tmp_path / "run"
+    once = ("train.max_skipped=2", "checkpoint.every=4", "checkpoint.keep=1")
+    # Two bad batches after step 4 save its state again, which now knows of the skips.
+    places = "train.loss@9+:nan,checkpoint.replacing:kill"
+    assert world.train(run, *once, failpoint=places).code == KILLED
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-00000004.old", "step-00000004.tmp", "latest"}
+    assert "resumed" in world.train(run, *once).succeeded().text
+    assert losses(run) == uninterrupted
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000006", "latest"}
