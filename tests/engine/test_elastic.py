@@ -80,12 +80,10 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
     return [] if one == other else [f"{at}: {one} {other}"]
 
 
-# Half precision is slow on CPUs: one step, in which fp16 also searches its loss scale.
+# Half precision is slow on CPUs: one step, for which fp16 also searches its loss scale.
 CHAINS = {
-    "lora": (LORA, [(1, 1), (2, 3), (4, 2), (1, 1)]),
-    "full": (FULL, [(1, 3), (4, 1), (2, 3), (1, 3)]),
-    "fp16": ((*LORA, "train.precision=fp16", "train.steps=1"), [(1, 2), (2, 3), (1, 2)]),
-    "bf16": ((*FULL, "train.precision=bf16", "train.steps=1"), [(1, 3), (2, 1), (1, 3)]),
+    "lora-fp16": ((*LORA, "train.precision=fp16", "train.steps=1"), [(1, 1), (2, 3), (1, 1)]),
+    "full-bf16": ((*FULL, "train.precision=bf16", "train.steps=1"), [(1, 3), (4, 1), (1, 3)]),
 }
 
 
@@ -155,9 +153,6 @@ def test_killed_while_dividing(world: World, tmp_path: Path) -> None:
     env = {"CDPO_FAILPOINT": "checkpoint.divided@2:kill"}
     assert start(world, run, 1, 1, *LORA, env=env).code == -9
     assert (newest(run) / "MANIFEST.json").read_bytes() == before
-    env = {"CDPO_FAILPOINT": "checkpoint.hashed:kill"}
-    assert start(world, run, 1, 1, *LORA, env=env).code == -9
-    assert newest(run).name == "step-00000002"
     text = start(world, run, 2, 1, *LORA).succeeded().text
     assert "written by 2 x ZeRO-3: divided anew for 2 x ZeRO-1" in text
     assert newest(run).name == "step-00000004"
