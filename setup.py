@@ -55,8 +55,10 @@ setup(
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "accelerate>=1.10,<2",
+        "aiohttp>=3.10,<4",
         "deepspeed>=0.19.8,<0.20",
         "diffusers>=0.42,<0.43",
+        "fsspec>=2024.10",
         "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "numpy>=2.0,<3",
@@ -73,6 +75,7 @@ setup(
         "webdataset>=1.0.2,<2",
     ],
     extras_require={
+        "s3": ["s3fs>=2024.10"],
         "flash": ["flash-attn>=2.7"],
         "xformers": ["xformers>=0.0.33"],
         # Only to remake assets/emoji/: running the demo needs nothing beyond the above.

@@ -38,7 +38,7 @@ def shortened(recipe: Recipe, run_dir: Path, num_steps: int) -> Recipe:
     return recipe.model_copy(
         update={
             "run_dir": str(run_dir),
-            "data": recipe.data.model_copy(update={"path": str(recipe.shards_dir)}),
+            "data": recipe.data.model_copy(update={"path": recipe.shards_at}),
             "train": recipe.train.model_copy(update=train),
             "checkpoint": recipe.checkpoint.model_copy(update=checkpoint),
         }

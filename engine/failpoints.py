@@ -36,6 +36,7 @@ NAMES = (
     "prepare.scored",
     "prepare.latents",
     "prepare.shard",
+    "cache.fill",
 )
 
 _SYNTAX = re.compile(

@@ -46,7 +46,14 @@ from .sources.index import Index, open_index
 from .sources.pairing import UNSCORED, PairsMade, labelled_pairs, ranked_pairs
 from .sources.tolerance import Tolerance
 from .speed import tune_for_sampling
-from .tier_shards import PAIR_KEYS, TierShards, fill_tiers, finished_set, write_tiers
+from .tier_shards import (
+    PAIR_KEYS,
+    TierShards,
+    fill_tiers,
+    finished_set,
+    folder_of_set,
+    write_tiers,
+)
 
 UNREADABLE = "unreadable images"
 
@@ -61,7 +68,7 @@ class Importing:
         self.terminal = terminal
         self.spec = recipe.prepare.source
         self.run_dir = Path(recipe.run_dir)
-        self.shards_dir = recipe.shards_dir
+        self.shards_dir = folder_of_set(recipe)
         _, heldout = read_prompts(recipe.prompts)
         self.reader = ranks.on_first(lambda: open_source(self.spec))
         folder = self.run_dir / "source"

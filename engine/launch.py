@@ -48,6 +48,11 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """Ranks on this machine."""
+        return local_world_size(self.world_size)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
@@ -153,9 +158,7 @@ def joined_ranks(threads: int = 0) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(device)
     else:
-        local_world = int(
-            os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
-        )
+        local_world = local_world_size(world_size)
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
     if world_size == 1:
         for name, value in _group_of_one().items():
@@ -167,6 +170,11 @@ def joined_ranks(threads: int = 0) -> Iterator[Ranks]:
         # On an error peers may be waiting in a collective; tearing down would join them.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def local_world_size(world_size: int) -> int:
+    """Ranks on this machine, as the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
 
 
 def _group_of_one() -> dict[str, str]:

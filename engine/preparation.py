@@ -43,7 +43,14 @@ from .shards.manifest import (
 )
 from .shards.sample import PairMeta
 from .speed import tune_for_sampling
-from .tier_shards import PAIR_KEYS, TierShards, fill_tiers, finished_set, write_tiers
+from .tier_shards import (
+    PAIR_KEYS,
+    TierShards,
+    fill_tiers,
+    finished_set,
+    folder_of_set,
+    write_tiers,
+)
 
 
 class Preparation:
@@ -54,7 +61,7 @@ class Preparation:
         self.recipe = recipe
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
-        self.shards_dir = recipe.shards_dir
+        self.shards_dir = folder_of_set(recipe)
         self.prompts, _ = read_prompts(recipe.prompts)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .recipe_adapter import Adapter, Export, check_exports
+from .recipe_data import Data
 from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
     Fraction,
@@ -137,21 +138,6 @@ class Curriculum(Section):
     """Stage k trains on the union of tiers 1..k (as published); false: on tier k alone."""
     steps_per_tier: PositiveInt = 400
     """Optimiser steps before the next tier opens (K); the last stage takes the rest."""
-
-
-class Data(Section):
-    """The pair shards between `prepare` and `train`."""
-
-    path: str | None = None
-    """Folder of shards and manifest.json; by default `shards` inside the run folder."""
-    lanes: PositiveInt = 8
-    """Independent reading lanes: the world size must divide it, and it the global batch."""
-    pairs_per_shard: PositiveInt = 1000
-    """Upper bound of samples in one tar."""
-    shuffle_shards: PositiveInt = 8
-    """Shards of a lane whose pairs are mixed; more mixes better and reads less in order."""
-    workers: NonNegativeInt = 1
-    """Reader threads that fetch batches ahead of the step; 0 reads in the step itself."""
 
 
 class Objective(Section):
@@ -351,8 +337,13 @@ class Recipe(Section):
 
     @property
     def shards_dir(self) -> Path:
-        """Where `prepare` writes the pair shards and `train` reads them."""
-        return Path(self.data.path) if self.data.path else Path(self.run_dir) / "shards"
+        """The folder `prepare` writes the pair shards to; no meaning where `data.path` is a URL."""
+        return Path(self.shards_at.removeprefix("file://"))
+
+    @property
+    def shards_at(self) -> str:
+        """The folder or URL that `train` reads the pair shards from."""
+        return self.data.path or str(Path(self.run_dir) / "shards")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:

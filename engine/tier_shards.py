@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, RecipeError
 from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
 from .reporting.console import Terminal
 from .shards.manifest import Manifest, ShardEntry, load_manifest
 from .shards.reader import ShardReaders
+from .shards.remote import is_remote, redact
 from .shards.sample import PairMeta
 from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 
@@ -42,6 +43,16 @@ def fill_tiers(ids: np.ndarray, tiers: np.ndarray, recipe: Recipe) -> list[TierS
         plan = plan_shards(tier, len(pairs), recipe.data.lanes, recipe.data.pairs_per_shard)
         fills.append(TierShards(plan, ShardFill(plan, ids[pairs], recipe.seed), pairs))
     return fills
+
+
+def folder_of_set(recipe: Recipe) -> Path:
+    """The folder that a recipe's shards are written to; RecipeError where it names a URL."""
+    if is_remote(recipe.shards_at):
+        raise RecipeError(
+            f"data.path={redact(recipe.shards_at)}: prepare writes into a folder; give it one, "
+            "copy that folder there, and give train the URL"
+        )
+    return recipe.shards_dir
 
 
 def finished_set(folder: Path, inputs: str, terminal: Terminal) -> Manifest | None:

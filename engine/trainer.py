@@ -38,9 +38,11 @@ from .reporting.console import Terminal
 from .run_log import RunLog
 from .shards.batch import PairBatch
 from .shards.lanes import LanePlan
-from .shards.manifest import Manifest, load_manifest, manifest_hash
+from .shards.manifest import Manifest, manifest_hash
 from .shards.reader import ShardReaders
-from .shards.stream import PairStream
+from .shards.remote_store import open_store
+from .shards.store import ShardStore
+from .shards.stream import BATCH_TIMEOUT, PairStream
 from .speed import Tuning, choose_tuning, order_weights, uncompiled
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
@@ -54,6 +56,7 @@ class Trainer:
 
     # what is trained, and on what
     recipe: Recipe
+    shards: ShardStore
     manifest: Manifest
     backbone: Backbone
     engine: deepspeed.DeepSpeedEngine
@@ -79,7 +82,8 @@ class Trainer:
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
         _choose_kernels(recipe.train.kernels, ranks.device)
 
-        self.manifest = ranks.on_first(lambda: load_manifest(recipe.shards_dir))
+        self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
+        self.manifest = ranks.on_first(self.shards.manifest)
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = Cursor.start(self.pacing)
         self.skipped_in_a_row = 0
@@ -129,8 +133,14 @@ class Trainer:
             global_batch=self.recipe.train.global_batch,
             shuffle_shards=self.recipe.data.shuffle_shards,
         )
-        readers = ShardReaders(self.recipe.shards_dir, self.manifest)
-        stream = PairStream(plan, readers, self.pacing, workers=self.recipe.data.workers)
+        data = self.recipe.data
+        stream = PairStream(
+            plan,
+            ShardReaders(self.shards, self.manifest),
+            self.pacing,
+            workers=data.workers,
+            timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
+        )
         stream.check_present()
         return stream
 
@@ -227,9 +237,12 @@ class Trainer:
                 pairs = self.stream.next(self.cursor.step, self.cursor.skips)
         except CdpoError as error:
             failure = error
-        failed, stopping = self._on_any_rank(failure is not None, stop.requested)
-        if failed:
-            raise failure or DataError("another rank cannot read its shards; it says why")
+        code = failure.exit_code if failure else 0
+        code, stopping = self._highest_of_ranks(code, int(stop.requested))
+        if code:
+            failure = failure or DataError("another rank cannot read its shards; it says why")
+            failure.exit_code = code  # all ranks leave with the same
+            raise failure
         if stopping:
             self._stop()
         return pairs
@@ -353,13 +366,13 @@ class Trainer:
         if errors:
             raise errors[0]
 
-    def _on_any_rank(self, *flags: bool) -> list[bool]:
-        """Each flag, raised if it is on any rank: one small all-reduce."""
+    def _highest_of_ranks(self, *values: int) -> list[int]:
+        """Each value, the highest of all ranks: one small all-reduce."""
         if self.ranks.world_size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32, device=self.ranks.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()]
+            return list(values)
+        highest = torch.tensor(values, dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return [int(value) for value in highest.tolist()]
 
 
 def _choose_kernels(mode: str, device: torch.device) -> None:

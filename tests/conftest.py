@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not a folder is an error, not a download
+os.environ["NO_PROXY"] = "127.0.0.1"  # where tests serve shards
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

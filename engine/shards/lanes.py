@@ -73,8 +73,9 @@ class LanePlan:
         self._of_tier = {
             tier: np.flatnonzero(tiers == tier) for tier in range(1, manifest.tiers + 1)
         }
-        # Two passes of every lane may be in use at once, at the seam between them.
-        self._order = lru_cache(maxsize=2 * len(self.lanes))(self._make_order)
+        # Two passes of every lane may be in use at once, at the seam between them, and one more is
+        # looked into by who fetches ahead.
+        self._order = lru_cache(maxsize=3 * len(self.lanes))(self._make_order)
 
     @property
     def rank_batch(self) -> int:
@@ -119,6 +120,19 @@ class LanePlan:
         visits = np.tile(position.visit_base + passes, len(self.lanes))
         return Places(shards.ravel(), samples.ravel(), visits)
 
+    def window(self, position: Position) -> tuple[list[ShardEntry], int]:
+        """The shards of the windows that this rank's pairs of a global batch lie in, and the first
+        later batch in which a lane may read others: for who wants to fetch shards ahead.
+        """
+        lane_pairs = self.lane_pairs(position.stage)
+        number, first = divmod(position.batch * self.pairs_per_lane, lane_pairs)
+        last = min(first + self.pairs_per_lane, lane_pairs) - 1
+        orders = [self._order(position.stage, lane, number) for lane in self.lanes]
+        windows = [order.windows(first, last) for order in orders]
+        end = number * lane_pairs + min(end for _, end in windows)
+        ids = [int(index) for shards, _ in windows for index in shards]
+        return [self.entries[i] for i in ids], max(position.batch + 1, end // self.pairs_per_lane)
+
     def _make_order(self, stage: Stage, lane: int, number: int) -> _LaneOrder:
         ids = [self._of_tier[tier][lane :: self.num_lanes] for tier in stage.tiers]
         shards = np.concatenate(ids)
@@ -141,6 +155,7 @@ class _LaneOrder:
         number: int,
     ) -> None:
         self._seed, self._number = seed, number
+        self._window_shards = shuffle_shards
         self._lane_key = (stage << _LANE_BITS | lane) << _WINDOW_BITS
         order = self._permutation(len(shards), Stream.SHARD_ORDER, 0).at(np.arange(len(shards)))
         self._shards = shards[order]
@@ -159,6 +174,12 @@ class _LaneOrder:
             chunk_shards, chunk_samples = self._chunk(int(number))
             shards[now], samples[now] = chunk_shards[inside[now]], chunk_samples[inside[now]]
         return shards, samples
+
+    def windows(self, first: int, last: int) -> tuple[np.ndarray, int]:
+        """Shard indices of the windows from offset ``first`` to ``last``, and where they end."""
+        low, high = np.searchsorted(self._window_ends, [first, last], side="right")
+        shards = self._shards[low * self._window_shards : (high + 1) * self._window_shards]
+        return shards, int(self._window_ends[high])
 
     def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The places of neighbouring offsets, found together; only the latest two are kept."""

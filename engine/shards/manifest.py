@@ -146,7 +146,11 @@ def shards_by_tier(shards: Iterable[ShardEntry]) -> dict[int, list[ShardEntry]]:
 def load_manifest(folder: str | Path) -> Manifest:
     """Read and check ``folder``/manifest.json; DataError in one line says what is wrong with it."""
     path = Path(folder) / FILE_NAME
-    text = _read_bounded(path)
+    return parse_manifest(_read_bounded(path), str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """Check what a manifest.json holds; DataError, naming ``path``, says what is wrong with it."""
     try:
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:

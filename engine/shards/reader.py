@@ -86,6 +86,10 @@ class ShardReaders:
         """Expect reads to go round ``num_shards`` shards: keep at least so many indexes."""
         self._max_indexes = max(self._max_indexes, num_shards)
 
+    def keep_files(self, num_shards: int) -> None:
+        """Hold ``num_shards`` files open and no more: a cache cannot evict what is open."""
+        self._max_files = num_shards
+
     def check_present(self, entries: Iterable[ShardEntry]) -> None:
         """Raise ShardError for the first shard that is absent or of the wrong size, as far as that
         is cheap enough to run before a model is loaded.
@@ -143,16 +147,16 @@ class ShardReaders:
                 self._indexes.popitem(last=False)
 
     def _open_checked(self, entry: ShardEntry) -> _OpenShard:
+        file = _File(self.store.open(entry))
         try:
-            return self._open_once(entry)
+            return self._checked(entry, file)
         except ShardError:
             if not self.store.discard(entry):
                 raise
-        return self._open_once(entry)  # a copy that went bad is fetched once more
+        return self._checked(entry, _File(self.store.open(entry)))  # fetched once more
 
-    def _open_once(self, entry: ShardEntry) -> _OpenShard:
+    def _checked(self, entry: ShardEntry, file: _File) -> _OpenShard:
         name = self.store.name_of(entry)
-        file = _File(self.store.open(entry))
         state = os.fstat(file.descriptor)
         identity = (state.st_ino, state.st_size, state.st_mtime_ns)
         with self._lock:

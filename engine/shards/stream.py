@@ -14,9 +14,12 @@ from ..curriculum.pacing import Pacing, Position
 from ..errors import DataError
 from .batch import PairBatch
 from .lanes import LanePlan
+from .prefetch import Prefetch
 from .reader import ShardReaders
+from .remote_store import RemoteStore
 
 DEPTH_PER_WORKER = 2
+BATCH_TIMEOUT = 600.0  # seconds
 
 
 class PairStream:
@@ -33,11 +36,15 @@ class PairStream:
         pacing: Pacing,
         *,
         workers: int = 1,
-        timeout: float = 600.0,
+        timeout: float = BATCH_TIMEOUT,
     ) -> None:
         plan.check_stages(pacing.stages)
         self.plan, self.readers, self.pacing = plan, readers, pacing
         readers.keep_indexes(2 * len(plan.lanes) * plan.shuffle_shards)  # this window and the next
+        self._prefetch: Prefetch | None = None
+        if isinstance(readers.store, RemoteStore):
+            self._prefetch = Prefetch(readers.store, plan, pacing)
+            readers.keep_files(self._prefetch.shards_in_turns)
         self._timeout = timeout
         self._depth = DEPTH_PER_WORKER * workers
         self._pool = ThreadPoolExecutor(workers, "pair-stream") if workers else None
@@ -55,6 +62,8 @@ class PairStream:
     def next(self, step: int, skips: Sequence[int]) -> PairBatch:
         """The batch of optimiser step ``step``; then the following steps are read ahead."""
         wanted = self.position(step, skips)
+        if self._prefetch is not None:
+            self._prefetch.follow(step, skips)
         if self._pool is None:
             return self.fetch(wanted)
         last = min(step + self._depth, self.pacing.total_steps - 1)
@@ -83,6 +92,8 @@ class PairStream:
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._prefetch is not None:
+            self._prefetch.close()
         self.readers.close()
 
     def _read_ahead(self, positions: Sequence[Position]) -> None:

@@ -475,6 +475,9 @@ RUNTIME = {
     "train.sample_every",
     "train.sample_prompts",
     "data.path",
+    "data.cache",
+    "data.cache_gib",
+    *(f"data.fetch.{key}" for key in ("threads", "retries", "backoff", "stall", "budget")),
     "data.pairs_per_shard",
     "data.workers",
 }

@@ -1,0 +1,43 @@
+"""Section of a recipe: where the pair shards lie, and how they are read."""
+
+from __future__ import annotations
+
+from .recipe_types import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class Fetch(Section):
+    """How shards behind a URL are brought here; no effect on shards in a folder."""
+
+    threads: NonNegativeInt = 4
+    """Shards brought ahead of training at the same time; 0 brings one when it is read."""
+    retries: NonNegativeInt = 6
+    """Tries after the first that may fail in a row, none bringing a further byte."""
+    backoff: PositiveFloat = 1.0
+    """Seconds before the first retry; each further wait is twice as long, up to 30, with jitter."""
+    stall: PositiveFloat = 30.0
+    """Seconds without a byte after which a connection is given up."""
+    budget: PositiveFloat = 300.0
+    """Seconds one shard may take in all, retries included; raise it where the network is slow."""
+
+
+class Data(Section):
+    """The pair shards between `prepare` and `train`."""
+
+    path: str | None = None
+    """Folder of shards and manifest.json; by default `shards` inside the run folder. `train` also
+    reads them from a URL: `https://`, `s3://bucket/prefix`, `hf://datasets/owner/name/prefix`."""
+    cache: str | None = None
+    """Folder that keeps shards read from a URL, on a local disk; all processes of a machine and
+    other runs may share it. By default `~/.cache/cdpo/shards`."""
+    cache_gib: PositiveFloat = 64.0
+    """Most that the cache may hold, in GiB; shards not used for longest go first."""
+    fetch: Fetch = Fetch()
+    """Time-outs and retries of shards behind a URL."""
+    lanes: PositiveInt = 8
+    """Independent reading lanes: the world size must divide it, and it the global batch."""
+    pairs_per_shard: PositiveInt = 1000
+    """Upper bound of samples in one tar."""
+    shuffle_shards: PositiveInt = 8
+    """Shards of a lane whose pairs are mixed; more mixes better and reads less in order."""
+    workers: NonNegativeInt = 1
+    """Reader threads that fetch batches ahead of the step; 0 reads in the step itself."""

@@ -1,0 +1,170 @@
+"""Shards behind a URL: brought into the cache when they are read, or before, and checked there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Lock
+
+from ..errors import CdpoError, RecipeError
+from ..failpoints import failpoint
+from ..recipe_data import Data
+from .cache import ShardCache
+from .manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
+from .remote import RemoteFolder, bring_text, is_remote
+from .shard_error import ShardError
+from .store import LocalStore, ShardStore
+
+ARRIVALS = 2  # a shard that arrives damaged is fetched once more
+
+
+def open_store(location: str, data: Data, processes: int = 1) -> ShardStore:
+    """The shards at a folder or URL; ``processes`` of this machine are to read them.
+
+    Raises RecipeError for a URL that is not taken, OutsideError for a missing package and DataError
+    for a cache folder that cannot be written.
+    """
+    if is_remote(location):
+        return RemoteStore(location, data, processes)
+    return LocalStore(location.removeprefix("file://"))
+
+
+def default_cache() -> Path:
+    """Where shards are kept when a recipe does not say."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "cdpo" / "shards"
+
+
+class RemoteStore:
+    """See :class:`~.store.ShardStore`."""
+
+    def __init__(self, url: str, data: Data, processes: int = 1) -> None:
+        self.spec, self.processes = data.fetch, processes
+        self._folder = RemoteFolder(url, data.fetch)
+        folder = Path(data.cache).expanduser() if data.cache else default_cache()
+        self.cache = ShardCache(folder, int(data.cache_gib * 2**30), data.fetch.budget)
+        self._flights: dict[str, Future[BaseException | None]] = {}
+        self._lock = Lock()
+
+    @property
+    def location(self) -> str:
+        return self._folder.url
+
+    def manifest(self) -> Manifest:
+        text = bring_text(self._folder, FILE_NAME, MAX_BYTES)
+        return parse_manifest(text, self._folder.name_of(FILE_NAME))
+
+    def name_of(self, entry: ShardEntry) -> str:
+        return self._folder.name_of(entry.name)
+
+    def open(self, entry: ShardEntry) -> int:
+        return self._get(entry, force=True)
+
+    def fetch_ahead(self, entry: ShardEntry) -> None:
+        """Bring a shard into the cache; CacheFull if that takes evicting what is being read."""
+        os.close(self._get(entry, force=False))
+
+    def discard(self, entry: ShardEntry) -> bool:
+        self.cache.discard(entry.sha256)
+        return True
+
+    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+        """Nothing: one question a shard would cost minutes. They are fetched ahead and checked."""
+
+    def check_room(self, entries: Sequence[ShardEntry], num_shards: int) -> int:
+        """Bytes of the cache that are left for fetching ahead when each process reads
+        ``num_shards`` of these shards in turns; RecipeError if it cannot even hold those.
+        """
+        largest = max((entry.bytes for entry in entries), default=0)
+        in_turns = min(num_shards, len(entries)) * largest
+        share = self.cache.max_bytes // self.processes
+        if share < in_turns:
+            raise RecipeError(
+                f"data.cache_gib={self.cache.max_bytes / 2**30:.3g} cannot hold the shards that "
+                f"{self.processes} processes of this machine read in turns: give it "
+                f"{self.processes * in_turns / 2**30:.3g} or more (twice that to fetch ahead), or "
+                "lower data.shuffle_shards"
+            )
+        return share - in_turns
+
+    def close(self) -> None:
+        """End what is on its way."""
+        self._folder.stop()
+
+    def _get(self, entry: ShardEntry, *, force: bool) -> int:
+        """One thread brings a shard; others that want it share what comes of it."""
+        own: Future[BaseException | None] = Future()
+        with self._lock:
+            flight = self._flights.setdefault(entry.sha256, own)
+        if flight is not own:
+            error = flight.result()  # bounded, as every fetch is
+            if isinstance(error, CdpoError):
+                raise error
+            return self.cache.get(entry.sha256, entry.bytes, self._fill(entry), force=force)
+        outcome: BaseException | None = None
+        try:
+            return self.cache.get(entry.sha256, entry.bytes, self._fill(entry), force=force)
+        except BaseException as error:
+            outcome = error
+            raise
+        finally:
+            with self._lock:
+                del self._flights[entry.sha256]
+            own.set_result(outcome)
+
+    def _fill(self, entry: ShardEntry) -> Callable[[int], None]:
+        return lambda descriptor: self._bring(entry, descriptor)
+
+    def _bring(self, entry: ShardEntry, descriptor: int) -> None:
+        """Write the shard to ``descriptor`` and check it; a damaged one is fetched once more."""
+        for _ in range(ARRIVALS):
+            arrival = _Arrival(descriptor, entry.bytes)
+            try:
+                self._folder.bring(entry.name, arrival)
+            except FileNotFoundError:
+                raise ShardError(self.name_of(entry), "missing; copy it there again") from None
+            problem = arrival.problem(entry)
+            if problem is None:
+                return
+        raise ShardError(
+            self.name_of(entry), f"arrived {problem}, {ARRIVALS} times; copy it there again"
+        )
+
+
+class _Arrival:
+    """A shard on its way into the cache, hashed as it comes."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.size = size
+        self._descriptor = descriptor
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        self.arrived = 0
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Append; what is beyond the size is not kept."""
+        failpoint("cache.fill")
+        if self.arrived + len(data) <= self.size:
+            view, at = memoryview(data), self.arrived
+            while view:
+                written = os.pwrite(self._descriptor, view, at)
+                view, at = view[written:], at + written
+            self._sha256.update(data)
+        self.arrived += len(data)
+
+    def problem(self, entry: ShardEntry) -> str | None:
+        """What is wrong with the shard as it arrived."""
+        if self.arrived > entry.bytes:
+            return f"too long: over {entry.bytes} bytes, which is what the manifest says"
+        if self.arrived < entry.bytes:
+            return f"truncated: {self.arrived} bytes, manifest says {entry.bytes}"
+        found = self._sha256.hexdigest()
+        if found != entry.sha256:
+            return f"damaged: sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…"
+        return None

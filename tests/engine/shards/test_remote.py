@@ -1,0 +1,221 @@
+"""Bringing files over real sockets: what passes is retried, what does not is one line in time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import fsspec
+import pytest
+from cdpo.engine.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
+from cdpo.engine.recipe_data import Fetch
+from cdpo.engine.shards import remote
+from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote, redact
+from fsspec.implementations.memory import MemoryFile
+from shard_server import ShardServer, serving
+
+CONTENT = bytes(range(256)) * 40
+SOON = Fetch(retries=3, backoff=0.01, stall=10.0, budget=30.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "a.tar").write_bytes(CONTENT)
+    return folder
+
+
+@pytest.fixture
+def web(folder: Path):
+    with serving(folder, chunk=1024) as web:
+        yield web
+
+
+def bring(web: ShardServer, **spec: float) -> bytes:
+    text = Text(len(CONTENT))
+    RemoteFolder(web.url, SOON.model_copy(update=spec)).bring("a.tar", text)
+    return bytes(text.content)
+
+
+def fails(web: ShardServer, *texts: str, **spec: float) -> float:
+    """One line with the URL and these texts, exit code 6; how long that took."""
+    began = time.monotonic()
+    with pytest.raises(OutsideError) as error:
+        bring(web, **spec)
+    assert error.value.exit_code == EXIT_OUTSIDE
+    line = str(error.value)
+    assert "\n" not in line and line.startswith(f"{web.url}/a.tar: ")
+    assert [text for text in texts if text not in line] == [], line
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("fault", ["none", "500", "503", "429", "408", "drop"])
+def test_what_passes_is_retried(web: ShardServer, fault: str) -> None:
+    web.faults["a.tar"] = [fault, fault]
+    assert bring(web) == CONTENT
+
+
+def test_a_dropped_connection_is_taken_up_where_it_broke_off(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["drop", "drop", "drop", "drop"]
+    assert bring(web) == CONTENT
+    starts = [start for _, start in web.requests]
+    assert starts[0] == 0 < starts[-1] and starts == sorted(starts) and len(starts) == 5
+
+
+def test_a_server_without_ranges_begins_again(folder: Path) -> None:
+    with serving(folder, ranges=False) as web:
+        web.faults["a.tar"] = ["drop", "drop"]
+        assert bring(web) == CONTENT
+        assert [start for _, start in web.requests] == [0, 0, 0]
+
+
+def test_a_stalled_connection_is_given_up_and_tried_again(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["stall"]
+    began = time.monotonic()
+    assert bring(web, stall=0.5) == CONTENT
+    assert 0.5 <= time.monotonic() - began < 15
+
+
+def test_a_server_that_stalls_forever(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["stall*"]
+    fails(web, "no byte for 0.1 s", "data.fetch.retries", stall=0.1, retries=1)
+
+
+def test_an_endless_drip_ends_with_the_budget(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["drip*"]
+    assert fails(web, "not here within 1 s", "data.fetch.budget", budget=1.0) < 15
+
+
+def test_errors_forever_are_counted(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["500*"]
+    fails(web, "500 Internal Server Error", "4 failures in a row")
+    assert web.count("a.tar") == 4
+
+
+@pytest.mark.parametrize("status", ["401", "403", "410"])
+def test_a_refusal_is_not_retried(web: ShardServer, status: str) -> None:
+    web.faults["a.tar"] = [f"{status}*"]
+    fails(web, status)
+    assert web.count("a.tar") == 1
+
+
+def test_a_missing_file_is_told_apart(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["404*"]
+    with pytest.raises(FileNotFoundError):
+        bring(web)
+    with pytest.raises(DataError, match=r"no shards at http://127.0.0.1:\d+ \(x is not there\)"):
+        bring_text(RemoteFolder(web.url, SOON), "x", 100)
+
+
+def test_nobody_listens(folder: Path) -> None:
+    with serving(folder) as web:
+        pass
+    fails(web, "Cannot connect", retries=1)
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "gopher://127.0.0.1/x"])
+def test_a_redirect_leads_to_the_web_only(web: ShardServer, target: str) -> None:
+    web.faults["a.tar"], web.redirect_to = ["redirect*"], target
+    fails(web)
+    assert web.count("a.tar") == 1
+
+
+def test_secrets_of_a_redirect_are_not_shown(web: ShardServer) -> None:
+    with serving(web.folder) as other:
+        other.faults["*"] = ["403*"]
+        web.faults["a.tar"] = ["redirect*"]
+        web.redirect_to = f"{other.url}/a.tar?X-Amz-Signature=SECRET"
+        with pytest.raises(OutsideError) as error:
+            bring(web)
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_small_file_is_bounded(web: ShardServer) -> None:
+    assert bring_text(RemoteFolder(web.url, SOON), "a.tar", len(CONTENT)) == CONTENT
+    with pytest.raises(DataError, match="over 5000 bytes"):
+        bring_text(RemoteFolder(web.url, SOON), "a.tar", 5000)
+
+
+def test_stopping_ends_waits(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["500*"]
+    folder = RemoteFolder(web.url, SOON.model_copy(update={"backoff": 20.0}))
+    threading.Timer(0.2, folder.stop).start()
+    began = time.monotonic()
+    with pytest.raises(OutsideError, match="stopped"):
+        folder.bring("a.tar", Text(10))
+    assert time.monotonic() - began < 10
+
+
+def test_a_fault_of_this_side_is_not_one_of_the_network(web: ShardServer) -> None:
+    class Full(Text):
+        def write(self, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        RemoteFolder(web.url, SOON).bring("a.tar", Full(100))
+    assert web.count("a.tar") == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://user:SECRET@host/set", "without user, password"),
+        ("https://host/set?token=SECRET", "without user, password"),
+        ("https://host/set#SECRET", "without user, password"),
+        ("s3://key:SECRET@bucket/set", "without user, password"),
+        ("ftp://host/set", "from http://, https://, s3://, hf://"),
+        ("simplecache::s3://bucket/set", "a folder or from"),
+        ("https:///set", "names no host"),
+    ],
+)
+def test_urls_that_are_not_taken(url: str, reason: str) -> None:
+    assert is_remote(url)
+    with pytest.raises(RecipeError, match=reason) as error:
+        RemoteFolder(url, SOON)
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(OutsideError, match=r"needs the package s3fs.*pip install 'cdpo\[s3\]'"):
+        RemoteFolder("s3://bucket/set", SOON)
+
+
+def test_other_services_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of s3:// and hf://, on fsspec's file system in memory, with a failure half-way."""
+    fsspec.filesystem("memory").pipe_file("/bucket/set/a.tar", CONTENT)
+    monkeypatch.setitem(remote.SCHEMES, "memory", ("fsspec", ""))
+    monkeypatch.setattr(remote, "CHUNK", 1024)
+    starts: list[int] = []
+
+    def read(file: MemoryFile, size: int) -> bytes:
+        if file.tell() == 2048 and not starts:
+            starts.append(file.tell())
+            raise ConnectionResetError
+        if len(starts) == 1:
+            starts.append(file.tell())
+        return BytesIO.read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read, raising=False)
+    folder, text = RemoteFolder("memory://bucket/set/", SOON), Text(len(CONTENT))
+    folder.bring("a.tar", text)
+    assert bytes(text.content) == CONTENT
+    assert starts[0] == 2048 >= starts[1] > 0
+    with pytest.raises(FileNotFoundError):
+        folder.bring("b.tar", Text(10))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("at https://u:p@h/x?sig=1#f, sorry", "at https://h/x sorry"),
+        ("url='https://h/x?a=1'", "url='https://h/x'"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_redaction(text: str, clean: str) -> None:
+    assert redact(text) == clean

@@ -1,0 +1,257 @@
+"""Shards over real sockets, through the cache, into the reader and the stream."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cdpo.engine.curriculum.pacing import Pacing
+from cdpo.engine.errors import DataError, OutsideError, RecipeError
+from cdpo.engine.recipe import Curriculum
+from cdpo.engine.recipe_data import Data, Fetch
+from cdpo.engine.shards.lanes import LanePlan
+from cdpo.engine.shards.manifest import Manifest
+from cdpo.engine.shards.prefetch import Prefetch
+from cdpo.engine.shards.reader import ShardReaders
+from cdpo.engine.shards.remote_store import RemoteStore, default_cache, open_store
+from cdpo.engine.shards.shard_error import ShardError
+from cdpo.engine.shards.store import LocalStore
+from cdpo.engine.shards.stream import PairStream
+from shard_server import ShardServer, serving
+
+SOON = Fetch(retries=2, backoff=0.01, stall=10.0, budget=30.0, threads=0)
+
+
+@pytest.fixture(scope="module")
+def folder(small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two lanes, two tiers of 12 shards, four pairs in each."""
+    folder = tmp_path_factory.mktemp("set")
+    small.write_set(folder, 2, [48, 48], 4)
+    return folder
+
+
+@pytest.fixture
+def web(folder: Path):
+    with serving(folder) as web:
+        yield web
+
+
+@pytest.fixture
+def store(web: ShardServer, tmp_path: Path) -> RemoteStore:
+    return make_store(web, tmp_path)
+
+
+def make_store(web: ShardServer, tmp_path: Path, gib: float = 1.0, **fetch: float) -> RemoteStore:
+    spec = SOON.model_copy(update=fetch)
+    data = Data(cache=str(tmp_path / "cache"), cache_gib=gib, fetch=spec)
+    store = open_store(web.url + "/", data)
+    assert isinstance(store, RemoteStore)
+    return store
+
+
+def make_plan(manifest: Manifest, shuffle_shards: int = 2) -> LanePlan:
+    return LanePlan(
+        manifest,
+        seed=3,
+        world_size=1,
+        rank=0,
+        global_batch=4,
+        shuffle_shards=shuffle_shards,
+    )
+
+
+def pacing(steps: int = 60, steps_per_tier: int = 20) -> Pacing:
+    return Pacing(Curriculum(tiers=2, steps_per_tier=steps_per_tier), steps)
+
+
+def test_everything_is_as_in_the_folder(store: RemoteStore, web: ShardServer, folder: Path) -> None:
+    local = LocalStore(folder)
+    manifest = store.manifest()
+    assert manifest == local.manifest()
+    far, near = ShardReaders(store, manifest), ShardReaders(local, manifest)
+    far.check_present(manifest.shards)
+    for entry in manifest.shards:
+        for index in range(entry.count):
+            one, other = far.read(entry, index), near.read(entry, index)
+            assert one.meta == other.meta and np.array_equal(one.latents, other.latents)
+    assert all(web.count(entry.name) == 1 for entry in manifest.shards)
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "short", "long", "500", "drop"])
+def test_what_arrives_damaged_is_fetched_once_more(
+    store: RemoteStore, web: ShardServer, fault: str
+) -> None:
+    manifest = store.manifest()
+    entry = manifest.shards[0]
+    web.faults[entry.name] = [fault]
+    ShardReaders(store, manifest).read(entry, 0)
+    assert web.count(entry.name) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "requests"),
+    [
+        ("corrupt", "arrived damaged: sha256 .* is not the manifest's", 2),
+        ("short", "arrived truncated: .* bytes, manifest says", 2),
+        ("long", "arrived too long: over", 2),
+        ("404", "missing", 1),
+    ],
+)
+def test_a_shard_that_is_bad_at_its_source_is_named(
+    store: RemoteStore, web: ShardServer, fault: str, reason: str, requests: int
+) -> None:
+    manifest = store.manifest()
+    entry = manifest.shards[0]
+    web.faults[entry.name] = [f"{fault}*"]
+    with pytest.raises(ShardError, match=reason) as error:
+        ShardReaders(store, manifest).read(entry, 0)
+    assert error.value.shard == f"{web.url}/{entry.name}" and error.value.exit_code == 3
+    assert web.count(entry.name) == requests
+    assert not [*store.cache.folder.glob("*.tar"), *store.cache.folder.glob("*.part")]
+
+
+def test_a_copy_that_went_bad_in_the_cache_is_fetched_again(
+    store: RemoteStore, web: ShardServer
+) -> None:
+    manifest = store.manifest()
+    entry = manifest.shards[0]
+    ShardReaders(store, manifest).read(entry, 0)
+    copy = store.cache.folder / f"{entry.sha256}.tar"
+    data = bytearray(copy.read_bytes())
+    data[3000] ^= 1
+    copy.write_bytes(data)
+    ShardReaders(store, manifest).read(entry, 0)
+    assert web.count(entry.name) == 2
+
+
+def test_threads_that_wait_for_one_shard_share_its_failure(
+    store: RemoteStore, web: ShardServer
+) -> None:
+    manifest = store.manifest()
+    entry = manifest.shards[0]
+    web.faults[entry.name] = ["stall*"]
+
+    def read(_: int) -> str:
+        with pytest.raises(OutsideError) as error:
+            store.open(entry)
+        return str(error.value)
+
+    slow = store._folder._spec.model_copy(update={"stall": 0.5, "budget": 2.0})
+    store._folder._spec = slow
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(read, range(4)))) == 1
+
+
+def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served") as web:
+        store = make_store(web, tmp_path)
+        with pytest.raises(DataError, match=r"no shards at http.*manifest\.json is not there"):
+            store.manifest()
+        (tmp_path / "served" / "manifest.json").write_text('{"format_version": 9}')
+        with pytest.raises(DataError, match=r"^http.*manifest\.json: format_version is 9"):
+            store.manifest()
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    name = LocalStore(folder).manifest().shards[0].name
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served") as web:
+        for bad in ("../../etc/x.tar", "/etc/x.tar", "http://elsewhere/x.tar", "a.tar?b.tar"):
+            (tmp_path / "served" / "manifest.json").write_text(text.replace(name, bad, 1))
+            with pytest.raises(DataError, match=r"shards\.0\.name"):
+                make_store(web, tmp_path).manifest()
+
+
+def test_the_cache_lies_where_caches_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "cdpo" / "shards"
+    assert isinstance(open_store(f"file://{tmp_path}", Data()), LocalStore)
+
+
+# --------------------------------------------------------------------------------------------------
+# The stream
+
+
+def batches(stream: PairStream, steps: range, skips: tuple[int, ...] = (0, 0)) -> list[list[int]]:
+    found = [stream.next(step, skips).pair_ids.tolist() for step in steps]
+    stream.close()
+    return found
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("shards", [7, 10, 100])
+def test_a_small_cache_evicts_and_the_batches_stay_the_same(
+    folder: Path, web: ShardServer, tmp_path: Path, shards: int, threads: int
+) -> None:
+    manifest = LocalStore(folder).manifest()
+    largest = max(entry.bytes for entry in manifest.shards)
+    limit = shards * largest
+    store = make_store(web, tmp_path, limit / 2**30, threads=threads)
+    readers = ShardReaders(store, manifest)
+    stream = PairStream(make_plan(manifest), readers, pacing(), workers=2, timeout=60)
+    most = 0
+
+    def watched(step: int) -> list[int]:
+        nonlocal most
+        with store.cache._exclusive():
+            most = max(most, sum(file.size for file in store.cache._files()))
+        return stream.next(step, (0, 0)).pair_ids.tolist()
+
+    far = [watched(step) for step in range(60)]
+    stream.close()
+    near = PairStream(make_plan(manifest), ShardReaders(folder, manifest), pacing(), workers=0)
+    assert far == batches(near, range(60))
+    assert most <= limit
+    asked = [web.count(entry.name) for entry in manifest.shards]
+    assert min(asked) >= 1 and (max(asked) == 1) == (shards == 100)
+
+
+def test_what_is_fetched_ahead_is_what_will_be_read(
+    folder: Path, web: ShardServer, tmp_path: Path
+) -> None:
+    """From any step on, shards are first read in about the order in which they are fetched: none is
+    read before all of the window before its own are on the list.
+    """
+    manifest, steps, skips = LocalStore(folder).manifest(), 60, (2, 1)
+    plan = make_plan(manifest)
+    ahead = Prefetch(make_store(web, tmp_path), plan, pacing(steps))
+    assert ahead.shards_in_turns == 6
+    for start in (0, 5, 17, 19, 20, 33, 59):
+        read: list[str] = []
+        for step in range(start, steps):
+            position = pacing(steps).position(step, skips, plan.passes_begun)
+            shards = plan.locate(position).shards.tolist()
+            read += [manifest.shards[i].name for i in shards]
+        first_reads = list(dict.fromkeys(read))
+        listed = [entry.name for entry in ahead.upcoming(start, skips)]
+        assert set(first_reads) <= set(listed)
+        for place, name in enumerate(first_reads):
+            assert listed.index(name) < place + 2 * ahead.shards_in_turns
+
+
+def test_fetching_ahead_overlaps_reading(folder: Path, web: ShardServer, tmp_path: Path) -> None:
+    store = make_store(web, tmp_path, threads=2)
+    manifest = store.manifest()
+    stream = PairStream(make_plan(manifest), ShardReaders(store, manifest), pacing(), workers=1)
+    stream.next(0, (0, 0))
+    wanted = {entry.sha256 for entry in manifest.shards}
+    for _ in range(500):
+        if all(store.cache.holds(key) for key in wanted):
+            break
+        web.closing.wait(0.02)
+    assert all(store.cache.holds(key) for key in wanted)  # after a single step
+    web.faults["*"] = ["500*"]
+    assert len(batches(stream, range(60))) == 60
+
+
+def test_a_cache_too_small_for_a_window_is_refused(
+    folder: Path, web: ShardServer, tmp_path: Path
+) -> None:
+    manifest = LocalStore(folder).manifest()
+    store = make_store(web, tmp_path, 5 * manifest.shards[0].bytes / 2**30)
+    with pytest.raises(RecipeError, match=r"data\.cache_gib=.* cannot hold .* 1 processes"):
+        PairStream(make_plan(manifest), ShardReaders(store, manifest), pacing())

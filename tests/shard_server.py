@@ -1,0 +1,121 @@
+"""A web server of a folder, with the faults that networks have: real sockets, in threads."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class ShardServer(ThreadingHTTPServer):
+    """``faults[name]`` are played by the coming requests of a file, one each; a fault whose name
+    ends in ``*`` by all that follow; those of ``faults["*"]`` by any file.
+
+    Faults: a status such as ``500``; ``stall`` and ``drop``, both after half the body; ``drip``, a
+    byte at a time; ``corrupt``, ``short``, ``long``; ``redirect``, to ``redirect_to``.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, folder: Path, *, ranges: bool = True, chunk: int = 1 << 20) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.ranges, self.chunk = folder, ranges, chunk
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.redirect_to = ""
+        self.requests: list[tuple[str, int]] = []
+        """Name and first byte of every request."""
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, name: str) -> int:
+        return sum(asked == name for asked, _ in self.requests)
+
+    def next_fault(self, name: str, start: int) -> str:
+        with self._lock:
+            self.requests.append((name, start))
+            faults = self.faults[name] or self.faults["*"]
+            if not faults:
+                return "none"
+            return faults[0][:-1] if faults[0].endswith("*") else faults.pop(0)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients hang up; that is what these tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ShardServer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(span[1]) if span and self.server.ranges else 0
+        fault = self.server.next_fault(name, start)
+        path = self.server.folder / name
+        if fault.isdigit() or not path.is_file():
+            self._say(int(fault) if fault.isdigit() else 404)
+        elif fault == "redirect":
+            self._say(302, Location=self.server.redirect_to)
+        else:
+            self._send(memoryview(_damaged(path.read_bytes(), fault))[start:], start, fault)
+
+    def _say(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send(self, body: memoryview, start: int, fault: str) -> None:
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        end = len(body) // 2 if fault in ("stall", "drop") else len(body)
+        size = 1 if fault == "drip" else self.server.chunk
+        for at in range(0, end, size):
+            self.wfile.write(body[at : min(at + size, end)])
+            self.wfile.flush()
+            if fault == "drip" and self.server.closing.wait(0.05):
+                break
+        if fault == "stall":
+            self.server.closing.wait(60)
+        if fault == "drop":
+            self.server.closing.wait(0.1)  # so that the client has read what came
+        if end < len(body):
+            self.close_connection = True
+
+
+def _damaged(body: bytes, fault: str) -> bytes:
+    if fault == "corrupt":
+        middle = len(body) // 2
+        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+    return {"short": body[:-512], "long": body + bytes(512)}.get(fault, body)
+
+
+@contextmanager
+def serving(folder: Path, **options: object) -> Iterator[ShardServer]:
+    """A server of ``folder`` for the length of the block."""
+    server = ShardServer(folder, **options)  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        with contextlib.suppress(OSError):
+            server.server_close()
+        thread.join(5)
