@@ -37,6 +37,7 @@ NAMES = (
     "prepare.latents",
     "prepare.shard",
     "cache.fill",
+    "merge.shard",
 )
 
 _SYNTAX = re.compile(

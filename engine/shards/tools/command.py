@@ -18,6 +18,7 @@ from ...errors import EXIT_DATA, EXIT_OK, CdpoError
 from ...reporting.console import Terminal
 from ..manifest import load_manifest
 from .check import PROBLEMS_PER_SHARD, WORKERS, check_set
+from .merge import merge_sets
 from .show import show
 from .survey import PAIRS_PER_TIER, survey
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_check(commands)
     _add_show(commands)
+    _add_merge(commands)
     options = parser.parse_args(list(arguments))
     terminal = Terminal()
     try:
@@ -114,6 +116,47 @@ def _show(options: argparse.Namespace, terminal: Terminal) -> int:
 
         draw_sheet(options.path, manifest, options.sheet, options.prompts)
         terminal.line(f"look at: {options.sheet}")
+    return EXIT_OK
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="one set out of several",
+        description="Make one set out of several that were prepared with the same model, VAE, "
+        "reward, tiers and lanes, of different prompts or data.",
+        allow_abbrev=False,
+    )
+    command.add_argument("paths", nargs="+", metavar="path", help="folders with manifest.json")
+    command.add_argument(
+        "--into", required=True, metavar="FOLDER", help="a new folder; it appears when it is whole"
+    )
+    command.add_argument(
+        "--pairs-per-shard",
+        type=_positive,
+        metavar="N",
+        help="at most so many (as many as the largest shard that goes in)",
+    )
+    command.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace, terminal: Terminal) -> int:
+    total = sum(load_manifest(path).num_pairs for path in options.paths)
+    with terminal.progress("merge", total, unit="pairs") as progress:
+        manifest, is_new = merge_sets(
+            options.paths,
+            options.into,
+            pairs_per_shard=options.pairs_per_shard,
+            on_pairs=progress.advance,
+        )
+        progress.advance(total - progress.done)
+    if not is_new:
+        terminal.line(f"nothing to do: {options.into} is this merge")
+        return EXIT_OK
+    left_out = total - manifest.num_pairs
+    more = f", {left_out} left out so that all of a tier hold equally many" if left_out else ""
+    terminal.line(f"{manifest.num_pairs} pairs in {len(manifest.shards)} shards{more}")
+    terminal.line(f"shards: {options.into}")
     return EXIT_OK
 
 
