@@ -228,7 +228,7 @@ class RemoteFolder:
                 headers["Range"] = f"bytes={offset}-"
             file = filesystem.open(url, "rb", block_size=0, size=1, headers=headers)
             return file, offset if file.r.status == 206 else 0
-        file = filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="none")
+        file = filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead")
         file.seek(offset)
         return file, offset
 
@@ -265,13 +265,11 @@ def _filesystem(scheme: str, stall: float) -> Any:
     if scheme in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(
-            total=None, connect=stall, sock_connect=stall, sock_read=stall
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2 * stall, sock_read=2 * stall)
         # trust_env: proxies and ~/.netrc
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True, "read_bufsize": CHUNK}
     if scheme == "s3":
-        options["config_kwargs"] = {"connect_timeout": stall, "read_timeout": stall}
+        options["config_kwargs"] = {"connect_timeout": 2 * stall, "read_timeout": 2 * stall}
     return fsspec.filesystem(scheme, **options)
 
 
