@@ -256,6 +256,9 @@ class Speed(Section):
     encoders: Literal["device", "offload"] = "device"
     """Where frozen text encoders and VAE wait. `offload`: in host memory, on the GPU only while
     they encode a new prompt or draw a sample."""
+    prompt_cache_mib: NonNegativeInt = 256
+    """Memory on the device for encoded prompts, in MiB (Stable Diffusion in half precision 0.11 a
+    prompt, XL 0.3); those not used for longest make room and are encoded again when they return."""
 
 
 class Checkpoint(Section):

@@ -45,6 +45,7 @@ class Tuning:
     compile: str
     activation_checkpointing: bool
     offload_encoders: bool
+    prompt_cache_mib: int
 
     def __str__(self) -> str:
         """What is on, as a line for people: `channels_last, fused kernels, attention sdpa`."""
@@ -67,6 +68,7 @@ PLAIN = Tuning(
     compile="off",
     activation_checkpointing=False,
     offload_encoders=False,
+    prompt_cache_mib=256,
 )
 """The networks as their makers wrote them."""
 
@@ -111,6 +113,7 @@ def choose_tuning(
         compile=spec.compile if training else "off",
         activation_checkpointing=training and spec.activation_checkpointing,
         offload_encoders=spec.encoders == "offload",
+        prompt_cache_mib=spec.prompt_cache_mib,
     )
 
 
@@ -164,7 +167,10 @@ def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
 
 
 def tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
-    """Tune the VAE, and let it and the text encoders wait where the recipe says."""
+    """Tune the VAE, let it and the text encoders wait where the recipe says, and bound the memory
+    of encoded prompts.
+    """
+    backbone.limit_prompt_cache(tuning.prompt_cache_mib * 2**20)
     pipeline = backbone.pipeline
     tune(pipeline.vae, tuning)
     order_weights(tuning, pipeline.vae)

@@ -87,6 +87,9 @@ class LatentDiffusion:
     ) -> Conditioning:
         return self._text.encode(prompts, framing)
 
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        self._text.cache.budget = num_bytes
+
     def predict(
         self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:

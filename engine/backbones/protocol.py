@@ -164,6 +164,10 @@ class Backbone(Protocol):
         """Conditioning of N images by their prompts, encoded once each, and by their framing."""
         ...
 
+    def limit_prompt_cache(self, num_bytes: int) -> None:
+        """Keep at most so many bytes of encoded prompts on the device."""
+        ...
+
     def predict(
         self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:

@@ -42,15 +42,15 @@ class StableDiffusionText:
 
     def __init__(self, pipeline: StableDiffusionPipeline) -> None:
         self._pipeline = pipeline
-        self._embed = PromptCache(self._embed_anew)
+        self.cache = PromptCache(self._embed_anew)
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Framing is nothing that this family is told of."""
-        (text,) = self._embed(prompts)
+        (text,) = self.cache(prompts)
         return Conditioning(text)
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        (text,), (negative,) = self._embed(prompts), self._embed([""] * len(prompts))
+        (text,), (negative,) = self.cache(prompts), self.cache([""] * len(prompts))
         return {"prompt_embeds": text, "negative_prompt_embeds": negative}
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor]:

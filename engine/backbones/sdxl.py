@@ -74,19 +74,19 @@ class StableDiffusionXLText:
 
     def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
         self._pipeline = pipeline
-        self._embed = PromptCache(self._embed_anew)
+        self.cache = PromptCache(self._embed_anew)
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Without framing the time ids are left out: the stock pipeline makes its own."""
-        text, pooled = self._embed(prompts)
+        text, pooled = self.cache(prompts)
         extras = {"text_embeds": pooled}
         if framing is not None:
             extras["time_ids"] = time_ids(framing).to(text.device)
         return Conditioning(text, extras)
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, pooled = self._embed(prompts)
-        negative, negative_pooled = self._embed([""] * len(prompts))
+        text, pooled = self.cache(prompts)
+        negative, negative_pooled = self.cache([""] * len(prompts))
         return {
             "prompt_embeds": text,
             "pooled_prompt_embeds": pooled,

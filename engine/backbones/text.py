@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .protocol import Conditioning, Framing
 
-MAX_CACHED = 1024  # prompts; SDXL's take 0.3 MB each in half precision
+DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
+ROWS = 8  # prompts in one call of the encoders
 
 
 class TextConditioner(Protocol):
     """The text side of a family: one for each way of telling a UNet what to draw."""
+
+    cache: PromptCache
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """What the UNet is told of N images, framed as given if the family is told that."""
@@ -27,25 +30,41 @@ class TextConditioner(Protocol):
 
 
 class PromptCache:
-    """Embeddings of prompts, the newest ``MAX_CACHED`` of them, each computed once.
+    """Embeddings of prompts on the device: those used last, as many as ``budget`` bytes hold.
 
-    ``embed`` gives, for a list of N prompts, tensors with N rows each.
+    ``embed`` gives, for a list of N prompts, tensors with N rows each. It is always asked for
+    ``ROWS`` prompts at once, some of them fillers: matrix products round differently at other
+    sizes, and a prompt that is embedded again, after a restart or because it had to make room, must
+    come out as it did the first time.
     """
 
     def __init__(self, embed: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+        self.budget = DEFAULT_BUDGET
         self._embed = embed
         self._rows: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self._bytes = 0
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """The tensors of ``embed`` for these prompts, which may repeat."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        if missing:
-            rows = zip(*self._embed(missing), strict=True)
-            self._rows.update(zip(missing, rows, strict=True))
+        for start in range(0, len(missing), ROWS):
+            self._add(missing[start : start + ROWS])
         wanted = [self._rows[prompt] for prompt in prompts]
         for prompt in prompts:
             self._rows.move_to_end(prompt)
-        while len(self._rows) > MAX_CACHED:
-            self._rows.popitem(last=False)
+        while self._bytes > self.budget:
+            _, oldest = self._rows.popitem(last=False)
+            self._bytes -= _num_bytes(oldest)
         return tuple(torch.stack(column) for column in zip(*wanted, strict=True))
+
+    def _add(self, prompts: list[str]) -> None:
+        columns = self._embed(prompts + [""] * (ROWS - len(prompts)))
+        for row, prompt in enumerate(prompts):
+            # A copy: a view would keep the whole batch in memory when its neighbours have gone.
+            self._rows[prompt] = tuple(column[row].clone() for column in columns)
+            self._bytes += _num_bytes(self._rows[prompt])
+
+
+def _num_bytes(row: tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in row)

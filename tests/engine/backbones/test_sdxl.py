@@ -9,6 +9,7 @@ import torch
 from cdpo.engine.backbones import DTYPES, Framing, load_backbone
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.sdxl import time_ids
+from cdpo.engine.backbones.text import ROWS
 from cdpo.engine.recipe import Model
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.shards.sample import PairMeta, PairSample
@@ -149,7 +150,7 @@ def test_each_distinct_prompt_is_encoded_once(folder):
     )
     first = backbone.encode_prompts(PROMPTS)
     again = backbone.encode_prompts(["house", "tree"], framing(2))
-    assert sum(rows) == 3  # red apple, house, tree
+    assert rows == [ROWS] * 2  # red apple and house; tree; the rest of both are fillers
     assert torch.equal(first.text[1], again.text[0])
     assert torch.equal(first.extras["text_embeds"][1], again.extras["text_embeds"][0])
 
@@ -254,7 +255,9 @@ def test_sampling_is_the_stock_pipeline_with_ddim(shared, stock, height, width, 
     ).images
     found = shared.sample(shared.denoiser, PROMPTS, start, steps=4, guidance=guidance)
     assert found[0].size == (width, height)
-    assert np.array_equal(pixels(found), pixels(expected))
+    # Prompts are embedded in calls of one size, which round differently than the pipeline's own.
+    apart = np.abs(pixels(found).astype(int) - pixels(expected))
+    assert apart.max() <= 1 and apart.mean() < 0.01
 
 
 def test_sampling_another_network_leaves_the_backbone_alone(folder, shared):

@@ -1,8 +1,11 @@
-"""The cache of prompt embeddings: once each, rows in the order asked for, bounded."""
+"""The cache of prompt embeddings: once each, rows in the order asked for, within its budget."""
 
+import tiny
 import torch
-from cdpo.engine.backbones.text import PromptCache
+from cdpo.engine.backbones.text import ROWS, PromptCache
 from torch import Tensor
+
+ROW_BYTES = 4 + 8  # of what the embedder below gives for a prompt
 
 
 class Embedder:
@@ -12,7 +15,8 @@ class Embedder:
         self.asked: list[list[str]] = []
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        self.asked.append(prompts)
+        assert len(prompts) == ROWS
+        self.asked.append([prompt for prompt in prompts if prompt])
         lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
         return lengths, lengths.repeat(1, 2)
 
@@ -24,16 +28,58 @@ def test_rows_come_in_the_order_asked_for_and_are_embedded_once():
     assert lengths.tolist() == [[3], [1], [3]] and twice.tolist() == [[3, 3], [1, 1], [3, 3]]
     assert cache(["b", "cc"])[0].tolist() == [[1], [2]]
     assert embed.asked == [["aaa", "b"], ["cc"]]
+    assert cache([""] * 2)[0].tolist() == [[0], [0]]
 
 
-def test_the_oldest_go_first_and_a_batch_may_exceed_the_bound(monkeypatch):
-    monkeypatch.setattr("cdpo.engine.backbones.text.MAX_CACHED", 2)
+def test_more_prompts_than_a_call_takes():
+    embed = Embedder()
+    prompts = ["x" * length for length in range(1, 2 * ROWS + 4)]
+    assert PromptCache(embed)(prompts)[0][:, 0].tolist() == list(range(1, 2 * ROWS + 4))
+    assert [len(asked) for asked in embed.asked] == [ROWS, ROWS, 3]
+
+
+def test_what_was_not_used_for_longest_makes_room():
     embed = Embedder()
     cache = PromptCache(embed)
-    assert cache(["a", "bb", "ccc"])[0].tolist() == [[1], [2], [3]]
+    cache.budget = 3 * ROW_BYTES - 1
+    assert cache(["a", "bb", "ccc"])[0].tolist() == [[1], [2], [3]]  # a batch may exceed it
     cache(["bb"])  # used last now, so that `ccc` makes room
     cache(["dddd"])
     cache(["bb"])
     assert embed.asked == [["a", "bb", "ccc"], ["dddd"]]
     cache(["ccc"])
     assert embed.asked[-1] == ["ccc"]
+
+
+def test_the_budget_is_of_bytes_held():
+    cache = PromptCache(lambda prompts: (torch.zeros(len(prompts), 64, dtype=torch.float16),))
+    cache.budget = 10 * 128
+    for number in range(40):
+        cache([f"{number}", f"{number + 1}"])
+    held = [tensor for row in cache._rows.values() for tensor in row]
+    assert len(held) == 10
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 10 * 128
+
+
+def test_without_a_budget_nothing_is_kept():
+    embed = Embedder()
+    cache = PromptCache(embed)
+    cache.budget = 0
+    for _ in range(2):
+        assert cache(["a"])[0].tolist() == [[1]]
+    assert embed.asked == [["a"], ["a"]]
+
+
+def test_what_is_embedded_again_comes_out_the_same_to_the_last_bit():
+    """In whatever company: CLIP itself, through the stock pipeline."""
+    pipeline = tiny.pipeline()
+
+    def embed(prompts: list[str]) -> tuple[Tensor]:
+        return (pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0],)
+
+    kept, forgetful = PromptCache(embed), PromptCache(embed)
+    forgetful.budget = 0
+    first = kept(tiny.PROMPTS)[0]
+    for number, prompt in enumerate(tiny.PROMPTS):
+        again = forgetful([*tiny.HELDOUT[: number % 3], prompt])[0][-1]
+        assert torch.equal(again, first[number])
