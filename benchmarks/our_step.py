@@ -111,7 +111,7 @@ class OurStep:
         shard = replace(self._shard, visits=self._shard.visits + 1)
         self._shard = shard
         if not self.knobs.cached_latents:
-            shard = replace(shard, latents=self._encode_images())
+            shard = replace(shard, images=self._encode_images())
         return self._maker.make(shard)
 
     def predict(self, batch: TrainingBatch) -> Tensor:
@@ -135,7 +135,7 @@ class OurStep:
         latents = self._encode_images().to(self.knobs.latents_dtype)
         count, side = len(self.pairs), self.model.side
         return PairBatch(
-            latents=in_reach(latents, self.device),
+            images=in_reach(latents, self.device),
             prompts=self.pairs.prompts,
             pair_ids=torch.arange(count),
             visits=torch.zeros(count, dtype=torch.int64),
@@ -153,9 +153,12 @@ class LiveText:
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline = pipeline
+        self.cache = text_conditioner(pipeline).cache  # of the protocol, and never filled
 
     def encode(self, prompts: list[str], framing: Framing | None) -> Conditioning:
-        return text_conditioner(self._pipeline).encode(prompts, framing)
+        conditioner = text_conditioner(self._pipeline)
+        conditioner.cache.rows = len(set(prompts))  # without fillers
+        return conditioner.encode(prompts, framing)
 
 
 def _noise_process(

@@ -15,6 +15,7 @@ from .objectives import TrainingBatch, min_snr_weights
 from .phases import phase
 from .recipe import Recipe
 from .shards.batch import PairBatch
+from .shards.contents import Kind
 
 
 class BatchMaker:
@@ -26,11 +27,14 @@ class BatchMaker:
         backbone: Backbone,
         resolution: tuple[int, int],
         device: torch.device,
+        kind: Kind = "latents",
     ) -> None:
+        """``kind`` is what the shards hold of an image; ``resolution`` its height and width."""
         self.recipe = recipe
         self.backbone = backbone
         self.resolution = resolution
         self.device = device
+        self.kind = kind
         self._dtype = DTYPES[recipe.train.precision]
         self._weights = None
         if recipe.objective.timestep_weighting == "min_snr":
@@ -42,10 +46,11 @@ class BatchMaker:
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
         """The batch of B pairs, on the device."""
+        with phase("encode_images"):
+            latents = self._latents(pairs)
         with phase("corrupt"):
             noise = self.backbone.noise
             draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
-            latents = pairs.latents.to(self.device, non_blocking=True)
             noisy, target = noise.corrupt(latents, draw, self._dtype)
         with phase("encode_prompts"):
             framing = Framing(pairs.original_sizes, pairs.crops, self.resolution)
@@ -57,6 +62,23 @@ class BatchMaker:
                 unconditional = self.backbone.encode_prompts(nothing, framing)
         weights = None if self._weights is None else self._weights[draw.timesteps]
         return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
+
+    def _latents(self, pairs: PairBatch) -> torch.Tensor:
+        """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.
+
+        Always in PyTorch's own order of memory: policy and reference round differently in others.
+        """
+        images = pairs.images.to(self.device, non_blocking=True)
+        if self.kind == "latents":
+            return images
+        moments = self.backbone.image_moments(images) if self.kind == "raw" else images
+        if self.recipe.data.posterior == "mean":
+            return self.backbone.latents_of(moments).contiguous()
+        keys = keyed.make_keys(self.recipe.seed, Stream.POSTERIOR, pairs.pair_ids, pairs.visits)
+        channels, *size = moments.shape[1:]
+        noise = keyed.normal(keys.to(self.device), (2, channels // 2, *size))
+        noise = noise.transpose(0, 1).flatten(0, 1)
+        return self.backbone.latents_of(moments, noise).contiguous()
 
     def _drop_captions(self, pairs: PairBatch) -> list[str]:
         """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""

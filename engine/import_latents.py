@@ -1,5 +1,5 @@
-"""Second pass over an imported data set: the images of its pairs as latents, a file a part, until
-the shards are written.
+"""Second pass over an imported data set: the images of its pairs as latents, or whatever the shards
+are to hold of them, a file a part, until the shards are written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from safetensors.torch import save
 from .backbones import Backbone
 from .failpoints import failpoint
 from .import_scores import batches
-from .latents import half_latents
+from .latents import shard_images
 from .launch import Ranks
 from .reporting.console import Terminal
 from .shards.atomic import atomic_file
+from .shards.contents import Kind
 from .sources.index import Index
 from .sources.loading import load_records
 from .sources.pictures import Picture, Size
@@ -32,18 +33,26 @@ Framing = tuple[Size, Size]
 
 
 class PictureLatents:
-    """Scaled latents in fp16 of images by their number, with size and crop of the original."""
+    """Latents, moments or pixels of images by their number, with size and crop of the original."""
 
     def __init__(
-        self, folder: Path, index: Index, reader: RowReader, resolution: Size, vae: str
+        self,
+        folder: Path,
+        index: Index,
+        reader: RowReader,
+        resolution: Size,
+        vae: str,
+        kind: Kind = "latents",
     ) -> None:
         self.folder = folder
+        self.kind: Kind = kind
         self.index = index
         self.reader = reader
         self.resolution = resolution
         self.images_each = len(reader.images)
         self.made_of = {
             "vae": vae,
+            "kind": kind,
             "source": index.facts.content,
             "resolution": f"{resolution[0]}x{resolution[1]}",
         }
@@ -82,7 +91,7 @@ class PictureLatents:
         return self._unreadable(wanted, tolerance)
 
     def latents(self, image: int) -> np.ndarray:
-        """fp16 (C, h, w)."""
+        """What the shards hold of an image: fp16 (C, h, w) of latents."""
         file, row = self._find(image)
         return file.get_slice("latents")[row]
 
@@ -116,11 +125,12 @@ class PictureLatents:
                 encoded += [first + place for place in range(len(record.pictures))]
             if pictures:
                 framings += [(*picture.original, *picture.crop) for picture in pictures]
-                found = backbone.encode_images([picture.image for picture in pictures])
-                latents.append(half_latents(found.cpu(), self.reader.files.name(part.file)))
-        shape = backbone.latent_shape(self.resolution)
+                name = self.reader.files.name(part.file)
+                latents.append(
+                    shard_images(self.kind, backbone, [picture.image for picture in pictures], name)
+                )
         tensors = {
-            "latents": torch.cat([torch.zeros(0, *shape, dtype=torch.half), *latents]),
+            "latents": torch.cat(latents) if latents else torch.zeros(0),
             "framing": torch.tensor(framings, dtype=torch.int32).reshape(-1, 4),
             "images": torch.tensor(encoded, dtype=torch.int64),
         }

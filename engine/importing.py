@@ -31,6 +31,7 @@ from .recipe_file import save_resolved
 from .recipe_source import Generate, Paired
 from .reporting.console import Terminal
 from .rewards import RewardModel, load_reward
+from .shards.contents import contents_of
 from .shards.manifest import (
     Manifest,
     ModelSource,
@@ -48,6 +49,7 @@ from .sources.tolerance import Tolerance
 from .speed import tune_for_sampling
 from .tier_shards import (
     PAIR_KEYS,
+    SHARD_KEYS,
     TierShards,
     fill_tiers,
     finished_set,
@@ -107,7 +109,7 @@ class Importing:
             "model": recipe.model.model_dump(mode="json"),
             "reward": reward,
             "curriculum": recipe.curriculum.model_dump(include=PAIR_KEYS),
-            "data": recipe.data.model_dump(include={"lanes", "pairs_per_shard"}),
+            "data": recipe.data.model_dump(include=SHARD_KEYS),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -195,7 +197,8 @@ class Importing:
         """Latents of the pairs' images, and those pairs whose images could be read."""
         resolution = self.recipe.model.resolution
         folder = self.run_dir / "latents"
-        latents = PictureLatents(folder, self.index, self.reader, resolution, vae)
+        kind = self.recipe.data.format
+        latents = PictureLatents(folder, self.index, self.reader, resolution, vae, kind)
         images = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
         batch_size = self.recipe.prepare.batch_size
         lost = latents.run(backbone, images, batch_size, self.ranks, tolerance, self.terminal)
@@ -224,8 +227,10 @@ class Importing:
             )
             return meta, np.stack([latents.latents(image) for image in images])
 
-        shape = backbone.latent_shape(self.recipe.model.resolution)
-        return write_tiers(self.shards_dir, fills, sample, shape, self.ranks)
+        resolution = self.recipe.model.resolution
+        shape = backbone.latent_shape(resolution)
+        contents = contents_of(self.recipe.data.format, shape, resolution)
+        return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
 
     def _name(self, image: int) -> str:
         """An image's id or path, else file, row and place of it."""
@@ -255,6 +260,7 @@ class Importing:
         paired = captions[made.pairs["winner"] // len(self.reader.images)]
         prompts = len(np.unique(captions))
         return Manifest(
+            kind=recipe.data.format,
             created_by=__version__,
             fingerprint=self.inputs,
             seed=recipe.seed,

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     PAIR_ORDER = 11
     BOOTSTRAP = 12
     ADAPTER_DROPOUT = 13
+    POSTERIOR = 14
 
 
 def content_id(*parts: str) -> int:

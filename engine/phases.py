@@ -11,6 +11,7 @@ from torch.profiler import record_function
 
 Phase = Literal[
     "data",
+    "encode_images",
     "corrupt",
     "encode_prompts",
     "reference",

@@ -23,7 +23,7 @@ from .curriculum.pairs import Pair, PromptPairs, form_pairs
 from .errors import DataError
 from .failpoints import failpoint
 from .keyed import Stream
-from .latents import LatentStore
+from .latents import LatentStore, PixelStore
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe
@@ -32,6 +32,7 @@ from .reporting.console import Terminal
 from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .rewards import RewardModel, load_reward
 from .scoring import Scoring
+from .shards.contents import contents_of
 from .shards.manifest import (
     Manifest,
     ModelSource,
@@ -45,6 +46,7 @@ from .shards.sample import PairMeta
 from .speed import tune_for_sampling
 from .tier_shards import (
     PAIR_KEYS,
+    SHARD_KEYS,
     TierShards,
     fill_tiers,
     finished_set,
@@ -90,7 +92,7 @@ class Preparation:
                 mode="json", include={"candidates_per_prompt", "sampler", "precision"}
             ),
             "curriculum": recipe.curriculum.model_dump(include=PAIR_KEYS),
-            "data": recipe.data.model_dump(include={"lanes", "pairs_per_shard"}),
+            "data": recipe.data.model_dump(include=SHARD_KEYS),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -189,8 +191,12 @@ class Preparation:
 
     def _encode(
         self, backbone: Backbone, vae: str, images: CandidateSet, pairs: list[Pair]
-    ) -> LatentStore:
-        store = LatentStore(self.run_dir / "latents", images, vae)
+    ) -> LatentStore | PixelStore:
+        """What the shards will hold of every image that is in a pair."""
+        kind = self.recipe.data.format
+        if kind == "raw":
+            return PixelStore(images)
+        store = LatentStore(self.run_dir / "latents", images, vae, kind)
         wanted: dict[str, set[int]] = {}
         for pair in pairs:
             wanted.setdefault(pair.prompt, set()).update((pair.winner, pair.loser))
@@ -207,7 +213,7 @@ class Preparation:
         self,
         pairs: list[Pair],
         fills: list[TierShards],
-        latents: LatentStore,
+        images: LatentStore | PixelStore,
         backbone: Backbone,
     ) -> list[ShardEntry]:
         resolution = self.recipe.model.resolution
@@ -215,10 +221,11 @@ class Preparation:
         def sample(number: int) -> tuple[PairMeta, np.ndarray]:
             pair = pairs[number]
             meta = PairMeta.of_sampled(pair, resolution)
-            return meta, latents.pair(pair.prompt, pair.winner, pair.loser)
+            return meta, images.pair(pair.prompt, pair.winner, pair.loser)
 
         shape = backbone.latent_shape(resolution)
-        return write_tiers(self.shards_dir, fills, sample, shape, self.ranks)
+        contents = contents_of(self.recipe.data.format, shape, resolution)
+        return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
 
     def _manifest(
         self,
@@ -231,6 +238,7 @@ class Preparation:
     ) -> Manifest:
         recipe, outcomes = self.recipe, formed.values()
         return Manifest(
+            kind=recipe.data.format,
             created_by=__version__,
             fingerprint=self.inputs,
             seed=recipe.seed,
@@ -275,7 +283,7 @@ class Preparation:
         if rows:
             draw_contact_sheet(self.run_dir / "contact_sheet.png", rows)
         save_manifest(self.shards_dir, manifest)
-        shutil.rmtree(self.run_dir / "latents")
+        shutil.rmtree(self.run_dir / "latents", ignore_errors=True)
         self.terminal.line(f"shards: {self.shards_dir}")
         self.terminal.line(f"look at: {self.run_dir / 'contact_sheet.png'}")
 

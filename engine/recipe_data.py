@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import model_validator
+
 from .recipe_types import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -37,7 +41,20 @@ class Data(Section):
     """Independent reading lanes: the world size must divide it, and it the global batch."""
     pairs_per_shard: PositiveInt = 1000
     """Upper bound of samples in one tar."""
+    format: Literal["latents", "moments", "raw"] = "latents"
+    """What `prepare` writes of an image: `latents` (smallest), `moments` of the VAE's posterior
+    (twice that), or `raw` pixels as lossless WebP, encoded in training; `train` takes them all."""
+    posterior: Literal["mean", "sampled"] = "mean"
+    """`sampled`: every visit of a pair draws its latents from the VAE's posterior, by key (not with
+    `format: latents`, which holds means)."""
     shuffle_shards: PositiveInt = 8
     """Shards of a lane whose pairs are mixed; more mixes better and reads less in order."""
     workers: NonNegativeInt = 1
-    """Reader threads that fetch batches ahead of the step; 0 reads in the step itself."""
+    """Reader threads that fetch batches ahead of the step, for `raw` with as many processes that
+    decode; 0 reads in the step itself."""
+
+    @model_validator(mode="after")
+    def _a_posterior_is_there_to_be_sampled(self) -> Data:
+        if self.posterior == "sampled" and self.format == "latents":
+            raise ValueError("posterior=sampled needs format=moments or raw: latents hold the mean")
+        return self

@@ -34,7 +34,7 @@ MAX_BYTES = 1 << 18  # a recipe is some 10 KB; PyYAML takes seconds for a megaby
 # What a checkpoint may be resumed under: the keys that decide what a run computes. Left out are
 # those that only move, watch or speed it up, and train.steps, so that a run can be extended.
 IDENTITY = re.compile(
-    r"seed|data\.(lanes|shuffle_shards)|(model|curriculum|objective|adapter|train\.optimizer)\..+"
+    r"seed|data\.(lanes|shuffle_shards|posterior)|(model|curriculum|objective|adapter|train\.optimizer)\..+"
     r"|train\.(global_batch|warmup_steps|gradient_clip|precision|caption_dropout)"
 )
 

@@ -13,6 +13,7 @@ from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
 from .reporting.console import Terminal
+from .shards.contents import Contents
 from .shards.manifest import Manifest, ShardEntry, load_manifest
 from .shards.reader import ShardReaders
 from .shards.remote import is_remote, redact
@@ -21,6 +22,8 @@ from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 
 PAIR_KEYS = {"tiers", "difficulty", "binning", "min_score_gap", "pairs_per_prompt_per_tier"}
 """Keys of a recipe's curriculum that decide the pairs; the others order them."""
+SHARD_KEYS = {"lanes", "pairs_per_shard", "format"}
+"""Keys of a recipe's data that decide the shards of given pairs."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,13 @@ def write_tiers(
     folder: Path,
     fills: Sequence[TierShards],
     sample: Callable[[int], tuple[PairMeta, np.ndarray]],
-    latent_shape: tuple[int, int, int],
+    contents: Contents,
     ranks: Ranks,
 ) -> list[ShardEntry]:
     """Write this rank's shards; returns everybody's entries in the order of tier and number.
 
-    ``sample`` gives record and latents of the pair of a number. What the folder held before goes.
+    ``sample`` gives record and images, as ``contents`` takes them, of the pair of a number. What
+    the folder held before goes.
     """
     ranks.on_first(lambda: _clear(folder))
     shards = [(fill, index) for fill in fills for index in range(fill.plan.num_shards)]
@@ -88,7 +92,7 @@ def write_tiers(
         failpoint("prepare.shard")
         members = fill.pairs[fill.fill.members(index)]
         samples = (sample(number) for number in members.tolist())
-        own.append(write_shard(folder / fill.plan.name(index), samples, latent_shape))
+        own.append(write_shard(folder / fill.plan.name(index), samples, contents))
     entries = {entry.name: entry for part in ranks.gather(own) for entry in part}
     return [entries[fill.plan.name(index)] for fill, index in shards]
 

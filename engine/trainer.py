@@ -120,7 +120,9 @@ class Trainer:
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
-        self.batch_maker = BatchMaker(recipe, self.backbone, self.manifest.resolution, ranks.device)
+        self.batch_maker = BatchMaker(
+            recipe, self.backbone, self.manifest.resolution, ranks.device, self.manifest.kind
+        )
         self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks)
 
     def _open_stream(self) -> PairStream:
@@ -136,15 +138,24 @@ class Trainer:
         data = self.recipe.data
         stream = PairStream(
             plan,
-            ShardReaders(self.shards, self.manifest),
+            ShardReaders(self.shards, self.manifest, image_workers=data.workers),
             self.pacing,
             workers=data.workers,
             timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
+            pin=self.ranks.device.type == "cuda",
         )
         stream.check_present()
         return stream
 
     def _refuse_foreign_shards(self) -> None:
+        kind = self.manifest.kind
+        if kind == "latents" and self.recipe.data.posterior == "sampled":
+            raise DataError(
+                "data.posterior=sampled, but the shards hold the mean alone: use mean, or prepare "
+                "again with data.format=moments or raw"
+            )
+        if kind == "raw":
+            return  # pixels are nobody's
         own = self.backbone.fingerprints()["vae"]
         made_with = self.manifest.vae
         if made_with.fingerprint != own:

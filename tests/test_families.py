@@ -145,8 +145,8 @@ def rewrite(shards: Path, folder: Path, change: Callable[[PairMeta], PairMeta]) 
     entries = []
     for entry in manifest.shards:
         samples = [readers.read(entry, index) for index in range(entry.count)]
-        changed = ((change(sample.meta), sample.latents) for sample in samples)
-        entries.append(write_shard(folder / entry.name, changed, manifest.latent_shape))
+        changed = ((change(sample.meta), sample.images) for sample in samples)
+        entries.append(write_shard(folder / entry.name, changed, manifest.contents))
     save_manifest(folder, manifest.model_copy(update={"shards": tuple(entries)}))
     return folder
 

@@ -52,20 +52,30 @@ class Autoencoder:
         """Content hash of the weights."""
         return fingerprint(self.vae)
 
-    @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Latents of images of one size.
 
         They are the posterior's mean, not a sample: an image met twice has one latent, and the
         noise of the VAE's posterior is far below that of almost every timestep.
         """
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        batch = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
-        means = [
-            self.vae.encode(part.float() / 127.5 - 1).latent_dist.mean.float()
-            for part in batch.split(self._images_a_call(batch.shape[-2:]))
-        ]
-        return (torch.cat(means) - self.shift_factor) * self.scaling_factor
+        return self.latents(self.moments(pixels_of(images)))
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """The posterior of images uint8 (N, 3, H, W): mean and log variance (N, 2C, h, w)."""
+        parts = []
+        for part in pixels.to(self.vae.device).split(self._images_a_call(pixels.shape[-2:])):
+            posterior = self.vae.encode(part.float() / 127.5 - 1).latent_dist
+            parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
+        return torch.cat(parts)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of posteriors (N, 2C, h, w): the mean, or with standard normal ``noise``
+        (N, C, h, w) a sample.
+        """
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        return (z - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -89,3 +99,9 @@ class Autoencoder:
     def _images_a_call(self, resolution: Sequence[int]) -> int:
         height, width = resolution
         return max(1, MAX_PIXELS // (height * width))
+
+
+def pixels_of(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as uint8 (N, 3, H, W)."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)

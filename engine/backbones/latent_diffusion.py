@@ -82,6 +82,12 @@ class LatentDiffusion:
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         return self.vae.encode(images)
 
+    def image_moments(self, pixels: Tensor) -> Tensor:
+        return self.vae.moments(pixels)
+
+    def latents_of(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.vae.latents(moments, noise)
+
     def encode_prompts(
         self, prompts: Sequence[str], framing: Framing | None = None
     ) -> Conditioning:

@@ -155,7 +155,19 @@ class Backbone(Protocol):
         ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Scaled latents (N, C, h, w) float32 of RGB images."""
+        """Scaled latents (N, C, h, w) float32 of RGB images: the mean of the VAE's posterior."""
+        ...
+
+    def image_moments(self, pixels: Tensor) -> Tensor:
+        """The VAE's posterior of images uint8 (N, 3, H, W): mean and log variance, (N, 2C, h, w)
+        float32.
+        """
+        ...
+
+    def latents_of(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents (N, C, h, w) float32 of moments: the mean, or with standard normal
+        ``noise`` (N, C, h, w) a sample.
+        """
         ...
 
     def encode_prompts(

@@ -33,13 +33,14 @@ class PromptCache:
     """Embeddings of prompts on the device: those used last, as many as ``budget`` bytes hold.
 
     ``embed`` gives, for a list of N prompts, tensors with N rows each. It is always asked for
-    ``ROWS`` prompts at once, some of them fillers: matrix products round differently at other
+    ``rows`` prompts at once, some of them fillers: matrix products round differently at other
     sizes, and a prompt that is embedded again, after a restart or because it had to make room, must
     come out as it did the first time.
     """
 
     def __init__(self, embed: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
         self.budget = DEFAULT_BUDGET
+        self.rows = ROWS
         self._embed = embed
         self._rows: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self._bytes = 0
@@ -48,8 +49,8 @@ class PromptCache:
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """The tensors of ``embed`` for these prompts, which may repeat."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        for start in range(0, len(missing), ROWS):
-            self._add(missing[start : start + ROWS])
+        for start in range(0, len(missing), self.rows):
+            self._add(missing[start : start + self.rows])
         wanted = [self._rows[prompt] for prompt in prompts]
         for prompt in prompts:
             self._rows.move_to_end(prompt)
@@ -59,7 +60,7 @@ class PromptCache:
         return tuple(torch.stack(column) for column in zip(*wanted, strict=True))
 
     def _add(self, prompts: list[str]) -> None:
-        columns = self._embed(prompts + [""] * (ROWS - len(prompts)))
+        columns = self._embed(prompts + [""] * (self.rows - len(prompts)))
         for row, prompt in enumerate(prompts):
             # A copy: a view would keep the whole batch in memory when its neighbours have gone.
             self._rows[prompt] = tuple(column[row].clone() for column in columns)

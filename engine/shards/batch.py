@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from .sample import PairSample
 class PairBatch:
     """n pairs. What has a row an image is ``[winners; losers]``, 2n rows.
 
-    ``latents`` (2n, C, h, w) float16, scaled; ``prompts`` n captions; ``pair_ids``, ``visits`` and
-    ``tiers`` (n,) int64; ``original_sizes`` and ``crops`` (2n, 2) int64, (height, width) and
-    (top, left) in pixels, which SDXL is conditioned on.
+    ``images`` are what the shards hold of them: scaled latents (2n, C, h, w) float16, moments
+    (2n, 2C, h, w) float16, or pixels (2n, 3, H, W) uint8; ``prompts`` n captions; ``pair_ids``,
+    ``visits`` and ``tiers`` (n,) int64; ``original_sizes`` and ``crops`` (2n, 2) int64, (height,
+    width) and (top, left) in pixels, which SDXL is conditioned on.
     """
 
-    latents: torch.Tensor
+    images: torch.Tensor
     prompts: list[str]
     pair_ids: torch.Tensor
     visits: torch.Tensor
@@ -35,9 +36,10 @@ class PairBatch:
     def collate(cls, samples: Sequence[PairSample], visits: np.ndarray) -> PairBatch:
         """Put samples together in their order; ``visits`` (n,) numbers their traversals."""
         metas = [sample.meta for sample in samples]
-        both = np.stack([sample.latents for sample in samples], axis=1)
+        both = np.stack([sample.images for sample in samples], axis=1)
+        images = torch.from_numpy(both.reshape(-1, *both.shape[2:]))
         return cls(
-            latents=torch.from_numpy(both.reshape(-1, *both.shape[2:])),
+            images=images if images.is_floating_point() else images.permute(0, 3, 1, 2),
             prompts=[meta.prompt for meta in metas],
             pair_ids=torch.tensor([meta.pair_id for meta in metas], dtype=torch.int64),
             visits=torch.from_numpy(np.array(visits, dtype=np.int64)),
@@ -52,12 +54,18 @@ class PairBatch:
             raise ValueError(f"micro={micro} does not divide the {len(self)} pairs of the batch")
         return [self._part(slice(at, at + micro)) for at in range(0, len(self), micro)]
 
+    def pinned(self) -> PairBatch:
+        """The same with its images in memory that a GPU copies from while the host goes on."""
+        return replace(self, images=self.images.pin_memory())
+
     def _part(self, rows: slice) -> PairBatch:
         def images(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.unflatten(0, (2, len(self)))[:, rows].flatten(0, 1)
 
+        part = images(self.images)
+
         return PairBatch(
-            latents=images(self.latents),
+            images=part.pin_memory() if self.images.is_pinned() else part,
             prompts=self.prompts[rows],
             pair_ids=self.pair_ids[rows],
             visits=self.visits[rows],

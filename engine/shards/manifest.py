@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import DataError
 from .atomic import atomic_file
+from .contents import Contents, Kind, contents_of
 
 FORMAT_VERSION = 1  # of Manifest.format_version
 FILE_NAME = "manifest.json"
@@ -50,7 +51,9 @@ class ModelSource(Record):
 
 
 class VaeSource(ModelSource):
-    """The VAE whose latents the shards hold: a trainer with another one refuses them."""
+    """The VAE whose latents the shards hold: a trainer with another one refuses them, unless they
+    are ``raw``.
+    """
 
     scaling_factor: float
 
@@ -88,7 +91,7 @@ class Manifest(Record):
     """The table of contents of a set of shards."""
 
     format_version: Literal[1] = 1
-    kind: Literal["latents"] = "latents"
+    kind: Kind = "latents"
     """What a sample holds."""
     created_by: str
     """Version of cdpo that wrote the set."""
@@ -99,7 +102,7 @@ class Manifest(Record):
     lanes: PositiveInt
     tiers: PositiveInt
     resolution: Pixels
-    """Height and width in pixels."""
+    """Height and width of an image in pixels."""
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """(C, h, w) of one image's latents."""
     model: ModelSource
@@ -107,6 +110,11 @@ class Manifest(Record):
     reward: RewardSource
     statistics: Statistics = Statistics()
     shards: tuple[ShardEntry, ...]
+
+    @property
+    def contents(self) -> Contents:
+        """How the images of a sample are read."""
+        return contents_of(self.kind, self.latent_shape, self.resolution)
 
     @property
     def num_pairs(self) -> int:

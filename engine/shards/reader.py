@@ -11,28 +11,23 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
+from .contents import contents_of
+from .decoding import ImageProcesses
 from .manifest import Manifest, ShardEntry
-from .sample import (
-    LATENTS,
-    MAX_META_BYTES,
-    MAX_NPY_HEADER,
-    MEMBERS,
-    META,
-    PairSample,
-    decode_latents,
-    decode_meta,
-)
+from .sample import MAX_META_BYTES, META, PairSample, decode_meta
 from .shard_error import ShardError
 from .store import LocalStore, ShardStore, check_size
 from .strict_tar import SampleIndex, index_samples, read_span
+from .webp import decode_webp
 
-_META, _LATENTS = MEMBERS.index(META), MEMBERS.index(LATENTS)
+OPENED_AT_ONCE = 8  # shards: hashing leaves Python's lock alone
 
 
 class _File:
@@ -60,6 +55,7 @@ class ShardReaders:
     """The shards of one manifest, opened on demand; safe to use from several threads.
 
     ``store`` is where they lie; a folder stands for the :class:`LocalStore` of that folder.
+    ``image_workers`` processes decode the images of ``raw`` shards; 0 decodes them in ``read``.
 
     ``max_files`` bounds open files, ``max_indexes`` the shards whose headers stay in memory (about
     50 bytes a sample): at least as many as are read in turns, or each read scans a shard again.
@@ -72,9 +68,16 @@ class ShardReaders:
         *,
         max_files: int = 128,
         max_indexes: int = 1024,
+        image_workers: int = 0,
     ) -> None:
         self.store = LocalStore(store) if isinstance(store, str | Path) else store
-        self.latent_shape = manifest.latent_shape
+        self._images = (
+            ImageProcesses(image_workers) if manifest.kind == "raw" and image_workers else None
+        )
+        self.contents = contents_of(
+            manifest.kind, manifest.latent_shape, manifest.resolution, self._images or decode_webp
+        )
+        self._members = (META, *self.contents.members)
         self._max_files, self._max_indexes = max_files, max_indexes
         self._files: OrderedDict[str, _OpenShard] = OrderedDict()
         self._indexes: OrderedDict[str, SampleIndex] = OrderedDict()
@@ -103,20 +106,36 @@ class ShardReaders:
         offsets, sizes = shard.index.offsets[index], shard.index.sizes[index]
         start = int(offsets.min())
         span = read_span(shard.file.descriptor, name, start, int((offsets + sizes).max()) - start)
-        meta_start, latents_start = int(offsets[_META]) - start, int(offsets[_LATENTS]) - start
-        meta = decode_meta(span[meta_start : meta_start + int(sizes[_META])], name, key)
+        record, *files = (
+            span[at : at + size]
+            for at, size in zip((offsets - start).tolist(), sizes.tolist(), strict=True)
+        )
+        meta = decode_meta(record, name, key)
         if meta.tier != entry.tier:
             reason = f"is of tier {meta.tier}, the manifest puts this shard in tier {entry.tier}"
             raise ShardError(name, reason, key, META)
-        data = span[latents_start : latents_start + int(sizes[_LATENTS])]
-        return PairSample(meta, decode_latents(data, self.latent_shape, name, key))
+        return PairSample(meta, self.contents.decode(files, name, key))
+
+    def open_together(self, entries: Iterable[ShardEntry]) -> None:
+        """Open shards that will be read next, several at a time: each is read whole for its
+        checksum when it is new, and a resumed run starts with many new ones. Raises as ``read``.
+        """
+        with self._lock:
+            new = [entry for entry in entries if entry.name not in self._files]
+        at_once = min(OPENED_AT_ONCE, self._max_files)
+        if len(new) > 1:
+            with ThreadPoolExecutor(min(len(new), at_once), "open-shards") as pool:
+                for _ in pool.map(self._open, new):
+                    pass
 
     def keys(self, entry: ShardEntry) -> list[str]:
         """The keys of a shard's samples in order; opening it verifies its checksum."""
         return [key.decode() for key in self._open(entry).index.keys]
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Let go of all files, and of the processes that decode."""
+        if self._images is not None:
+            self._images.close()
         with self._lock:
             self._files.clear()
             self._indexes.clear()
@@ -166,7 +185,7 @@ class ShardReaders:
             _verify(file, entry, name)
             index = None
         if index is None:
-            index = index_samples(file.descriptor, name, MEMBERS, entry.count)
+            index = index_samples(file.descriptor, name, self._members, entry.count)
             self._check_sizes(index, name)
         with self._lock:
             self._verified[entry.name] = identity
@@ -174,13 +193,12 @@ class ShardReaders:
 
     def _check_sizes(self, index: SampleIndex, shard: str) -> None:
         """Refuse members too large for what they are, before anything is read or allocated."""
-        array = 4 * int(np.prod(self.latent_shape))
-        limits = {META: MAX_META_BYTES, LATENTS: array + MAX_NPY_HEADER}
         for column, member in enumerate(index.members):
-            too_large = np.flatnonzero(index.sizes[:, column] > limits[member])
+            limit = MAX_META_BYTES if member == META else self.contents.max_bytes
+            too_large = np.flatnonzero(index.sizes[:, column] > limit)
             if len(too_large):
                 size = index.sizes[too_large[0], column]
-                reason = f"{size} bytes, at most {limits[member]} expected"
+                reason = f"{size} bytes, at most {limit} expected"
                 raise ShardError(shard, reason, index.keys[too_large[0]].decode(), member)
 
 

@@ -1,14 +1,12 @@
-"""One sample of a latents shard: what its two members hold, how they are written and checked.
+"""One sample of a shard: its record, and how record and images are written and checked.
 
-`KEY.latents.npy` is float16 (2, C, h, w), the winner's scaled latents then the loser's;
-`KEY.json` is a :class:`PairMeta`. KEY is the pair's id in 16 hex digits.
+`KEY.json` is a :class:`PairMeta`, and :mod:`cdpo.engine.shards.contents` tells what lies beside it.
+KEY is the pair's id in 16 hex digits.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,19 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..curriculum.pairs import Pair
 from ..keyed import content_id
+from .contents import Contents
 from .shard_error import ShardError
 
-LATENTS = "latents.npy"
 META = "json"
-MEMBERS = (META, LATENTS)
 MAX_META_BYTES = 64 * 1024
-MAX_NPY_HEADER = 1024
-
-_NPY_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
-    rb"'shape': \(([0-9, ]{0,64})\), \}[ ]*\n"
-)
-_FLOAT16_EXPONENT = np.uint16(0x7C00)
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1)]
@@ -70,10 +60,12 @@ class PairMeta(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PairSample:
-    """A pair as it lies in a shard: ``latents`` float16 (2, C, h, w), winner first."""
+    """A pair as it lies in a shard: ``images`` (2, ...), winner first, are what the set holds of
+    them: latents, moments or pixels.
+    """
 
     meta: PairMeta
-    latents: np.ndarray
+    images: np.ndarray
 
     @property
     def pair_id(self) -> int:
@@ -102,43 +94,17 @@ def sample_key(pair_id: int) -> str:
 
 
 def encode_sample(
-    meta: PairMeta, latents: np.ndarray, latent_shape: tuple[int, int, int], shard: str
+    meta: PairMeta, images: np.ndarray, contents: Contents, shard: str
 ) -> dict[str, bytes]:
-    """Both members as bytes. ``latents`` (2, C, h, w) of any float type; what float16 cannot hold
-    (NaN, infinity, |x| > 65504) raises ShardError instead of becoming infinity.
+    """The members of a sample as bytes; ``images`` (2, ...) as ``contents`` takes them, which
+    raises ShardError for what it cannot hold.
     """
     key = sample_key(meta.pair_id)
-    if latents.shape != (2, *latent_shape):
-        reason = f"latents have shape {latents.shape}, expected {(2, *latent_shape)}"
-        raise ShardError(shard, reason, key, LATENTS)
-    with np.errstate(over="ignore"):
-        half = np.ascontiguousarray(latents, dtype=np.dtype("<f2"))
-    if not_finite(half):
-        worst = float(np.abs(latents).max())
-        raise ShardError(shard, f"latents do not fit float16 (|x| up to {worst:g})", key, LATENTS)
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, half, version=(1, 0), allow_pickle=False)
-    text = json.dumps(meta.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-    if len(text.encode()) > MAX_META_BYTES:
+    files = contents.encode(images, shard, key)
+    text = json.dumps(meta.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode()
+    if len(text) > MAX_META_BYTES:
         raise ShardError(shard, f"record is over {MAX_META_BYTES} bytes", key, META)
-    return {META: text.encode(), LATENTS: buffer.getvalue()}
-
-
-def decode_latents(
-    data: bytes, latent_shape: tuple[int, int, int], shard: str, key: str
-) -> np.ndarray:
-    """The float16 array (2, C, h, w) in npy bytes, a view of ``data``; the header is never
-    evaluated and nothing is allocated for the shape that it claims.
-    """
-    start = _npy_data_offset(data, (2, *latent_shape), shard, key)
-    expected = 4 * int(np.prod(latent_shape))
-    if len(data) - start != expected:
-        reason = f"holds {len(data) - start} bytes of data, expected {expected}"
-        raise ShardError(shard, reason, key, LATENTS)
-    latents = np.frombuffer(data, dtype="<f2", offset=start).reshape(2, *latent_shape)
-    if not_finite(latents):
-        raise ShardError(shard, "latents hold NaN or infinity", key, LATENTS)
-    return latents
+    return {META: text, **dict(zip(contents.members, files, strict=True))}
 
 
 def decode_meta(data: bytes, shard: str, key: str) -> PairMeta:
@@ -152,28 +118,3 @@ def decode_meta(data: bytes, shard: str, key: str) -> PairMeta:
     if sample_key(meta.pair_id) != key:
         raise ShardError(shard, f"pair_id {meta.pair_id} is not that of its key", key, META)
     return meta
-
-
-def not_finite(half: np.ndarray) -> bool:
-    """Whether any float16 is NaN or infinite, by its exponent bits: numpy's isfinite converts
-    float16 in software and costs more than reading the sample.
-    """
-    bits = half.view(np.uint16) & _FLOAT16_EXPONENT
-    return bool((bits == _FLOAT16_EXPONENT).any())
-
-
-def _npy_data_offset(data: bytes, shape: tuple[int, ...], shard: str, key: str) -> int:
-    """Where the array starts in ``data``, after a version 1.0 header of float16 and ``shape``."""
-    if data[:8] != b"\x93NUMPY\x01\x00" or len(data) < 10:
-        raise ShardError(shard, "is not a .npy file of version 1.0", key, LATENTS)
-    start = 10 + int.from_bytes(data[8:10], "little")
-    match = _NPY_HEADER.fullmatch(data[10:start]) if start <= MAX_NPY_HEADER else None
-    if match is None:
-        raise ShardError(shard, "has a .npy header that numpy would not write", key, LATENTS)
-    dtype, fortran, claimed = (part.decode() for part in match.groups())
-    if dtype != "<f2" or fortran != "False":
-        reason = f"is {dtype} in {'Fortran' if fortran == 'True' else 'C'} order, expected <f2 in C"
-        raise ShardError(shard, reason, key, LATENTS)
-    if [part.strip() for part in claimed.split(",")] != [str(size) for size in shape]:
-        raise ShardError(shard, f"has shape ({claimed}), expected {shape}", key, LATENTS)
-    return start

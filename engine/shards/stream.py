@@ -27,6 +27,7 @@ class PairStream:
 
     ``workers`` threads read ahead, two batches each; 0 reads inside ``next``. Whatever a thread
     raises comes out of the ``next`` whose batch it was. No wait is longer than ``timeout`` seconds.
+    ``pin`` puts the images where a GPU can copy them from by itself.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class PairStream:
         *,
         workers: int = 1,
         timeout: float = BATCH_TIMEOUT,
+        pin: bool = False,
     ) -> None:
         plan.check_stages(pacing.stages)
         self.plan, self.readers, self.pacing = plan, readers, pacing
@@ -46,6 +48,7 @@ class PairStream:
             self._prefetch = Prefetch(readers.store, plan, pacing)
             readers.keep_files(self._prefetch.shards_in_turns)
         self._timeout = timeout
+        self._pin = pin
         self._depth = DEPTH_PER_WORKER * workers
         self._pool = ThreadPoolExecutor(workers, "pair-stream") if workers else None
         self._ahead: dict[Position, Future[PairBatch]] = {}
@@ -79,11 +82,15 @@ class PairStream:
     def fetch(self, position: Position) -> PairBatch:
         """Read the batch at ``position`` now."""
         places = self.plan.locate(position)
+        self.readers.open_together(
+            self.plan.entries[shard] for shard in set(places.shards.tolist())
+        )
         samples = [
             self.readers.read(self.plan.entries[shard], sample)
             for shard, sample in zip(places.shards.tolist(), places.samples.tolist(), strict=True)
         ]
-        return PairBatch.collate(samples, places.visits)
+        batch = PairBatch.collate(samples, places.visits)
+        return batch.pinned() if self._pin else batch
 
     def close(self) -> None:
         """Stop reading ahead and let go of the files; may be called twice."""

@@ -16,6 +16,7 @@ import webdataset
 from ..errors import DataError
 from ..keyed import Permutation, Stream
 from .atomic import HashingFile, atomic_file
+from .contents import Contents
 from .manifest import ShardEntry
 from .sample import PairMeta, encode_sample, sample_key
 from .shard_error import ShardError
@@ -89,24 +90,27 @@ class ShardFill:
 def write_shard(
     path: str | Path,
     samples: Iterable[tuple[PairMeta, np.ndarray]],
-    latent_shape: tuple[int, int, int],
+    contents: Contents,
 ) -> ShardEntry:
-    """Write one tar of (record, latents (2, C, h, w)), all of one tier, and return its entry.
+    """Write one tar of (record, images (2, ...)), all of one tier, and return its entry.
+
+    ``contents`` says what the images are: latents, moments or pixels.
 
     The file appears under ``path`` when it is whole and on disk. The same samples give the same
-    bytes: no times, no owners. Raises ShardError for latents that are not finite in float16, a
-    repeated pair or a mixture of tiers, DataError when the disk is full.
+    bytes: no times, no owners. Raises ShardError for images that ``contents`` cannot hold
+    (latents that are not finite in float16), a repeated pair or a mixture of tiers, DataError when
+    the disk is full.
     """
     path = Path(path)
     tiers, keys = set(), set()
     with atomic_file(path) as file, tar_writer(file) as tar:
-        for meta, latents in samples:
+        for meta, images in samples:
             key = sample_key(meta.pair_id)
             if key in keys:
                 raise ShardError(str(path), "pair comes up twice", key)
             tiers.add(meta.tier)
             keys.add(key)
-            members = encode_sample(meta, latents, latent_shape, str(path))
+            members = encode_sample(meta, images, contents, str(path))
             tar.write({"__key__": key, **members})
         if len(tiers) != 1:
             raise ShardError(str(path), f"a shard holds pairs of one tier, got {sorted(tiers)}")

@@ -15,6 +15,7 @@ import preferences
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import webdataset
 from cdpo.engine import import_latents, import_scores, importing, tier_shards
 from cdpo.engine.errors import DataError
@@ -24,6 +25,7 @@ from cdpo.engine.recipe import Recipe
 from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
+from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
 from cdpo.engine.sources.loading import Loaded, load_records
 from cdpo.engine.sources.pictures import read_picture
@@ -172,6 +174,26 @@ def test_every_form_gives_the_same_pairs(plain, paired, ranks, tmp_path, form):
     for key in common:
         assert found[key][0] == expected[key][0]
         np.testing.assert_allclose(found[key][1], expected[key][1], rtol=2**-9, atol=1e-3)
+
+
+def test_every_format_holds_the_same_pairs(plain, paired, ranks, tiny_backbone):
+    """Moments whose mean is the latents, and pixels that have these latents."""
+    latents = {meta.pair_id: (meta, pair) for meta, pair in pairs_of(plain)}
+    for kind in ("moments", "raw"):
+        folder = run(paired(f"data.format={kind}", run=kind), ranks)
+        manifest = load_manifest(folder)
+        readers = ShardReaders(folder, manifest)
+        assert (manifest.kind, manifest.num_pairs) == (kind, len(latents))
+        for entry in manifest.shards:
+            for index in range(entry.count):
+                sample = readers.read(entry, index)
+                meta, wanted = latents[sample.pair_id]
+                assert sample.meta == meta
+                images = torch.from_numpy(sample.images.copy())
+                if kind == "raw":
+                    images = tiny_backbone.image_moments(images.permute(0, 3, 1, 2))
+                found = tiny_backbone.latents_of(images).numpy()
+                np.testing.assert_allclose(found, wanted, rtol=2**-9, atol=1e-4)
 
 
 def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_path, monkeypatch):

@@ -479,6 +479,7 @@ RUNTIME = {
     "data.cache_gib",
     *(f"data.fetch.{key}" for key in ("threads", "retries", "backoff", "stall", "budget")),
     "data.pairs_per_shard",
+    "data.format",
     "data.workers",
 }
 

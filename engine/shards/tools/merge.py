@@ -212,9 +212,9 @@ def _write_tier(
     for index in range(plan.num_shards):
         failpoint("merge.shard")
         samples = _read(pairs.places[fill.members(index)], sets)
-        records = ((sample.meta, sample.latents) for sample in samples)
-        shape = sets[0].manifest.latent_shape
-        entries.append(write_shard(folder / plan.name(index), records, shape))
+        records = ((sample.meta, sample.images) for sample in samples)
+        contents = sets[0].manifest.contents
+        entries.append(write_shard(folder / plan.name(index), records, contents))
         on_pairs(plan.count)
     return entries
 

@@ -1,8 +1,9 @@
-"""The pairs of a set as pictures, decoded by the VAE that made their latents."""
+"""The pairs of a set as pictures: raw ones, or decoded by the VAE that made their latents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from ...backbones.autoencoder import Autoencoder
 from ...backbones.pretrained import read_network
 from ...errors import OutsideError
 from ...reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from ..contents import Kind
 from ..manifest import Manifest, VaeSource, shards_by_tier
 from ..reader import ShardReaders
 from ..sample import PairSample
 from .survey import pairs_of
 
+Pictures = Callable[[PairSample], list[Image.Image]]  # winner, loser
 LOOKED_AT = 200  # pairs of a tier among which prompts with pairs in several tiers are looked for
 
 
@@ -28,9 +31,11 @@ def draw_sheet(folder: str | Path, manifest: Manifest, path: str | Path, num_pro
     Raises OutsideError when the VAE is not in a folder of this machine or has other weights now,
     ShardError for a bad shard.
     """
-    autoencoder = load_vae(manifest.vae)
+    pictures = _pixels
+    if manifest.kind != "raw":
+        pictures = partial(_decoded, load_vae(manifest.vae), manifest.kind)
     chosen = choose(folder, manifest, num_prompts)
-    draw_contact_sheet(path, [_row(pairs, autoencoder) for pairs in chosen])
+    draw_contact_sheet(path, [_row(pairs, pictures) for pairs in chosen])
 
 
 def choose(folder: str | Path, manifest: Manifest, num_prompts: int) -> list[list[PairSample]]:
@@ -64,7 +69,7 @@ def load_vae(source: VaeSource) -> Autoencoder:
     return autoencoder
 
 
-def _row(pairs: Sequence[PairSample], autoencoder: Autoencoder) -> ContactRow:
+def _row(pairs: Sequence[PairSample], pictures: Pictures) -> ContactRow:
     return ContactRow(
         prompt=pairs[0].prompt,
         images=[],
@@ -80,11 +85,15 @@ def _row(pairs: Sequence[PairSample], autoencoder: Autoencoder) -> ContactRow:
                 loser_score=pair.meta.scores[1],
             )
             for pair in pairs
-            for winner, loser in [_pictures(pair, autoencoder)]
+            for winner, loser in [pictures(pair)]
         ],
     )
 
 
-def _pictures(pair: PairSample, autoencoder: Autoencoder) -> list[Image.Image]:
-    latents = torch.from_numpy(np.array(pair.latents))  # a copy: the reader's is not writable
-    return autoencoder.decode(latents)
+def _pixels(pair: PairSample) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in pair.images]
+
+
+def _decoded(autoencoder: Autoencoder, kind: Kind, pair: PairSample) -> list[Image.Image]:
+    images = torch.from_numpy(np.array(pair.images))  # a copy: the reader's is not writable
+    return autoencoder.decode(autoencoder.latents(images) if kind == "moments" else images)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cdpo.engine.curriculum.pairs import Pair
 from cdpo.engine.keyed import content_id
+from cdpo.engine.shards.contents import ArrayContents
 from cdpo.engine.shards.manifest import (
     Manifest,
     ModelSource,
@@ -24,6 +25,7 @@ from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
 
 SHAPE = (4, 2, 2)
+CONTENTS = ArrayContents("latents", SHAPE)
 
 
 def make_meta(tier: int, number: int) -> PairMeta:
@@ -80,7 +82,7 @@ def write_set(folder: Path, lanes: int, pairs_by_tier: list[int], pairs_per_shar
         for index in range(plan.num_shards):
             chosen = [metas[member] for member in fill.members(index)]
             samples = ((meta, make_latents(meta)) for meta in chosen)
-            entries.append(write_shard(folder / plan.name(index), samples, SHAPE))
+            entries.append(write_shard(folder / plan.name(index), samples, CONTENTS))
     manifest = make_manifest(entries, lanes, len(pairs_by_tier))
     save_manifest(folder, manifest)
     return manifest
@@ -104,6 +106,7 @@ def small() -> SimpleNamespace:
     """The builders of this file."""
     return SimpleNamespace(
         shape=SHAPE,
+        contents=CONTENTS,
         meta=make_meta,
         latents=make_latents,
         manifest=make_manifest,

@@ -21,8 +21,8 @@ def test_samples_come_back_as_written(shard, small):
     for entry in manifest.shards:
         for index in range(entry.count):
             sample = readers.read(entry, index)
-            assert sample.latents.dtype == np.float16
-            assert np.array_equal(sample.latents, small.latents(sample.meta).astype(np.float16))
+            assert sample.images.dtype == np.float16
+            assert np.array_equal(sample.images, small.latents(sample.meta).astype(np.float16))
             assert sample.prompt.startswith("prompt ")
             assert sample.tier == 1
             seen.add(sample.pair_id)
@@ -59,7 +59,7 @@ def test_threads_share_the_readers(small, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda place: readers.read(*place), places))
     for sample in found:
-        assert np.array_equal(sample.latents, small.latents(sample.meta).astype(np.float16))
+        assert np.array_equal(sample.images, small.latents(sample.meta).astype(np.float16))
     assert len({sample.pair_id for sample in found}) == 40
 
 

@@ -75,7 +75,7 @@ def test_everything_is_as_in_the_folder(store: RemoteStore, web: ShardServer, fo
     for entry in manifest.shards:
         for index in range(entry.count):
             one, other = far.read(entry, index), near.read(entry, index)
-            assert one.meta == other.meta and np.array_equal(one.latents, other.latents)
+            assert one.meta == other.meta and np.array_equal(one.images, other.images)
     assert all(web.count(entry.name) == 1 for entry in manifest.shards)
 
 

@@ -44,7 +44,7 @@ def test_latents_that_lie(refused, good, small, data, reason):
 
 def test_the_largest_float16_is_finite(read_bytes, good, small):
     data = npy_header(GOOD_HEADER) + np.full(32, -65504, dtype="<f2").tobytes()
-    assert read_bytes(small.tar(changed(good, 3, data)))[1].latents.min() == -65504
+    assert read_bytes(small.tar(changed(good, 3, data)))[1].images.min() == -65504
 
 
 def test_members_too_large_for_what_they_are(refused, good, small):

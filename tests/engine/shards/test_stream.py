@@ -53,7 +53,7 @@ def open_stream(folder):
 
 def same(a, b) -> bool:
     return (
-        torch.equal(a.latents, b.latents)
+        torch.equal(a.images, b.images)
         and a.prompts == b.prompts
         and torch.equal(a.pair_ids, b.pair_ids)
         and torch.equal(a.visits, b.visits)
@@ -68,25 +68,25 @@ def run(stream, steps=range(TOTAL), skips=(0, 0, 0)):
 def test_a_batch_holds_what_the_shards_hold(open_stream, small):
     batch = open_stream().next(0, (0, 0, 0))
     assert len(batch) == len(batch.prompts) == GLOBAL_BATCH
-    assert batch.latents.dtype == torch.float16
-    assert batch.latents.shape == (2 * GLOBAL_BATCH, *small.shape)
+    assert batch.images.dtype == torch.float16
+    assert batch.images.shape == (2 * GLOBAL_BATCH, *small.shape)
     assert batch.original_sizes.tolist() == [[16, 16]] * 2 * GLOBAL_BATCH
     assert batch.crops.tolist() == [[0, 0]] * 2 * GLOBAL_BATCH
     for row, prompt in enumerate(batch.prompts):
         meta = small.meta(1, int(prompt.split()[1]))
         assert (meta.prompt, meta.pair_id) == (prompt, batch.pair_ids[row])
         winner, loser = torch.from_numpy(small.latents(meta).astype(np.float16))
-        assert torch.equal(batch.latents[row], winner)
-        assert torch.equal(batch.latents[GLOBAL_BATCH + row], loser)
+        assert torch.equal(batch.images[row], winner)
+        assert torch.equal(batch.images[GLOBAL_BATCH + row], loser)
 
 
 def test_splits_keep_winners_first(open_stream):
     batch = open_stream().next(0, (0, 0, 0))
     parts = batch.split(2)
     assert [len(part) for part in parts] == [2, 2, 2, 2]
-    winners = torch.cat([part.latents[:2] for part in parts])
-    losers = torch.cat([part.latents[2:] for part in parts])
-    assert torch.equal(torch.cat([winners, losers]), batch.latents)
+    winners = torch.cat([part.images[:2] for part in parts])
+    losers = torch.cat([part.images[2:] for part in parts])
+    assert torch.equal(torch.cat([winners, losers]), batch.images)
     assert [prompt for part in parts for prompt in part.prompts] == batch.prompts
     assert torch.equal(torch.cat([part.pair_ids for part in parts]), batch.pair_ids)
     assert same(batch.split(GLOBAL_BATCH)[0], batch)

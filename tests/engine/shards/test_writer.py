@@ -66,9 +66,9 @@ def test_a_repeated_pair_is_refused():
 def test_same_samples_same_bytes(small, tmp_path, monkeypatch):
     latents = np.arange(-16, 16, dtype=np.float32).reshape(2, *small.shape) / 3
     samples = [(small.meta(1, number), latents) for number in range(5)]
-    first = write_shard(tmp_path / "a.tar", samples, small.shape)
+    first = write_shard(tmp_path / "a.tar", samples, small.contents)
     monkeypatch.setattr(time, "time", lambda: 2e9)
-    second = write_shard(tmp_path / "b.tar", samples, small.shape)
+    second = write_shard(tmp_path / "b.tar", samples, small.contents)
     assert first.sha256 == second.sha256
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     assert first.bytes == (tmp_path / "a.tar").stat().st_size
@@ -79,7 +79,7 @@ def test_same_samples_same_bytes(small, tmp_path, monkeypatch):
 
 def test_plain_webdataset_reads_our_shards(small, tmp_path):
     metas = [small.meta(1, number) for number in range(5)]
-    write_shard(tmp_path / "a.tar", ((meta, small.latents(meta)) for meta in metas), small.shape)
+    write_shard(tmp_path / "a.tar", ((meta, small.latents(meta)) for meta in metas), small.contents)
     found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in found] == [f"{meta.pair_id:016x}" for meta in metas]
     for sample, meta in zip(found, metas, strict=True):
@@ -94,7 +94,7 @@ def test_what_float16_cannot_hold_is_refused(small, tmp_path, value):
     latents = small.latents(meta)
     latents[1, 2, 0, 1] = value
     with pytest.raises(ShardError, match="do not fit float16") as error:
-        write_shard(tmp_path / "a.tar", [(meta, latents)], small.shape)
+        write_shard(tmp_path / "a.tar", [(meta, latents)], small.contents)
     assert (error.value.key, error.value.member) == (f"{meta.pair_id:016x}", "latents.npy")
     assert list(tmp_path.iterdir()) == []
 
@@ -103,27 +103,29 @@ def test_wrong_shape_mixed_tiers_repeats_and_nothing_are_refused(small, tmp_path
     one, other = small.meta(1, 0), small.meta(2, 0)
     path = tmp_path / "a.tar"
     with pytest.raises(ShardError, match=r"shape \(2, 4, 2\), expected \(2, 4, 2, 2\)"):
-        write_shard(path, [(one, small.latents(one)[:, :, 0])], small.shape)
+        write_shard(path, [(one, small.latents(one)[:, :, 0])], small.contents)
     with pytest.raises(ShardError, match=r"one tier, got \[1, 2\]"):
-        write_shard(path, [(one, small.latents(one)), (other, small.latents(other))], small.shape)
+        write_shard(
+            path, [(one, small.latents(one)), (other, small.latents(other))], small.contents
+        )
     with pytest.raises(ShardError, match="twice"):
-        write_shard(path, [(one, small.latents(one))] * 2, small.shape)
+        write_shard(path, [(one, small.latents(one))] * 2, small.contents)
     with pytest.raises(ShardError, match=r"one tier, got \[\]"):
-        write_shard(path, [], small.shape)
+        write_shard(path, [], small.contents)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_dies_leaves_the_old_file(small, tmp_path):
     meta = small.meta(1, 0)
     path = tmp_path / "a.tar"
-    entry = write_shard(path, [(meta, small.latents(meta))], small.shape)
+    entry = write_shard(path, [(meta, small.latents(meta))], small.contents)
 
     def dying():
         yield small.meta(1, 1), small.latents(meta)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(path, dying(), small.shape)
+        write_shard(path, dying(), small.contents)
     assert path.stat().st_size == entry.bytes
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
 
@@ -135,11 +137,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small, tmp_path, monkeypatch
     monkeypatch.setattr(atomic.os, "fsync", full)
     meta = small.meta(1, 0)
     with pytest.raises(DataError, match=r"cannot write .*a\.tar: No space left on device"):
-        write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.shape)
+        write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.contents)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_one_line(small, tmp_path):
     meta = small.meta(1, 0)
     with pytest.raises(DataError, match="cannot write"):
-        write_shard(tmp_path / "absent" / "a.tar", [(meta, small.latents(meta))], small.shape)
+        write_shard(tmp_path / "absent" / "a.tar", [(meta, small.latents(meta))], small.contents)

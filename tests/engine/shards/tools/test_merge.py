@@ -27,7 +27,7 @@ def write(small, tmp_path):
             for lane in range(2):
                 samples = [(meta, small.latents(meta)) for meta in metas[lane::2]]
                 path = folder / f"tier-{tier}-{lane:06d}.tar"
-                entries.append(write_shard(path, samples, small.shape))
+                entries.append(write_shard(path, samples, small.contents))
         save_manifest(folder, small.manifest(entries, 2, len(numbers_by_tier), **changes))
         return folder
 
@@ -41,7 +41,7 @@ def contents(folder):
     samples = [
         readers.read(entry, index) for entry in manifest.shards for index in range(entry.count)
     ]
-    found = {sample.pair_id: (sample.meta, sample.latents.tobytes()) for sample in samples}
+    found = {sample.pair_id: (sample.meta, sample.images.tobytes()) for sample in samples}
     assert len(found) == len(samples)
     return found
 

@@ -7,11 +7,13 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.backbones.autoencoder import Autoencoder
+from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import VaeSource, load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.tools import sheet
 from cdpo.engine.shards.tools.command import main
 from cdpo.engine.shards.tools.survey import BINS, pairs_of, sparkline, spread, survey
+from cdpo.engine.shards.writer import write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -93,21 +95,44 @@ def test_the_sheet_shows_what_the_latents_are(pictured, tmp_path, capsys, monkey
     readers = ShardReaders(folder, load_manifest(folder))
     sample = readers.read(load_manifest(folder).shards[0], 0)
     assert (drawn[0].prompt, pair.tier) == (sample.prompt, 1)
-    winner, loser = autoencoder.decode(torch.from_numpy(sample.latents.copy()))
+    winner, loser = autoencoder.decode(torch.from_numpy(sample.images.copy()))
     assert np.array_equal(pair.winner_image, winner)
     assert np.array_equal(pair.loser_image, loser)
 
 
-def test_prompts_with_most_tiers_come_first(small, tmp_path):
-    from cdpo.engine.shards.writer import write_shard
+def test_the_sheet_of_moments_and_of_raw_images(small, pictured, tmp_path):
+    _, autoencoder = pictured
+    meta, moments = small.meta(1, 0), np.zeros((2, 8, 8, 8), np.float16)
+    moments[0, :4] = 0.5  # means; variances show in no picture
+    moments[:, 4:] = -3
+    path, source = str(tmp_path / "model"), autoencoder.fingerprint
+    decoded = autoencoder.decode(autoencoder.latents(torch.from_numpy(moments)))
+    pixels = np.stack([np.asarray(image) for image in decoded])
+    for kind, pair, vae in (("moments", moments, path), ("raw", pixels, "nowhere")):
+        entry = write_shard(
+            tmp_path / "t.tar", [(meta, pair)], contents_of(kind, (4, 8, 8), (16, 16))
+        )
+        manifest = small.manifest(
+            [entry],
+            1,
+            1,
+            kind=kind,
+            latent_shape=(4, 8, 8),
+            vae=VaeSource(path=vae, fingerprint=source, scaling_factor=0.5),
+        )
+        sheet.draw_sheet(tmp_path, manifest, tmp_path / f"{kind}.png", 1)
+    drawn = [np.asarray(Image.open(tmp_path / f"{kind}.png")) for kind in ("moments", "raw")]
+    assert np.array_equal(*drawn)
 
+
+def test_prompts_with_most_tiers_come_first(small, tmp_path):
     def shard(tier, prompts):
         metas = [
             small.meta(tier, number).model_copy(update={"prompt": prompt})
             for number, prompt in enumerate(prompts)
         ]
         samples = [(meta, small.latents(meta)) for meta in metas]
-        return write_shard(tmp_path / f"t{tier}.tar", samples, small.shape)
+        return write_shard(tmp_path / f"t{tier}.tar", samples, small.contents)
 
     manifest = small.manifest([shard(1, ["a", "b", "c"]), shard(2, ["c", "c", "b"])], 1, 2)
     chosen = sheet.choose(tmp_path, manifest, 2)

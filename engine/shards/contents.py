@@ -1,0 +1,175 @@
+"""What the samples of a set hold beside their records: latents, moments or images.
+
+The manifest's ``kind`` says which, and a trainer takes what it says:
+
+    latents   `KEY.latents.npy`: float16 (2, C, h, w), scaled latents, the posterior's mean
+    moments   `KEY.moments.npy`: float16 (2, 2C, h, w), mean and log variance as the VAE gives them
+    raw       `KEY.w.webp`, `KEY.l.webp`: images of (height, width) pixels, lossless
+
+The winner comes first everywhere. Whatever it is, a sample's arrays are one array of two rows.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from .shard_error import ShardError
+from .webp import MAX_HEADER, decode_webp, encode_webp
+
+Kind = Literal["latents", "moments", "raw"]
+DecodeImage = Callable[[bytes, tuple[int, int]], np.ndarray]
+
+MAX_NPY_HEADER = 1024
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
+    rb"'shape': \(([0-9, ]{0,64})\), \}[ ]*\n"
+)
+_FLOAT16_EXPONENT = np.uint16(0x7C00)
+
+
+class Contents(Protocol):
+    """How the two images of a pair are written and read."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Their files in a sample, in the order they are written."""
+        ...
+
+    @property
+    def max_bytes(self) -> int:
+        """The most that one of these files may take."""
+        ...
+
+    def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
+        """The files of a pair, in the order of ``members``. ShardError for what they cannot hold
+        or what has another shape.
+        """
+        ...
+
+    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+        """The pair (2, ...) in its files; ShardError naming the member that is not as declared."""
+        ...
+
+
+def contents_of(
+    kind: Kind,
+    latent_shape: tuple[int, int, int],
+    resolution: tuple[int, int],
+    decode_image: DecodeImage = decode_webp,
+) -> Contents:
+    """The contents of a set.
+
+    Args:
+        kind: as the manifest says.
+        latent_shape: (C, h, w) of one image's latents.
+        resolution: height and width of an image in pixels.
+        decode_image: what decodes the file of an image; ValueError says what is wrong with it.
+    """
+    channels, *size = latent_shape
+    if kind == "raw":
+        return ImageContents(resolution, decode_image)
+    if kind == "moments":
+        return ArrayContents("moments", (2 * channels, *size))
+    return ArrayContents("latents", latent_shape)
+
+
+class ArrayContents:
+    """One float16 array (2, *shape) for both images, in numpy's own format."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name = name
+        self.members = (f"{name}.npy",)
+        self.shape = (2, *shape)
+        self.num_bytes = 2 * int(np.prod(self.shape))
+        self.max_bytes = self.num_bytes + MAX_NPY_HEADER
+
+    def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
+        """``pair`` of any float type; what float16 cannot hold (NaN, infinity, |x| > 65504) is
+        refused instead of becoming infinity.
+        """
+        if pair.shape != self.shape:
+            reason = f"{self.name} have shape {pair.shape}, expected {self.shape}"
+            raise ShardError(shard, reason, key, self.members[0])
+        with np.errstate(over="ignore"):
+            half = np.ascontiguousarray(pair, dtype=np.dtype("<f2"))
+        if not_finite(half):
+            worst = float(np.abs(pair).max())
+            reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
+            raise ShardError(shard, reason, key, self.members[0])
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, half, version=(1, 0), allow_pickle=False)
+        return [buffer.getvalue()]
+
+    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+        """A view of the file: the header is never evaluated, and nothing is allocated for the
+        shape that it claims.
+        """
+        (data,) = files
+        start = self._data_offset(data, shard, key)
+        if len(data) - start != self.num_bytes:
+            reason = f"holds {len(data) - start} bytes of data, expected {self.num_bytes}"
+            raise ShardError(shard, reason, key, self.members[0])
+        pair = np.frombuffer(data, dtype="<f2", offset=start).reshape(self.shape)
+        if not_finite(pair):
+            raise ShardError(shard, f"{self.name} hold NaN or infinity", key, self.members[0])
+        return pair
+
+    def _data_offset(self, data: bytes, shard: str, key: str) -> int:
+        """Where the array starts, after a version 1.0 header of float16 and the shape."""
+        (member,) = self.members
+        if data[:8] != b"\x93NUMPY\x01\x00" or len(data) < 10:
+            raise ShardError(shard, "is not a .npy file of version 1.0", key, member)
+        start = 10 + int.from_bytes(data[8:10], "little")
+        match = _NPY_HEADER.fullmatch(data[10:start]) if start <= MAX_NPY_HEADER else None
+        if match is None:
+            raise ShardError(shard, "has a .npy header that numpy would not write", key, member)
+        dtype, fortran, claimed = (part.decode() for part in match.groups())
+        if dtype != "<f2" or fortran != "False":
+            order = "Fortran" if fortran == "True" else "C"
+            raise ShardError(shard, f"is {dtype} in {order} order, expected <f2 in C", key, member)
+        if [part.strip() for part in claimed.split(",")] != [str(size) for size in self.shape]:
+            raise ShardError(shard, f"has shape ({claimed}), expected {self.shape}", key, member)
+        return start
+
+
+class ImageContents:
+    """A lossless WebP for each image; as an array uint8 (2, height, width, 3)."""
+
+    members = ("w.webp", "l.webp")
+
+    def __init__(
+        self, resolution: tuple[int, int], decode_image: DecodeImage = decode_webp
+    ) -> None:
+        self.resolution = resolution
+        self._decode_image = decode_image
+        # Noise takes as much as its pixels and the codes of its 256 x 3 symbols.
+        self.max_bytes = 4 * resolution[0] * resolution[1] + MAX_HEADER
+
+    def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
+        expected = (2, *self.resolution, 3)
+        if pair.shape != expected or pair.dtype != np.uint8:
+            reason = f"images are {pair.dtype} {pair.shape}, expected uint8 {expected}"
+            raise ShardError(shard, reason, key, self.members[0])
+        return [encode_webp(image) for image in pair]
+
+    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+        pair = []
+        for member, data in zip(self.members, files, strict=True):
+            try:
+                pair.append(self._decode_image(data, self.resolution))
+            except ValueError as error:
+                raise ShardError(shard, str(error), key, member) from None
+        return np.stack(pair)
+
+
+def not_finite(half: np.ndarray) -> bool:
+    """Whether any float16 is NaN or infinite, by its exponent bits: numpy's isfinite converts
+    float16 in software and costs more than reading the sample.
+    """
+    bits = half.view(np.uint16) & _FLOAT16_EXPONENT
+    return bool((bits == _FLOAT16_EXPONENT).any())
