@@ -9,8 +9,10 @@ to the others: the largest thing in memory is its own part, a second time.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import deepspeed
@@ -107,11 +109,20 @@ def _check_names(own: Layout, layouts: list[Layout]) -> None:
         raise ValueError(f"it has no weights of {absent[0]} (and {len(absent) - 1} more)")
 
 
+def load_data(path: str | Path, **options: Any) -> Any:
+    """What torch.save wrote, if it is data: ValueError for anything that would run when loaded."""
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, weights_only=True, **options)
+    except UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # torch also tells how to turn this off
+        what = f": {found[1]}" if found else ""
+        raise ValueError(f"{Path(path).name} holds more than data{what}") from None
+
+
 def _open(folder: Path, rank: int, stage: int) -> _Partition:
     """The partition of a rank, mapped: only what is copied is read."""
-    path = _partition_file(folder, rank)
-    with torch.serialization.safe_globals(SAFE):
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    content = load_data(_partition_file(folder, rank), map_location="cpu", mmap=True)
     saved = content["optimizer_state_dict"]
     if stage == 3:
         weights, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]

@@ -12,7 +12,7 @@ import deepspeed
 
 from .failpoints import failpoint
 from .launch import Ranks
-from .resharding import read_divided_anew
+from .resharding import load_data, read_divided_anew
 from .zero_layout import Layout, layout_of, layout_path, load_layout
 
 TAG = "deepspeed"
@@ -38,6 +38,21 @@ class _Guard:
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             self.error = error
+
+
+class _OnlyData:
+    """A checkpoint engine that loads data and nothing else: DeepSpeed's own runs what is in a file,
+    and a run folder may come from somebody else.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_data(path, map_location=map_location)
 
 
 def write_partitions(engine: deepspeed.DeepSpeedEngine, folder: Path, rank: int) -> None:
@@ -104,8 +119,13 @@ def _are_divided_alike(own: Layout, folder: Path, ranks: Ranks, saved_ranks: int
 
 
 def _read_own(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    path, _ = engine.load_checkpoint(
-        str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    reader = _OnlyData(engine.checkpoint_engine)
+    engine.checkpoint_engine = reader
+    try:
+        path, _ = engine.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+    finally:
+        engine.checkpoint_engine = reader._inner
     if path is None:
         raise ValueError("DeepSpeed found nothing to load in it")
