@@ -12,7 +12,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
 from .fitting import check_schedule
-from .pretrained import read_network, reading, refuse_missing_weights
+from .pretrained import read_network, read_text_encoder, reading, refuse_missing_weights
 
 # What model_index.json may say, and the backbone that reads it.
 BACKBONES = {
@@ -20,6 +20,16 @@ BACKBONES = {
     "StableDiffusionXLPipeline": "sdxl",
     "LatentConsistencyModelPipeline": "lcm",
 }
+# What a scheduler's config says of the model's noise; the rest of it says how to sample.
+NOISE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 
 
 def load_pipeline(
@@ -50,6 +60,7 @@ def load_pipeline(
         library.utils.logging.disable_progress_bar()
     with reading(f"model.path={spec.path}", kind):
         _refuse_other_family({pipeline_class.__name__, *holding}, spec)
+        encoders = _text_encoders(spec, dtype)
     replaced = _replacements(spec, dtype)
     with reading(f"model.path={spec.path}", kind):
         pipeline = pipeline_class.from_pretrained(
@@ -57,6 +68,7 @@ def load_pipeline(
             dtype={"vae": torch.float32, "default": dtype},
             revision=spec.revision,
             variant=spec.variant,
+            **encoders,
             **replaced,
             **options,
         )
@@ -64,12 +76,24 @@ def load_pipeline(
             refuse_missing_weights(part, name)
     check_schedule(spec, pipeline.scheduler)
     with reading(f"model.path={spec.path}", f"model that {scheduler_class.__name__} can sample"):
-        # Latents are not pixels in [-1, 1], to which some folders would have them clipped.
-        pipeline.scheduler = scheduler_class.from_config(
-            pipeline.scheduler.config, clip_sample=False
-        )
+        pipeline.scheduler = sampling_with(scheduler_class, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sampling_with(scheduler_class: type[SchedulerMixin], own: SchedulerMixin) -> Any:
+    """Another scheduler on the noise schedule of a model's own, ``own``.
+
+    What a folder's config leaves out has the defaults of the scheduler that it names. Given that
+    scheduler's config, diffusers fills the same gaps with the defaults of ``scheduler_class``:
+    right for how to sample, but betas are the model's (0.0001 to 0.02 for DDIM, 0.00085 to 0.012
+    for LCM).
+    """
+    config = dict(own.config)
+    gaps = set(config.pop("_use_default_values", ())) - set(NOISE_KEYS)
+    given = {key: value for key, value in config.items() if key not in gaps}
+    # Latents are not pixels in [-1, 1], to which some folders would have them clipped.
+    return scheduler_class.from_config({**given, "clip_sample": False})
 
 
 def pipeline_name(spec: Model) -> str | None:
@@ -86,6 +110,17 @@ def _refuse_other_family(fitting: set[str], spec: Model) -> None:
         raise ValueError(
             f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
         )
+
+
+def _text_encoders(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
+    """Those of transformers, by their names in the pipeline."""
+    index = DiffusionPipeline.load_config(spec.path, revision=spec.revision)
+    classes = {name: index.get(name, (None, None)) for name in ("text_encoder", "text_encoder_2")}
+    return {
+        name: read_text_encoder(getattr(transformers, class_name), spec, name, dtype)
+        for name, (library, class_name) in classes.items()
+        if library == "transformers"
+    }
 
 
 def _replacements(spec: Model, dtype: torch.dtype) -> dict[str, Any]:

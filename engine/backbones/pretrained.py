@@ -11,8 +11,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import OutsideError
+from ..recipe import Model
 
 # What diffusers, transformers and safetensors raise over damaged or incomplete folders.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
@@ -43,6 +45,37 @@ def read_network(
             raise ValueError(f"it holds a {found}, not a {network.__name__}")
         loaded = network.from_pretrained(path, subfolder=subfolder, dtype=dtype)
         refuse_missing_weights(loaded, kind)
+    return loaded
+
+
+def read_text_encoder(
+    encoder: type[PreTrainedModel], spec: Model, name: str, dtype: torch.dtype
+) -> Any:
+    """A text encoder of ``spec.path``, from its folder ``name``.
+
+    transformers makes up the tensors that a file lacks, from random numbers, and a pipeline hides
+    that it did. Raises ValueError for them, and what transformers raises for unreadable folders.
+    """
+    place = {"subfolder": name, "revision": spec.revision, "dtype": dtype}
+
+    def read(variant: str | None) -> tuple[Any, dict[str, Any]]:
+        found: tuple[Any, dict[str, Any]] = encoder.from_pretrained(
+            spec.path, variant=variant, output_loading_info=True, **place
+        )
+        return found
+
+    try:
+        loaded, report = read(spec.variant)
+    except OSError:  # as in diffusers, a variant need not exist of every part
+        if spec.variant is None:
+            raise
+        loaded, report = read(None)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the weights of its {name} lack {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        )
     return loaded
 
 

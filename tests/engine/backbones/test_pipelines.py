@@ -1,0 +1,155 @@
+"""What a model's folder leaves out: a schedule's gaps, and tensors that nobody may make up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from cdpo.engine.backbones import load_backbone
+from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.errors import OutsideError
+from cdpo.engine.recipe import Model
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from safetensors.torch import load_file, save_file
+
+CPU = torch.device("cpu")
+LAYER = "encoder.layers.0.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sd`, `sdxl` and `lcm_unet`: not to be written to."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.pipeline().save_pretrained(folder / "sd")
+    tiny.xl_pipeline().save_pretrained(folder / "sdxl")
+    tiny.lcm_unet().save_pretrained(folder / "lcm_unet")
+    return folder
+
+
+def load(backbone: str, path: Path, **changes: object) -> LatentDiffusion:
+    spec = Model(**{"backbone": backbone, "path": str(path), "resolution": (16, 16)} | changes)
+    return load_backbone(spec, CPU)
+
+
+def with_schedule(folder: Path, made: Path, **config: object) -> Path:
+    """A copy of a model whose scheduler's config says no more than this."""
+    shutil.copytree(folder, made)
+    (made / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((made / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (made / "model_index.json").write_text(json.dumps(index))
+    return made
+
+
+@pytest.mark.parametrize("backbone", ["sd", "lcm"])
+@pytest.mark.parametrize("named", [DDIMScheduler, LCMScheduler, EulerDiscreteScheduler])
+def test_gaps_of_a_schedule_are_the_defaults_of_the_scheduler_it_names(
+    tmp_path: Path, folders: Path, backbone: str, named: type
+) -> None:
+    """Not of the one that it is sampled with: their betas run from 0.0001 or from 0.00085."""
+    own, others = named(), {DDIMScheduler: LCMScheduler, LCMScheduler: DDIMScheduler}
+    expected = own.alphas_cumprod
+    assert not torch.equal(expected, others.get(named, LCMScheduler)().alphas_cumprod)
+    path = with_schedule(folders / "sd", tmp_path / "gaps", _class_name=named.__name__)
+    unet = {"unet": str(folders / "lcm_unet")} if backbone == "lcm" else {}
+    loaded = load(backbone, path, **unet)
+
+    sampled = loaded.pipeline.scheduler
+    again = type(sampled).from_config(sampled.config)  # as at each sampling
+    assert torch.equal(sampled.alphas_cumprod, expected)
+    assert torch.equal(again.alphas_cumprod, expected)
+    alpha = loaded.noise.at(torch.arange(1000)).alpha
+    assert torch.equal(alpha, expected.double().sqrt().float())
+
+    loaded.pipeline.scheduler.save_pretrained(tmp_path / "exported")
+    exported = DDIMScheduler.from_pretrained(tmp_path / "exported")
+    assert torch.equal(exported.alphas_cumprod, expected)
+
+
+def test_what_a_schedule_says_stands_and_sampling_is_as_diffusers_fills_it_in(
+    tmp_path: Path, folders: Path
+) -> None:
+    """Euler's timesteps are spaced `linspace`, those of DDIM `leading`, where nothing is said."""
+    said = {"beta_start": 0.001, "prediction_type": "v_prediction"}
+    name = "EulerDiscreteScheduler"
+    path = with_schedule(folders / "sd", tmp_path / "said", _class_name=name, **said)
+    config = load("sd", path).pipeline.scheduler.config
+    stock = DDIMScheduler.from_config(EulerDiscreteScheduler(**said).config)
+    assert {key: config[key] for key in said} == said
+    assert config["timestep_spacing"] == stock.config["timestep_spacing"] == "leading"
+    path = with_schedule(
+        folders / "sd", tmp_path / "spaced", _class_name=name, timestep_spacing="trailing"
+    )
+    assert load("sd", path).pipeline.scheduler.config["timestep_spacing"] == "trailing"
+
+
+def drop(folder: Path, *endings: str, name: str = "model.safetensors") -> list[str]:
+    """Take tensors out of a weights file; returns the endings of their names."""
+    state = load_file(folder / name)
+    kept = {key: value for key, value in state.items() if not key.endswith(endings)}
+    assert len(kept) == len(state) - len(endings)
+    save_file(kept, folder / name, metadata={"format": "pt"})
+    return sorted(endings)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "encoder"),
+    [("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")],
+)
+def test_a_text_encoder_without_a_tensor_is_refused(
+    tmp_path: Path, folders: Path, backbone: str, encoder: str
+) -> None:
+    """transformers would make it up, from random numbers."""
+    path = shutil.copytree(folders / backbone, tmp_path / "model")
+    drop(path / encoder, f"{LAYER}.weight")
+    with pytest.raises(OutsideError) as caught:
+        load(backbone, path)
+    assert f"model.path={path} is no " in str(caught.value)
+    assert f"the weights of its {encoder} lack " in str(caught.value)
+    assert str(caught.value).endswith(f"{LAYER}.weight")
+
+
+def test_of_many_missing_tensors_three_are_named(tmp_path: Path, folders: Path) -> None:
+    path = shutil.copytree(folders / "sd", tmp_path / "model")
+    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "final_layer_norm.bias")
+    drop(path / "text_encoder", *names)
+    with pytest.raises(OutsideError, match="and 2 more$") as caught:
+        load("sd", path)
+    assert str(caught.value).count("mlp.fc") + str(caught.value).count("layer_norm") == 3
+
+
+def test_the_projection_of_the_second_encoder_may_not_be_missing(
+    tmp_path: Path, folders: Path
+) -> None:
+    path = shutil.copytree(folders / "sdxl", tmp_path / "model")
+    drop(path / "text_encoder_2", "text_projection.weight")
+    with pytest.raises(OutsideError, match=r"text_encoder_2 lack text_projection\.weight$"):
+        load("sdxl", path)
+
+
+def test_text_encoders_are_read_as_the_stock_pipeline_reads_them(
+    tmp_path: Path, folders: Path
+) -> None:
+    """From a variant where there is one of them, else from the plain file; in the precision asked
+    for.
+    """
+    path = shutil.copytree(folders / "sdxl", tmp_path / "model")
+    plain = load("sdxl", path)
+    for folder, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = path / folder / f"{name}.safetensors"
+        state = {key: value.half() for key, value in load_file(file).items()}
+        save_file(state, path / folder / f"{name}.fp16.safetensors", metadata={"format": "pt"})
+        file.unlink()
+    for part in ("text_encoder", "text_encoder_2"):
+        varied = getattr(load("sdxl", path, variant="fp16").pipeline, part).state_dict()
+        for key, value in getattr(plain.pipeline, part).state_dict().items():
+            expected = value.half().float() if part == "text_encoder" else value
+            assert torch.equal(varied[key], expected)
+    spec = Model(backbone="sdxl", path=str(folders / "sdxl"), resolution=(16, 16))
+    half = load_backbone(spec, CPU, "bf16").pipeline
+    assert half.text_encoder.dtype == half.text_encoder_2.dtype == torch.bfloat16
+    assert not half.text_encoder.training
