@@ -2,6 +2,7 @@
 
 import tiny
 import torch
+from cdpo.engine.backbones.sdxl import StableDiffusionXLText
 from cdpo.engine.backbones.text import ROWS, PromptCache
 from torch import Tensor
 
@@ -83,3 +84,17 @@ def test_what_is_embedded_again_comes_out_the_same_to_the_last_bit():
     for number, prompt in enumerate(tiny.PROMPTS):
         again = forgetful([*tiny.HELDOUT[: number % 3], prompt])[0][-1]
         assert torch.equal(again, first[number])
+
+
+def test_the_pooled_embedding_of_xl_does_not_depend_on_its_company():
+    """Its projection multiplies one row a prompt, and rounds otherwise for another number of them:
+    full fine-tuning of SDXL, resumed, went on beside its curve.
+    """
+    prompts = [*tiny.PROMPTS, *tiny.HELDOUT]
+    pipeline = tiny.xl_pipeline()
+    together = StableDiffusionXLText(pipeline).encode(prompts, None)
+    alone = StableDiffusionXLText(pipeline)
+    for index in reversed(range(len(prompts))):
+        one = alone.encode([prompts[index]], None)
+        assert torch.equal(one.text[0], together.text[index])
+        assert torch.equal(one.extras["text_embeds"][0], together.extras["text_embeds"][index])
