@@ -27,8 +27,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparison
     import cdpo.engine.preparation
-    import cdpo.engine.trainer
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (`initialize` would, for 0.8 s)
+    import cdpo.engine.trainer  # noqa: F401
 
 
 def free_port() -> int:
