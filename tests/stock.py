@@ -6,32 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+import torch
 from cdpo.engine import keyed
 from cdpo.engine.keyed import Stream, content_id
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 
-def stock_pipeline(base: Path, run: Path, form: str) -> StableDiffusionPipeline:
-    """The pipeline of `run/lora` or `run/kohya` over the base model, or of `run/merged`."""
+def stock_pipeline(base: Path, run: Path, form: str) -> DiffusionPipeline:
+    """The pipeline of `run/lora` or `run/kohya` over the base model, or of `run/merged`; of the
+    class that the folder names.
+    """
     merged = form == "merged"
-    folder = run / "merged" if merged else base
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(run / "merged" if merged else base)
     if not merged:
         pipeline.load_lora_weights(run / form)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def picture(pipeline: StableDiffusionPipeline) -> np.ndarray:
+def picture(pipeline: DiffusionPipeline) -> np.ndarray:
     """The sample row of the tiny recipe, (16, 32, 3) uint8, drawn without any code of the trainer:
     its first training and its first held-out prompt, 2 steps, guidance 2.
     """
     prompts = [tiny.PROMPTS[0], tiny.HELDOUT[0]]
     keys = keyed.make_keys(3, Stream.SAMPLE_NOISE, [content_id(prompt) for prompt in prompts])
+    noise = keyed.normal(keys, (4, 8, 8))
+    # For samplers that add noise: each image has a generator, seeded by its own first noise.
+    seeds = [content_id(row.numpy().tobytes().hex()) for row in noise]
     images = pipeline(
         prompts,
-        latents=keyed.normal(keys, (4, 8, 8)),
+        latents=noise,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=2,
         guidance_scale=2.0,
         height=16,
@@ -46,9 +52,9 @@ def drawn(run: Path, step: int) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def assert_draws_what_the_trainer_drew(base: Path, run: Path, form: str) -> None:
+def assert_draws_what_the_trainer_drew(base: Path, run: Path, form: str, step: int = 6) -> None:
     """To one of 256 levels; and the picture is another than the base model's by more than that."""
-    ours = drawn(run, 6)
+    ours = drawn(run, step)
     assert levels_apart(ours, picture(stock_pipeline(base, run, form))) <= 1
     assert levels_apart(ours, drawn(run, 0)) > 4
 
