@@ -367,6 +367,13 @@ class Recipe(Section):
                 f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the "
                 "others with diffusion_dpo or sft"
             )
+        model = self.model
+        if model.backbone == "lcm" and not (model.teacher or model.unet or model.lcm_lora):
+            raise ValueError(
+                "model.teacher is not given: consistency_dpo needs the diffusion model that "
+                f"model.path={model.path} was distilled from; if that is the diffusion model "
+                "itself, make an LCM of it with model.unet or model.lcm_lora"
+            )
         check_source(
             self.prepare.source,
             self.curriculum.difficulty,

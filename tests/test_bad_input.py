@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 from launching import ForkServer, Outcome, World
 from safetensors.torch import load_file, save_file
 
@@ -34,11 +35,15 @@ def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
         ("data.lanes=3", ["global_batch", "lanes"]),
         ("train.micro_batch=3", ["train.micro_batch=3", "1, 2, 4 or 8"]),
         ("model.backbone=lcm", ["lcm", "consistency_dpo"]),
+        (
+            "model.backbone=lcm objective.type=consistency_dpo",
+            ["model.teacher is not given", "model.unet or model.lcm_lora"],
+        ),
         ("adapter.targets=[to_qq]", ["to_qq", "to_q"]),
     ],
 )
 def test_mistyped_recipes(world: World, tmp_path: Path, override: str, texts: list[str]) -> None:
-    refused(world.train(tmp_path / "run", override), 2, *texts)
+    refused(world.train(tmp_path / "run", *override.split()), 2, *texts)
 
 
 def test_a_conflict_with_the_deepspeed_file_shows_both_values(world: World, tmp_path: Path) -> None:
@@ -71,17 +76,88 @@ def test_prepare_refuses(
     assert not (run / "shards" / "manifest.json").exists()
 
 
-def test_a_vae_that_overflows_is_found_at_prepare(world: World, tmp_path: Path) -> None:
-    """Its images would be black and all tie: the error names what to change instead."""
-    vae = tmp_path / "vae"
-    shutil.copytree(world.folder / "sd" / "vae", vae)
-    weights = vae / "diffusion_pytorch_model.safetensors"
-    state = load_file(weights)
-    state["decoder.conv_in.weight"][0, 0, 0, 0] = 7e4  # infinite in fp16
-    save_file({name: value.half() for name, value in state.items()}, weights)
+@pytest.fixture(scope="module")
+def models(world: World) -> Path:
+    """Folders of models that do not go together with the tiny one, or not with themselves."""
+    folder = world.folder / "misfits"
+    tiny.unet(in_channels=9).save_pretrained(folder / "inpainting_unet")
+    tiny.unet(cross_attention_dim=24).save_pretrained(folder / "other_text_unet")
+    tiny.vae(latent_channels=8).save_pretrained(folder / "wide_vae")
+    for name in ("unknown_prediction", "without_text"):
+        shutil.copytree(world.folder / "sd", folder / name)
+    path = folder / "unknown_prediction" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "score"}))
+    weights = folder / "without_text" / "text_encoder" / "model.safetensors"
+    state = {name: value for name, value in load_file(weights).items() if "mlp.fc1" not in name}
+    save_file(state, weights, metadata={"format": "pt"})
+    return folder
+
+
+CONSISTENCY = "model.backbone=lcm objective.type=consistency_dpo model.teacher={world}/sd"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "texts"),
+    [
+        ("model.path={world}/reward", ["model.path=", "/reward is no Stable Diffusion model: "]),
+        ("model.path={misfits}", ["/misfits is no Stable Diffusion model: ", "model_index.json"]),
+        (
+            "model.unet={misfits}/inpainting_unet",
+            ["inpainting_unet and the VAE of", "do not fit: in_channels=9, latent_channels=4"],
+        ),
+        (
+            "model.vae={misfits}/wide_vae",
+            ["wide_vae do not fit: in_channels=4, latent_channels=8"],
+        ),
+        (
+            "model.unet={misfits}/other_text_unet",
+            ["the text encoder of", "cross_attention_dim=24, embeddings of width 16"],
+        ),
+        (CONSISTENCY, ["/sd is no latent consistency model", "time_cond_proj_dim", "model.unet"]),
+        (
+            "model.path={misfits}/unknown_prediction",
+            ["DDIMScheduler has prediction_type='score'", "epsilon, v_prediction, sample"],
+        ),
+        (
+            "model.path={misfits}/without_text",
+            ["the weights of its text_encoder lack ", "mlp.fc1.bias", "mlp.fc1.weight"],
+        ),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_at_prepare(
+    world: World, models: Path, tmp_path: Path, overrides: str, texts: list[str]
+) -> None:
+    given = overrides.format(world=world.folder, misfits=models).split()
     run = tmp_path / "run"
+    refused(world.server.run("prepare", world.recipe, [f"run_dir={run}", *given]), 6, *texts)
+    assert not (run / "shards").exists() and not (run / "candidates").exists()
+
+
+def overflowing_vae(world: World, folder: Path, layer: str) -> Path:
+    """A VAE stored in fp16 with one weight that is infinite there."""
+    shutil.copytree(world.folder / "sd" / "vae", folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state[layer][0, 0, 0, 0] = 7e4
+    save_file({name: value.half() for name, value in state.items()}, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layer", "code", "texts"),
+    [
+        # Its images would be black and all tie: the error names what to change instead.
+        ("decoder.conv_in.weight", 4, ["VAE makes NaN", "model.vae"]),
+        # Its images are as they should be, its latents are not: no shard may hold them.
+        ("encoder.conv_out.weight", 3, ["latents of ", "NaN", "model.vae"]),
+    ],
+)
+def test_a_vae_that_overflows_is_found_at_prepare(
+    world: World, tmp_path: Path, layer: str, code: int, texts: list[str]
+) -> None:
+    vae, run = overflowing_vae(world, tmp_path / "vae", layer), tmp_path / "run"
     outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", f"model.vae={vae}"])
-    refused(outcome, 4, "VAE makes NaN", "model.vae")
+    refused(outcome, code, *texts)
     assert not (run / "shards" / "manifest.json").exists()
 
 
