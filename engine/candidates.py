@@ -97,7 +97,7 @@ class CandidateSampler:
         mine = list(ranks.share(missing))
         group = max(1, self.batch_size // self.count)
         with terminal.progress(label, total, done, "images") as progress:
-            for start in range(0, len(mine), group):
+            for start in ranks.until_stopped(range(0, len(mine), group)):
                 names = mine[start : start + group]
                 images = self._draw([name for name in names for _ in range(self.count)])
                 for index, name in enumerate(names):
@@ -105,7 +105,7 @@ class CandidateSampler:
                     self.images.write(name, own)
                 # Shares differ by at most one prompt, so rank 0 can speak for all.
                 progress.advance(min(len(images) * ranks.world_size, total - progress.done))
-        ranks.barrier()
+        ranks.meet()
 
     def _draw(self, prompts: list[str]) -> list[Image.Image]:
         """One image a prompt; the n-th repetition of a prompt is its candidate n."""

@@ -20,6 +20,7 @@ from PIL import Image
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
 from .exports import load_tuned, tuned_hash
+from .failpoints import failpoint
 from .keyed import Stream
 from .launch import Ranks
 from .prompts import read_prompts
@@ -151,9 +152,11 @@ class Comparison:
         """(prompts, images) float32, scored a share on each rank."""
         reward = load_reward(spec, self.ranks.device)
         own = {}
-        for prompt in self.ranks.share(prompts):
+        for prompt in self.ranks.until_stopped(self.ranks.share(prompts)):
             drawn = images.read(prompt)
             own[prompt] = reward.score(drawn, [prompt] * len(drawn))
+            failpoint("compare.scored")
+        self.ranks.meet()
         scores = {prompt: row for part in self.ranks.gather(own) for prompt, row in part.items()}
         return np.stack([scores[prompt] for prompt in prompts])
 

@@ -52,6 +52,6 @@ class OutsideError(CdpoError):
 
 
 class StopRequested(CdpoError):
-    """The run was asked to stop (SIGTERM, SIGINT) and left a committed checkpoint behind."""
+    """The run was asked to stop, and what it has done is committed: all ranks leave together."""
 
     exit_code = EXIT_STOPPED

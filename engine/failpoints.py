@@ -1,7 +1,8 @@
 """Named places where a test may make the process die, the disk fill up or a loss go bad.
 
 ``CDPO_FAILPOINT=name:action``, with action ``kill`` (SIGKILL to itself), ``term`` (SIGTERM),
-``enospc`` (OSError as if the disk were full) or one that the place itself plays (``nan``).
+``stall`` (wait for ever), ``enospc`` (OSError as if the disk were full) or one that the place
+itself plays (``nan``).
 ``name@3:action`` acts at the third passage, ``name@3+:action`` from the third on, and
 ``name:action/rank1`` on that rank alone; several are joined by commas. Unset, a fail-point costs
 one dictionary look-up. Every name is listed here, and a test holds the list against the code.
@@ -13,6 +14,7 @@ import errno
 import os
 import re
 import signal
+import threading
 from collections import Counter
 
 NAMES = (
@@ -28,16 +30,20 @@ NAMES = (
     "checkpoint.before_prune",
     "checkpoint.pruned",
     "checkpoint.divided",
+    "train.start",
+    "train.sample",
     "train.step",
     "train.loss",
     "export.published",
     "prepare.candidates",
     "prepare.part",
+    "prepare.scoring",
     "prepare.scored",
     "prepare.latents",
     "prepare.shard",
     "cache.fill",
     "merge.shard",
+    "compare.scored",
 )
 
 _SYNTAX = re.compile(
@@ -76,6 +82,8 @@ def _act(action: str) -> str | None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    if action == "stall":
+        threading.Event().wait()
     if action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return action

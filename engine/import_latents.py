@@ -82,12 +82,12 @@ class PictureLatents:
         done = total - sum(len(wanted[number]) for number in missing)
         own = tolerance.copy()
         with terminal.progress("encode", total, done, "images") as progress:
-            for number in ranks.share(missing):
+            for number in ranks.until_stopped(ranks.share(missing)):
                 self._encode_part(backbone, number, wanted[number], batch_size, own)
                 failpoint("prepare.latents")
                 encoded = len(wanted[number]) * ranks.world_size
                 progress.advance(min(encoded, total - progress.done))
-        ranks.barrier()
+        ranks.meet()
         return self._unreadable(wanted, tolerance)
 
     def latents(self, image: int) -> np.ndarray:

@@ -55,7 +55,7 @@ class ImportScoring:
         """
         if not self.ranks.on_first(lambda: self._is_of_source(self.table_path)):
             self._score_missing(reward, resolution, batch_size, tolerance.copy(), terminal)
-            self.ranks.barrier()
+            self.ranks.meet()
             self.ranks.on_first(self._merge)
         table = pq.read_table(self.table_path, columns=["score", "problem"])
         for problem in table.column("problem").drop_null().to_pylist():
@@ -78,7 +78,7 @@ class ImportScoring:
         sizes = np.diff(self.index.starts) * self.images_each
         total, done = int(sizes.sum()), int(sizes.sum() - sizes[missing].sum())
         with terminal.progress("score", total, done, "images") as progress:
-            for number in self.ranks.share(missing):
+            for number in self.ranks.until_stopped(self.ranks.share(missing)):
                 self._score_part(number, reward, resolution, batch_size, tolerance)
                 failpoint("prepare.part")
                 scored = int(sizes[number]) * self.ranks.world_size

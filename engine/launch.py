@@ -15,24 +15,32 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .errors import EXIT_OUTSIDE, CdpoError, OutsideError, RecipeError
+from .errors import (
+    EXIT_OUTSIDE,
+    EXIT_STOPPED,
+    CdpoError,
+    OutsideError,
+    RecipeError,
+    StopRequested,
+)
 from .recipe import Recipe
 from .recipe_file import parse_command_line
 from .reporting.console import Terminal
+from .stopping import StopSignal
 
+Item = TypeVar("Item")
 SECONDS_BEFORE_SPEAKING = 3.0
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+STOPPING = "cdpo/stopping"  # key in the store that all ranks share
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    stop: StopSignal = field(default_factory=StopSignal)
+    """Whether this rank has been asked to stop."""
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +108,34 @@ class Ranks:
         """This rank's part of some items: every world-size-th, so parts differ by at most one."""
         return items[self.rank :: self.world_size]
 
+    def until_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, until any rank is asked to stop; between two of them is a safe point.
+
+        Whoever stops early goes where all ranks meet next, with what it has done kept there.
+        """
+        for item in items:
+            if self._why_stop():
+                return
+            yield item
+
+    def meet(self) -> None:
+        """Wait until every rank is here. Raises StopRequested on all if any was asked to stop."""
+        if reason := self.asked_to_stop():
+            raise StopRequested(
+                f"stopped on request ({reason}); the same command goes on from there"
+            )
+
+    def asked_to_stop(self) -> str:
+        """Why the ranks are to stop, or nothing; all ask together, and get the same answer."""
+        return next(filter(None, self.gather(self._why_stop())), "")
+
+    def _why_stop(self) -> str:
+        """Known without waiting for anybody: ranks leave word in the store they have in common."""
+        if self.stop.requested or self.world_size == 1:
+            return self.stop.reason
+        store = dist.distributed_c10d._get_default_store()
+        return store.get(STOPPING).decode() if store.check([STOPPING]) else ""
+
 
 def run_verb(
     verb: str,
@@ -116,8 +154,15 @@ def run_verb(
         if asked.dry_run and dry_run is not None:
             dry_run(asked.world_size or int(os.environ.get("WORLD_SIZE", "1")), recipe, terminal)
             return
-        with joined_ranks(recipe.train.threads) as ranks, run_lock(ranks, Path(recipe.run_dir)):
+        with (
+            stop_signal(recipe.cluster.grace_seconds) as stop,
+            joined_ranks(recipe.train.threads, recipe.cluster.timeout_minutes, stop) as ranks,
+            run_lock(ranks, Path(recipe.run_dir)),
+        ):
             main(ranks, recipe, terminal)
+    except StopRequested as error:  # on all ranks together
+        terminal.error(str(error))
+        leave(error.exit_code)
     except CdpoError as error:
         if not terminal.enabled:
             # Mostly rank 0 fails alike and speaks for all, and the launcher ends this rank while it
@@ -133,6 +178,37 @@ def run_verb(
         leave(EXIT_OUTSIDE)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if not _is_of_a_collective(error):
+            raise
+        time.sleep(SECONDS_BEFORE_SPEAKING)  # a peer that failed has said why, and ends this one
+        rank = os.environ.get("RANK", "0")
+        reason = str(error).strip().split("\n")[0]
+        Terminal().error(
+            f"rank {rank} has lost the others, or waited for them longer than "
+            f"cluster.timeout_minutes={recipe.cluster.timeout_minutes:g}: {reason}"
+        )
+        leave(EXIT_OUTSIDE)
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Gloo raises plain RuntimeErrors, which name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def stop_signal(grace: float) -> StopSignal:
+    """What watches for requests to stop; too long after one it ends the process."""
+
+    def overdue(reason: str) -> None:
+        rank = os.environ.get("RANK", "0")
+        Terminal().error(
+            f"rank {rank} came to no safe point within cluster.grace_seconds={grace:g} of the "
+            f"request to stop ({reason}): it leaves with what is committed, from which the same "
+            "command goes on"
+        )
+        leave(EXIT_STOPPED)
+
+    return StopSignal(grace, overdue, watch_parent="LOCAL_RANK" in os.environ)
 
 
 def leave(code: int) -> None:
@@ -143,8 +219,13 @@ def leave(code: int) -> None:
 
 
 @contextmanager
-def joined_ranks(threads: int = 0) -> Iterator[Ranks]:
-    """Join the process group the launcher describes, or make a group of one."""
+def joined_ranks(
+    threads: int = 0, timeout_minutes: float = 30.0, stop: StopSignal | None = None
+) -> Iterator[Ranks]:
+    """Join the process group the launcher describes, or make a group of one.
+
+    No rank waits for another longer than ``timeout_minutes``.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -163,9 +244,13 @@ def joined_ranks(threads: int = 0) -> Iterator[Ranks]:
     if world_size == 1:
         for name, value in _group_of_one().items():
             os.environ.setdefault(name, value)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    stop = stop or StopSignal()
+    store = dist.distributed_c10d._get_default_store()
+    stop.announce_by(lambda reason: store.set(STOPPING, reason))
     try:
-        yield Ranks(rank, world_size, local_rank, device)
+        yield Ranks(rank, world_size, local_rank, device, stop)
     finally:
         # On an error peers may be waiting in a collective; tearing down would join them.
         if sys.exc_info()[0] is None:
@@ -175,6 +260,15 @@ def joined_ranks(threads: int = 0) -> Iterator[Ranks]:
 def local_world_size(world_size: int) -> int:
     """Ranks on this machine, as the launcher says; all of them where it does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+
+
+def bound_waits(timeout_minutes: float) -> None:
+    """Give the groups of ranks that libraries have made since the limit of our own.
+
+    A new group has PyTorch's default instead, 10 minutes on GPUs and 30 on CPUs.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 def _group_of_one() -> dict[str, str]:
@@ -215,28 +309,6 @@ def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.close()
-
-
-class StopSignal:
-    """SIGTERM (a scheduler's preemption) and SIGINT as a wish, granted between two steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: do not insist on a checkpoint
-        self.requested = True
 
 
 def quieten_libraries() -> None:

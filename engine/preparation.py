@@ -202,11 +202,11 @@ class Preparation:
             wanted.setdefault(pair.prompt, set()).update((pair.winner, pair.loser))
         total = sum(len(candidates) for candidates in wanted.values())
         with self.terminal.progress("encode", total, 0, "images") as progress:
-            for prompt in self.ranks.share(sorted(wanted)):
+            for prompt in self.ranks.until_stopped(self.ranks.share(sorted(wanted))):
                 chosen = sorted(wanted[prompt])
                 store.encode(backbone, prompt, chosen, self.recipe.prepare.batch_size)
                 progress.advance(min(len(chosen) * self.ranks.world_size, total - progress.done))
-        self.ranks.barrier()
+        self.ranks.meet()
         return store
 
     def _write(

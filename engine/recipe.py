@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .recipe_adapter import Adapter, Export, check_exports
+from .recipe_cluster import Cluster
 from .recipe_data import Data
 from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
@@ -331,6 +332,8 @@ class Recipe(Section):
     """A plain DeepSpeed JSON file; what the recipe decides is filled in."""
     checkpoint: Checkpoint = Checkpoint()
     """Snapshots."""
+    cluster: Cluster = Cluster()
+    """Waiting and leaving."""
     monitor: Monitor = Monitor()
     """Trackers."""
     export: Export = Export()

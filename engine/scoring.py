@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from .candidates import CandidateSet
 from .errors import DataError
+from .failpoints import failpoint
 from .keyed import content_id
 from .launch import Ranks
 from .reporting.console import Terminal
@@ -61,20 +62,24 @@ class Scoring:
         total = len(prompts) * per_prompt
         self.parts.mkdir(parents=True, exist_ok=True)
         mine = list(self.ranks.share(missing))
+        scores: dict[str, np.ndarray] = {}
         with terminal.progress("score", total, total - len(missing) * per_prompt) as progress:
-            for start in range(0, len(mine), PROMPTS_PER_PART):
-                chunk = mine[start : start + PROMPTS_PER_PART]
-                scores = {}
-                for prompt in chunk:
-                    own = images.read(prompt)
-                    scores[prompt] = checked_scores(
-                        reward.score(own, [prompt] * len(own)), len(own)
-                    )
-                    progress.advance(per_prompt * self.ranks.world_size)
-                name = f"part-{self.ranks.rank:04d}-{content_id(*chunk):016x}.parquet"
-                self._write(self.parts / name, scores)
-        self.ranks.barrier()
+            for prompt in self.ranks.until_stopped(mine):
+                own = images.read(prompt)
+                scores[prompt] = checked_scores(reward.score(own, [prompt] * len(own)), len(own))
+                progress.advance(per_prompt * self.ranks.world_size)
+                if len(scores) == PROMPTS_PER_PART:
+                    self._write_part(scores)
+                    scores = {}
+                failpoint("prepare.scoring")
+        if scores:
+            self._write_part(scores)
+        self.ranks.meet()
         return self.ranks.on_first(lambda: self._merge(prompts))
+
+    def _write_part(self, scores: dict[str, np.ndarray]) -> None:
+        name = f"part-{self.ranks.rank:04d}-{content_id(*scores):016x}.parquet"
+        self._write(self.parts / name, scores)
 
     def _merge(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         scores = self.done()

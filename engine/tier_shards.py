@@ -88,11 +88,12 @@ def write_tiers(
     ranks.on_first(lambda: _clear(folder))
     shards = [(fill, index) for fill in fills for index in range(fill.plan.num_shards)]
     own = []
-    for fill, index in ranks.share(shards):
+    for fill, index in ranks.until_stopped(ranks.share(shards)):
         failpoint("prepare.shard")
         members = fill.pairs[fill.fill.members(index)]
         samples = (sample(number) for number in members.tolist())
         own.append(write_shard(folder / fill.plan.name(index), samples, contents))
+    ranks.meet()
     entries = {entry.name: entry for part in ranks.gather(own) for entry in part}
     return [entries[fill.plan.name(index)] for fill, index in shards]
 

@@ -28,7 +28,7 @@ from .errors import CdpoError, DataError, NumericsError, RecipeError, StopReques
 from .exports import Exports
 from .failpoints import failpoint
 from .keyed import Stream
-from .launch import Ranks, StopSignal
+from .launch import Ranks, bound_waits
 from .networks import build_networks
 from .objectives import Loss, build_objective
 from .phases import phase
@@ -66,6 +66,7 @@ class Trainer:
     pacing: Pacing
     # where the run stands
     cursor: Cursor
+    came_from: Cursor
     skipped_in_a_row: int
     # what it leaves behind
     checkpoints: CheckpointStore
@@ -85,10 +86,11 @@ class Trainer:
         self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
         self.manifest = ranks.on_first(self.shards.manifest)
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
-        self.cursor = Cursor.start(self.pacing)
+        self.cursor = self.came_from = Cursor.start(self.pacing)
         self.skipped_in_a_row = 0
         self.stream = self._open_stream()
 
+        failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self._refuse_foreign_shards()
         objective = build_objective(recipe.objective)
@@ -100,6 +102,7 @@ class Trainer:
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
+        bound_waits(recipe.cluster.timeout_minutes)
         order_weights(self.tuning, networks.policy, *networks.frozen)
 
         self.checkpoints = CheckpointStore(
@@ -195,7 +198,7 @@ class Trainer:
         """Go to the newest checkpoint, if there is one; whether there was."""
         cursor = self.checkpoints.load_newest(self._read_checkpoint)
         if cursor is not None:
-            self.cursor = cursor
+            self.cursor = self.came_from = cursor
         return cursor is not None
 
     def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
@@ -223,24 +226,27 @@ class Trainer:
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
-        with StopSignal() as stop, progress as self.progress:
+        with progress as self.progress:
             while self.cursor.step < steps:
                 self._sample_if_due()
-                pairs = self._next_pairs(stop)
+                pairs = self._next_pairs()
                 if self._take_step(pairs):
                     after_step()
                     self._checkpoint_if_due()
         self._sample_if_due()
+        if self.ranks.asked_to_stop():
+            self._stop()
         self.exports.publish(self.checkpoints.folder_of(self.cursor.step))
         self.stream.close()
 
     def _stop(self) -> None:
-        self._save()
+        if self.cursor != self.came_from:
+            self._save()
         raise StopRequested(
             f"stopped on request after step {self.cursor.step}; the same command goes on from there"
         )
 
-    def _next_pairs(self, stop: StopSignal) -> PairBatch:
+    def _next_pairs(self) -> PairBatch:
         """The pairs of the next step; all ranks learn here that one cannot go on, or is to stop."""
         failure: CdpoError | None = None
         try:
@@ -249,7 +255,7 @@ class Trainer:
         except CdpoError as error:
             failure = error
         code = failure.exit_code if failure else 0
-        code, stopping = self._highest_of_ranks(code, int(stop.requested))
+        code, stopping = self._highest_of_ranks(code, int(self.ranks.stop.requested))
         if code:
             failure = failure or DataError("another rank cannot read its shards; it says why")
             failure.exit_code = code  # all ranks leave with the same

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import keyed
 from .backbones import Backbone
+from .failpoints import failpoint
 from .keyed import Stream, content_id
 from .launch import Ranks
 from .prompts import read_prompts
@@ -50,7 +51,10 @@ class TrainingSamples:
         return self.folder / f"step-{step:08d}.png"
 
     def draw(self, policy: nn.Module, step: int) -> None:
-        """Sample on every rank (ZeRO-3 gathers for all or none), save on rank 0."""
+        """Sample on every rank (ZeRO-3 gathers for all or none), save on rank 0.
+
+        Asked to stop they leave the picture to the next start.
+        """
         shape = self.backbone.latent_shape(self.recipe.model.resolution)
         items = [content_id(prompt) for prompt in self.prompts]
         keys = keyed.make_keys(self.recipe.seed, Stream.SAMPLE_NOISE, items)
@@ -58,6 +62,9 @@ class TrainingSamples:
         sampler, batch = self.recipe.compare.sampler, self.recipe.compare.batch_size
         images: list[Image.Image] = []
         for start in range(0, len(self.prompts), batch):
+            failpoint("train.sample")
+            if self.ranks.asked_to_stop():
+                return
             images += self.backbone.sample(
                 policy,
                 self.prompts[start : start + batch],

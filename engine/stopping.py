@@ -1,0 +1,108 @@
+"""Being asked to stop: by SIGTERM (a scheduler's preemption), by SIGINT, by the launcher's death.
+
+A request is a wish, granted at the next safe point by all ranks together (:class:`.launch.Ranks`).
+It is noticed by a thread: Python runs signal handlers in the main thread, between two bytecodes,
+and that may be waiting minutes in a collective. If no safe point comes within the grace time the
+process leaves all the same; what is committed by then is what the next start goes on from.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOOK_EVERY = 0.5  # seconds between two looks at the parent
+
+
+class StopSignal:
+    """Watches for requests to stop while it is entered; ``requested`` tells, and stays true.
+
+    ``overdue(reason)`` is called in the watching thread when ``grace`` seconds have passed since
+    the request, and is to end the process. A second SIGINT raises KeyboardInterrupt, for whoever
+    insists at a terminal; a second SIGTERM changes nothing: launchers repeat it.
+
+    With ``watch_parent`` the death of the parent counts as a request. Launchers that die leave
+    their workers running, still writing; but plain processes may outlive the shell that began them.
+    """
+
+    def __init__(
+        self,
+        grace: float = 300.0,
+        overdue: Callable[[str], object] = lambda reason: None,
+        watch_parent: bool = False,
+    ) -> None:
+        self.grace = grace
+        self.reason = ""
+        self._overdue = overdue
+        self._parent = os.getppid() if watch_parent else None
+        self._announce: Callable[[str], object] | None = None
+        self._interrupts = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return bool(self.reason)
+
+    def __enter__(self) -> StopSignal:
+        self._closing = False
+        self._inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # The C handler writes the number here at once, whatever the main thread is doing.
+        self._previous_fd = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="stop signal", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._closing = True
+        self._outbox.close()  # ends the thread's wait
+        self._thread.join()
+        self._inbox.close()
+
+    def request(self, reason: str) -> None:
+        """Note a request; the first one's reason stays."""
+        self.reason = self.reason or reason
+
+    def announce_by(self, announce: Callable[[str], object]) -> None:
+        """Pass the reason of a request on by ``announce``, from the watching thread: the main one
+        may be waiting for ranks that know of nothing.
+        """
+        self._announce = announce
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        deadline: float | None = None
+        announced = False
+        while not self._closing:
+            if select.select([self._inbox], [], [], LOOK_EVERY)[0]:
+                for number in self._inbox.recv(64):
+                    if number in SIGNALS:
+                        self.request(signal.Signals(number).name)
+            if self._parent is not None and os.getppid() != self._parent:
+                self.request("the launcher has died")
+            if self.requested and deadline is None:
+                deadline = time.monotonic() + self.grace
+            if self.requested and not announced and self._announce is not None:
+                announced = True
+                with suppress(RuntimeError):  # the store has gone, and the others with it
+                    self._announce(self.reason)
+            if deadline is not None and time.monotonic() > deadline:
+                self._overdue(self.reason)
+                return
