@@ -18,7 +18,8 @@ SOURCES = sorted(
 )
 ENTRIES = {"prepare", "train", "compare", "command_line"}
 BASE = {"errors", "keyed", "phases"}
-BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_data", "recipe_source"}
+BASE |= {"recipe", "recipe_types", "recipe_adapter", "recipe_cluster", "recipe_data"}
+BASE |= {"recipe_source"}
 BASE |= {"recipe_yaml", "recipe_file"}
 BASE |= {"deepspeed_config"}
 MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards", "sources"}

@@ -106,7 +106,8 @@ def test_more_candidates_are_the_same_and_more(sampler):
 def test_ranks_share_the_prompts(sampler, drawn, ranks, monkeypatch, world_size):
     expected = run(sampler("alone"))
     drawn.clear()
-    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    monkeypatch.setattr(Ranks, "meet", lambda self: None)
+    monkeypatch.setattr(Ranks, "until_stopped", lambda self, items: items)
     shares = []
     for rank in range(world_size):
         # What a peer has finished must not be missing from this rank's point of view: they all
