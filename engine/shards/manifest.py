@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -197,7 +198,9 @@ def _canonical(manifest: Manifest, indent: int | None = None) -> bytes:
 def _read_bounded(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+            # Not MAX_BYTES at once: Python would allocate them before it reads.
+            size = os.fstat(file.fileno()).st_size
+            text = file.read(min(size, MAX_BYTES) + 1)
     except FileNotFoundError:
         what = "manifest.json is not there" if path.parent.is_dir() else "there is no such folder"
         raise DataError(f"no shards in {path.parent} ({what}): run prepare first") from None

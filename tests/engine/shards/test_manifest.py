@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 from cdpo.engine.errors import DataError
@@ -92,3 +93,13 @@ def test_a_folder_in_its_place(tmp_path):
 )
 def test_what_is_wrong_is_named(saved, edit, expected):
     assert expected in one_line(saved(edit))
+
+
+def test_reading_a_small_manifest_takes_little_memory(small, tmp_path):
+    """Found by fuzzing: the bound on its size was asked of the system at every reading."""
+    save_manifest(tmp_path, small.paper(2, {1: (2, 5)}))
+    tracemalloc.start()
+    load_manifest(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
