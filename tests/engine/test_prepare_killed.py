@@ -1,0 +1,57 @@
+"""Stage 1 on two real ranks, killed in every phase: nothing is lost, repeated or half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cdpo.engine.shards.manifest import load_manifest
+from launching import ForkServer
+
+KILLED = -9
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells that a file was not written again."""
+    found = {path.name: path.stat() for path in folder.glob("*.tar")}
+    return {name: (state.st_ino, state.st_mtime_ns) for name, state in found.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_in_every_phase(server: ForkServer, tiny_world: Path, tmp_path: Path):
+    """The same recipe goes on after each SIGKILL, and ends with the shards of an unbroken run."""
+    recipe = tiny_world / "recipe.yaml"
+
+    def prepare(run: str, failpoint: str = "") -> list[int]:
+        mine = [f"run_dir={tmp_path / run}"]
+        outcome = server.run("prepare", recipe, mine, ranks=2, env={"CDPO_FAILPOINT": failpoint})
+        assert failpoint or set(outcome.codes) == {0}, outcome.text
+        return outcome.codes
+
+    prepare("whole")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    kept: dict[str, tuple[int, int]] = {}
+    for failpoint in (
+        "prepare.candidates@1:kill/rank1",
+        "prepare.scored:kill/rank0",
+        "prepare.latents@1:kill/rank0",
+        "prepare.shard@2:kill/rank1",
+    ):
+        assert KILLED in prepare("run", failpoint), failpoint
+        assert not (run / "shards" / "manifest.json").exists()
+        now = stamps(run / "candidates")
+        assert kept.items() <= now.items(), f"candidates sampled again before {failpoint}"
+        kept = now
+    assert kept.keys() == files(whole / "candidates").keys()
+    # As a rank leaves it that dies in the middle of a shard.
+    (run / "shards" / "tier-1-000000.tar.tmp").write_bytes(b"half of one")
+    prepare("run")
+    assert stamps(run / "candidates") == kept
+    assert files(run / "candidates") == files(whole / "candidates")
+    assert files(run / "shards") == files(whole / "shards")
+    names = {entry.name for entry in load_manifest(run / "shards").shards}
+    assert {path.name for path in (run / "shards").iterdir()} == names | {"manifest.json"}
