@@ -18,6 +18,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from ..kernels import use as use_kernels
+from ..kernels.dispatch import INTERPRETED
 from ..kernels.fuse import fuse
 from .attention import Attend, choose_attention, use_attention
 from .backbones.protocol import Backbone
@@ -267,3 +269,16 @@ def _check_compiler(mode: str, device: torch.device) -> None:
 
 def _something_small(x: Tensor) -> Tensor:
     return (x * 2).sin().sum()
+
+
+def choose_kernels(mode: str, device: torch.device) -> None:
+    """Have our kernels compute as ``train.kernels`` says; RecipeError if this device cannot."""
+    if mode == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise RecipeError(
+            "train.kernels=triton needs a CUDA device: use auto or torch on a CPU, or start with "
+            "TRITON_INTERPRET=1 to run the kernels there in Triton's interpreter, slowly"
+        )
+    try:
+        use_kernels(mode)
+    except RuntimeError as error:
+        raise RecipeError(f"train.kernels={mode}: {error}") from None

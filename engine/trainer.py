@@ -15,8 +15,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ..kernels import use as use_kernels
-from ..kernels.dispatch import INTERPRETED
 from . import keyed
 from .backbones import Backbone, load_backbone
 from .batch_maker import BatchMaker
@@ -24,7 +22,7 @@ from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
-from .errors import CdpoError, DataError, NumericsError, RecipeError, StopRequested
+from .errors import CdpoError, DataError, NumericsError, StopRequested
 from .exports import Exports
 from .failpoints import failpoint
 from .keyed import Stream
@@ -43,7 +41,7 @@ from .shards.reader import ShardReaders
 from .shards.remote_store import open_store
 from .shards.store import ShardStore
 from .shards.stream import BATCH_TIMEOUT, PairStream
-from .speed import Tuning, choose_tuning, order_weights, uncompiled
+from .speed import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
 
@@ -81,7 +79,7 @@ class Trainer:
         self.run_dir = Path(recipe.run_dir)
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
-        _choose_kernels(recipe.train.kernels, ranks.device)
+        choose_kernels(recipe.train.kernels, ranks.device)
 
         self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
         self.manifest = ranks.on_first(self.shards.manifest)
@@ -390,15 +388,3 @@ class Trainer:
         highest = torch.tensor(values, dtype=torch.int32, device=self.ranks.device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return [int(value) for value in highest.tolist()]
-
-
-def _choose_kernels(mode: str, device: torch.device) -> None:
-    if mode == "triton" and device.type != "cuda" and not INTERPRETED:
-        raise RecipeError(
-            "train.kernels=triton needs a CUDA device: use auto or torch on a CPU, or start with "
-            "TRITON_INTERPRET=1 to run the kernels there in Triton's interpreter, slowly"
-        )
-    try:
-        use_kernels(mode)
-    except RuntimeError as error:
-        raise RecipeError(f"train.kernels={mode}: {error}") from None
