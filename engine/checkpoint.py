@@ -45,6 +45,8 @@ class CheckpointStore:
         self.recipe = recipe
         self.data_hash = data_hash
         self.keep = keep
+        self.passed_over: list[str] = []
+        """On rank 0, the newer checkpoints that `load_newest` found damaged, and how."""
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
@@ -172,10 +174,12 @@ class CheckpointStore:
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._put_back()
-        problems = []
+        problems: list[str] = []
         for _, folder in self._committed():
             try:
-                return folder, _verify(folder)
+                manifest = _verify(folder)
+                self.passed_over = problems
+                return folder, manifest
             except (OSError, ValueError, KeyError) as error:
                 problems.append(f"{folder.name}: {error}")
         if problems:

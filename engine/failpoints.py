@@ -41,6 +41,7 @@ NAMES = (
     "prepare.scored",
     "prepare.latents",
     "prepare.shard",
+    "shard.write",
     "cache.fill",
     "merge.shard",
     "compare.scored",

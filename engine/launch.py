@@ -90,6 +90,15 @@ class Ranks:
             if peer_error is not None:
                 raise peer_error
 
+    def together(self, work: Callable[[], object]) -> None:
+        """Run ``work`` on every rank; where any fails with a CdpoError, all raise the first's."""
+        error: CdpoError | None = None
+        try:
+            work()
+        except CdpoError as exc:
+            error = exc
+        self.agree(error)
+
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on rank 0 alone; all ranks get its result, or raise what it raised."""
         result: Any = None

@@ -145,7 +145,7 @@ class Trainer:
             timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
             pin=self.ranks.device.type == "cuda",
         )
-        stream.check_present()
+        self.ranks.together(stream.check_present)  # a shard may be missing for one rank alone
         return stream
 
     def _refuse_foreign_shards(self) -> None:
@@ -195,6 +195,8 @@ class Trainer:
     def resume(self) -> bool:
         """Go to the newest checkpoint, if there is one; whether there was."""
         cursor = self.checkpoints.load_newest(self._read_checkpoint)
+        for problem in self.checkpoints.passed_over:
+            self.terminal.warn(f"checkpoint {problem}; it is passed over")
         if cursor is not None:
             self.cursor = self.came_from = cursor
         return cursor is not None
@@ -255,9 +257,8 @@ class Trainer:
         code = failure.exit_code if failure else 0
         code, stopping = self._highest_of_ranks(code, int(self.ranks.stop.requested))
         if code:
-            failure = failure or DataError("another rank cannot read its shards; it says why")
-            failure.exit_code = code  # all ranks leave with the same
-            raise failure
+            # The launcher ends the other ranks when the first has left: all must know the reason.
+            self.ranks.agree(failure)
         if stopping:
             self._stop()
         return pairs

@@ -107,15 +107,19 @@ class World:
         failpoint: str = "",
         zero: int = 2,
         seconds: float = 120,
+        script: str | Path = "train",
+        env: Mapping[str, str] | None = None,
     ) -> Outcome:
-        """Train on the world's shards in a run folder of its own."""
+        """Train on the world's shards in a run folder of its own; ``script`` may be another that
+        does so.
+        """
         config = self.folder / f"zero{zero}.json"
         if not config.exists():
             config.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
         mine = [f"run_dir={run}", f"data.path={self.shards}", f"deepspeed={config}"]
-        env = {"CDPO_FAILPOINT": failpoint}
+        env = {"CDPO_FAILPOINT": failpoint, **(env or {})}
         return self.server.run(
-            "train", self.recipe, [*mine, *overrides], ranks=ranks, env=env, seconds=seconds
+            script, self.recipe, [*mine, *overrides], ranks=ranks, env=env, seconds=seconds
         )
 
 

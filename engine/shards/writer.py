@@ -14,6 +14,7 @@ import numpy as np
 import webdataset
 
 from ..errors import DataError
+from ..failpoints import failpoint
 from ..keyed import Permutation, Stream
 from .atomic import HashingFile, atomic_file
 from .contents import Contents
@@ -112,6 +113,7 @@ def write_shard(
             keys.add(key)
             members = encode_sample(meta, images, contents, str(path))
             tar.write({"__key__": key, **members})
+            failpoint("shard.write")
         if len(tiers) != 1:
             raise ShardError(str(path), f"a shard holds pairs of one tier, got {sorted(tiers)}")
     return ShardEntry(

@@ -1,0 +1,65 @@
+"""A disk that is really full: a small one in memory, where this system lets us mount one.
+
+Where it does not, the fail-points of tests/engine/test_resume.py play it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launching import losses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Take all but ``leave`` bytes; returns the file to remove."""
+    state = os.statvfs(disk)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - leave)
+    return ballast
+
+
+def test_in_a_checkpoint(faults, refused: Callable[..., str], disk: Path) -> None:
+    """The one before stays, and with room again the run goes on from it."""
+    run = disk / "run"
+    faults.train(run, "train.steps=2").succeeded()
+    ballast = fill(disk, leave=64 * 1024)
+    refused(faults.train(run), 5, "step-00000004 cannot be written: ")
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
+    ballast.unlink()
+    faults.train(run).succeeded()
+    assert losses(run) == faults.uninterrupted
+
+
+def test_in_prepare(faults, refused: Callable[..., str], disk: Path) -> None:
+    """No manifest is there until the set is whole; with room again it is the same set."""
+    run = disk / "run"
+    ballast = fill(disk, leave=256 * 1024)
+    refused(faults.prepare(run), 3, str(run), "No space left on device")
+    assert not (run / "shards" / "manifest.json").exists()
+    ballast.unlink()
+    faults.prepare(run).succeeded()
+    made, whole = (
+        {p.name: p.read_bytes() for p in f.iterdir()} for f in (run / "shards", faults.world.shards)
+    )
+    assert made == whole
