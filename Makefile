@@ -46,6 +46,7 @@ unit: .venv/installed-test
 
 bench: .venv/installed
 	python benchmarks/compile_report.py
+	python benchmarks/bench_data.py --out runs/bench/data.json
 	python benchmarks/bench_kernels.py $(BENCH_KERNELS)
 	python benchmarks/bench_step.py $(BENCH_STEP) --history benchmarks/results/history.jsonl
 

@@ -10,12 +10,14 @@ import torch
 
 from . import keyed
 from .backbones import DTYPES, Backbone, Framing
+from .errors import DataError
 from .keyed import Stream
 from .objectives import TrainingBatch, min_snr_weights
 from .phases import phase
 from .recipe import Recipe
 from .shards.batch import PairBatch
 from .shards.contents import Kind
+from .shards.manifest import Manifest
 
 
 class BatchMaker:
@@ -87,3 +89,19 @@ class BatchMaker:
         )
         dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
         return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
+
+
+def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone) -> None:
+    """DataError where a run cannot train on what the shards hold."""
+    if manifest.kind == "latents" and recipe.data.posterior == "sampled":
+        raise DataError(
+            "data.posterior=sampled, but the shards hold the mean alone: use mean, or prepare "
+            "again with data.format=moments or raw"
+        )
+    own, made_with = backbone.fingerprints()["vae"], manifest.vae
+    if manifest.kind != "raw" and made_with.fingerprint != own:
+        raise DataError(
+            f"the shards were made with another VAE ({made_with.path}, "
+            f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
+            "again with this model, or name that VAE as model.vae"
+        )

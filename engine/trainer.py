@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from . import keyed
 from .backbones import Backbone, load_backbone
-from .batch_maker import BatchMaker
+from .batch_maker import BatchMaker, refuse_foreign_shards
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
@@ -90,7 +90,7 @@ class Trainer:
 
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
-        self._refuse_foreign_shards()
+        refuse_foreign_shards(recipe, self.manifest, self.backbone)
         objective = build_objective(recipe.objective)
         stage = int(config["zero_optimization"]["stage"])
         self.tuning = choose_tuning(
@@ -147,24 +147,6 @@ class Trainer:
         )
         self.ranks.together(stream.check_present)  # a shard may be missing for one rank alone
         return stream
-
-    def _refuse_foreign_shards(self) -> None:
-        kind = self.manifest.kind
-        if kind == "latents" and self.recipe.data.posterior == "sampled":
-            raise DataError(
-                "data.posterior=sampled, but the shards hold the mean alone: use mean, or prepare "
-                "again with data.format=moments or raw"
-            )
-        if kind == "raw":
-            return  # pixels are nobody's
-        own = self.backbone.fingerprints()["vae"]
-        made_with = self.manifest.vae
-        if made_with.fingerprint != own:
-            raise DataError(
-                f"the shards were made with another VAE ({made_with.path}, "
-                f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
-                "again with this model, or name that VAE as model.vae"
-            )
 
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""

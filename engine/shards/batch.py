@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .sample import PairSample
+from .sample import PairMeta
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class PairBatch:
         return len(self.prompts)
 
     @classmethod
-    def collate(cls, samples: Sequence[PairSample], visits: np.ndarray) -> PairBatch:
-        """Put samples together in their order; ``visits`` (n,) numbers their traversals."""
-        metas = [sample.meta for sample in samples]
-        both = np.stack([sample.images for sample in samples], axis=1)
-        images = torch.from_numpy(both.reshape(-1, *both.shape[2:]))
+    def collate(
+        cls, metas: Sequence[PairMeta], images: np.ndarray, visits: np.ndarray
+    ) -> PairBatch:
+        """Put n pairs together: their records, ``images`` (2, n, ...), winners first, and the
+        numbers of their traversals, ``visits`` (n,).
+        """
+        rows = torch.from_numpy(images).flatten(0, 1)
         return cls(
-            images=images if images.is_floating_point() else images.permute(0, 3, 1, 2),
+            images=rows if rows.is_floating_point() else rows.permute(0, 3, 1, 2),
             prompts=[meta.prompt for meta in metas],
             pair_ids=torch.tensor([meta.pair_id for meta in metas], dtype=torch.int64),
             visits=torch.from_numpy(np.array(visits, dtype=np.int64)),

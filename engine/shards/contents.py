@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -22,14 +22,14 @@ from .shard_error import ShardError
 from .webp import MAX_HEADER, decode_webp, encode_webp
 
 Kind = Literal["latents", "moments", "raw"]
-DecodeImage = Callable[[bytes, tuple[int, int]], np.ndarray]
+Buffer = bytes | memoryview
+DecodeImage = Callable[[Buffer, tuple[int, int]], np.ndarray]
 
 MAX_NPY_HEADER = 1024
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
     rb"'shape': \(([0-9, ]{0,64})\), \}[ ]*\n"
 )
-_FLOAT16_EXPONENT = np.uint16(0x7C00)
 
 
 class Contents(Protocol):
@@ -45,13 +45,32 @@ class Contents(Protocol):
         """The most that one of these files may take."""
         ...
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(2, ...) of a pair as an array."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of a pair as an array."""
+        ...
+
+    @property
+    def header(self) -> bytes | None:
+        """What stands before the array where a pair is one file that otherwise holds its bytes."""
+        ...
+
+    def check(self, pair: np.ndarray, shard: str, key: str) -> None:
+        """ShardError where a pair (2, ...) of the right shape holds what none can hold."""
+        ...
+
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
         """The files of a pair, in the order of ``members``. ShardError for what they cannot hold
         or what has another shape.
         """
         ...
 
-    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+    def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
         """The pair (2, ...) in its files; ShardError naming the member that is not as declared."""
         ...
 
@@ -81,12 +100,15 @@ def contents_of(
 class ArrayContents:
     """One float16 array (2, *shape) for both images, in numpy's own format."""
 
+    dtype = np.dtype("<f2")
+
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self.name = name
         self.members = (f"{name}.npy",)
         self.shape = (2, *shape)
         self.num_bytes = 2 * int(np.prod(self.shape))
         self.max_bytes = self.num_bytes + MAX_NPY_HEADER
+        self.header = self._as_npy(np.zeros(self.shape, self.dtype))[: -self.num_bytes]
 
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
         """``pair`` of any float type; what float16 cannot hold (NaN, infinity, |x| > 65504) is
@@ -96,16 +118,20 @@ class ArrayContents:
             reason = f"{self.name} have shape {pair.shape}, expected {self.shape}"
             raise ShardError(shard, reason, key, self.members[0])
         with np.errstate(over="ignore"):
-            half = np.ascontiguousarray(pair, dtype=np.dtype("<f2"))
+            half = np.ascontiguousarray(pair, dtype=self.dtype)
         if not_finite(half):
             worst = float(np.abs(pair).max())
             reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
             raise ShardError(shard, reason, key, self.members[0])
+        return [self._as_npy(half)]
+
+    @staticmethod
+    def _as_npy(half: np.ndarray) -> bytes:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, half, version=(1, 0), allow_pickle=False)
-        return [buffer.getvalue()]
+        return buffer.getvalue()
 
-    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+    def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
         """A view of the file: the header is never evaluated, and nothing is allocated for the
         shape that it claims.
         """
@@ -114,12 +140,15 @@ class ArrayContents:
         if len(data) - start != self.num_bytes:
             reason = f"holds {len(data) - start} bytes of data, expected {self.num_bytes}"
             raise ShardError(shard, reason, key, self.members[0])
-        pair = np.frombuffer(data, dtype="<f2", offset=start).reshape(self.shape)
-        if not_finite(pair):
-            raise ShardError(shard, f"{self.name} hold NaN or infinity", key, self.members[0])
+        pair = np.frombuffer(data, dtype=self.dtype, offset=start).reshape(self.shape)
+        self.check(pair, shard, key)
         return pair
 
-    def _data_offset(self, data: bytes, shard: str, key: str) -> int:
+    def check(self, pair: np.ndarray, shard: str, key: str) -> None:
+        if any(map(not_finite, pair)):
+            raise ShardError(shard, f"{self.name} hold NaN or infinity", key, self.members[0])
+
+    def _data_offset(self, data: Buffer, shard: str, key: str) -> int:
         """Where the array starts, after a version 1.0 header of float16 and the shape."""
         (member,) = self.members
         if data[:8] != b"\x93NUMPY\x01\x00" or len(data) < 10:
@@ -141,23 +170,25 @@ class ImageContents:
     """A lossless WebP for each image; as an array uint8 (2, height, width, 3)."""
 
     members = ("w.webp", "l.webp")
+    dtype = np.dtype(np.uint8)
+    header = None
 
     def __init__(
         self, resolution: tuple[int, int], decode_image: DecodeImage = decode_webp
     ) -> None:
         self.resolution = resolution
+        self.shape = (2, *resolution, 3)
         self._decode_image = decode_image
         # Noise takes as much as its pixels and the codes of its 256 x 3 symbols.
         self.max_bytes = 4 * resolution[0] * resolution[1] + MAX_HEADER
 
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
-        expected = (2, *self.resolution, 3)
-        if pair.shape != expected or pair.dtype != np.uint8:
-            reason = f"images are {pair.dtype} {pair.shape}, expected uint8 {expected}"
+        if pair.shape != self.shape or pair.dtype != self.dtype:
+            reason = f"images are {pair.dtype} {pair.shape}, expected uint8 {self.shape}"
             raise ShardError(shard, reason, key, self.members[0])
         return [encode_webp(image) for image in pair]
 
-    def decode(self, files: Sequence[bytes], shard: str, key: str) -> np.ndarray:
+    def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
         pair = []
         for member, data in zip(self.members, files, strict=True):
             try:
@@ -166,10 +197,15 @@ class ImageContents:
                 raise ShardError(shard, str(error), key, member) from None
         return np.stack(pair)
 
+    def check(self, pair: np.ndarray, shard: str, key: str) -> None:
+        """Any pixels are an image."""
+
 
 def not_finite(half: np.ndarray) -> bool:
-    """Whether any float16 is NaN or infinite, by its exponent bits: numpy's isfinite converts
-    float16 in software and costs more than reading the sample.
+    """Whether any float16 is NaN or infinite: numpy's isfinite converts float16 in software and
+    costs more than reading the sample.
+
+    By their bits: positive ones are the largest as signed integers, from 0x7C00 on, negative ones
+    as unsigned, from 0xFC00 on.
     """
-    bits = half.view(np.uint16) & _FLOAT16_EXPONENT
-    return bool((bits == _FLOAT16_EXPONENT).any())
+    return bool(half.view(np.int16).max() >= 0x7C00 or half.view(np.uint16).max() >= 0xFC00)

@@ -42,7 +42,7 @@ class ImageProcesses:
         for _ in range(workers):
             self._idle.put(self._start())
 
-    def __call__(self, data: bytes, resolution: tuple[int, int]) -> np.ndarray:
+    def __call__(self, data: bytes | memoryview, resolution: tuple[int, int]) -> np.ndarray:
         """What :func:`~.webp.decode_webp` gives or raises. ValueError also if the process died over
         the image twice, or never answered.
         """
@@ -135,10 +135,13 @@ def _serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         replies.flush()
 
 
-def _ask(process: subprocess.Popen[bytes], data: bytes, resolution: tuple[int, int]) -> np.ndarray:
+def _ask(
+    process: subprocess.Popen[bytes], data: bytes | memoryview, resolution: tuple[int, int]
+) -> np.ndarray:
     requests, replies = process.stdin, process.stdout
     assert requests is not None and replies is not None
-    requests.write(REQUEST.pack(*resolution, len(data)) + data)
+    requests.write(REQUEST.pack(*resolution, len(data)))
+    requests.write(data)
     requests.flush()
     decoded, size = REPLY.unpack(_read(replies, REPLY.size))
     answer = _read(replies, size)

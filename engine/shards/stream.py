@@ -82,14 +82,9 @@ class PairStream:
     def fetch(self, position: Position) -> PairBatch:
         """Read the batch at ``position`` now."""
         places = self.plan.locate(position)
-        self.readers.open_together(
-            self.plan.entries[shard] for shard in set(places.shards.tolist())
-        )
-        samples = [
-            self.readers.read(self.plan.entries[shard], sample)
-            for shard, sample in zip(places.shards.tolist(), places.samples.tolist(), strict=True)
-        ]
-        batch = PairBatch.collate(samples, places.visits)
+        entries = [self.plan.entries[shard] for shard in places.shards.tolist()]
+        metas, images = self.readers.read_batch(entries, places.samples.tolist())
+        batch = PairBatch.collate(metas, images, places.visits)
         return batch.pinned() if self._pin else batch
 
     def close(self) -> None:

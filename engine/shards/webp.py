@@ -24,7 +24,7 @@ def encode_webp(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_webp(data: bytes, resolution: tuple[int, int]) -> np.ndarray:
+def decode_webp(data: bytes | memoryview, resolution: tuple[int, int]) -> np.ndarray:
     """The image of (height, width) pixels in a file, uint8 (height, width, 3).
 
     ValueError says what is wrong; an image of another size is refused before it is decoded.
@@ -42,7 +42,7 @@ def decode_webp(data: bytes, resolution: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"is not a readable image ({error})") from None
 
 
-def _size_in_header(data: bytes) -> tuple[int, int]:
+def _size_in_header(data: bytes | memoryview) -> tuple[int, int]:
     """Height and width that the header of a simple lossless file claims.
 
     RIFF, size, WEBP, VP8L, size, 0x2f, and 14 bits each of width - 1 and height - 1:

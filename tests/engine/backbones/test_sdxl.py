@@ -12,7 +12,7 @@ from cdpo.engine.backbones.sdxl import time_ids
 from cdpo.engine.backbones.text import ROWS
 from cdpo.engine.recipe import Model
 from cdpo.engine.shards.batch import PairBatch
-from cdpo.engine.shards.sample import PairMeta, PairSample
+from cdpo.engine.shards.sample import PairMeta
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
@@ -188,8 +188,8 @@ def test_winner_and_loser_have_each_its_own_time_ids(shared):
         )
         for pair in range(4)
     ]
-    samples = [PairSample(meta, np.zeros((2, 4, 8, 8), np.float16)) for meta in metas]
-    part = PairBatch.collate(samples, np.zeros(4, np.int64)).split(2)[1]  # pairs 2 and 3
+    batch = PairBatch.collate(metas, np.zeros((2, 4, 4, 8, 8), np.float16), np.zeros(4, np.int64))
+    part = batch.split(2)[1]  # pairs 2 and 3
     conditioning = shared.encode_prompts(
         [*part.prompts, *part.prompts], Framing(part.original_sizes, part.crops, (16, 24))
     )
