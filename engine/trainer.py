@@ -22,7 +22,7 @@ from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
-from .errors import CdpoError, DataError, NumericsError, StopRequested
+from .errors import CdpoError, NumericsError, StopRequested
 from .exports import Exports
 from .failpoints import failpoint
 from .keyed import Stream
