@@ -171,11 +171,12 @@ def _noise_process(
 
 def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
     """What the engine's parts read in a recipe; its paths are not read."""
+    teacher = {"teacher": "unused"} if model.family == "lcm" else {}
     return Recipe.model_validate(
         {
             "run_dir": "unused",
             "seed": SEED,
-            "model": {"backbone": model.family, "path": "unused"},
+            "model": {"backbone": model.family, "path": "unused", **teacher},
             "adapter": adapter_of(model).model_dump(),
             "objective": model.objective,
             "prompts": {"train": "unused"},
