@@ -6,10 +6,10 @@ hashes them; the ranks agree; rank 0 writes ``MANIFEST.json``, fsyncs it and the
 any point leaves the previous checkpoint whole. ``latest`` is a hint for people: a resume takes the
 newest folder whose manifest verifies.
 
-Saving is synchronous: measured, it takes as long as 0.7 steps, 1.4 % of a run with a checkpoint every
-50 steps (``benchmarks/LOG.md``), and a thread that writes meanwhile could win no more than that. It
-would cost the state a second time in host memory, and commits that lag behind the steps. States of
-tens of gigabytes, where it may pay, have not been measured.
+Saving is synchronous: measured, it takes as long as 0.7 steps, 1.4 % of a run with a checkpoint
+every 50 steps (``benchmarks/LOG.md``), and a thread that writes meanwhile could win no more than
+that. It would cost the state a second time in host memory, and commits that lag behind the steps.
+States of tens of gigabytes, where it may pay, have not been measured.
 
 DeepSpeed writes and reads its own ZeRO partitions inside; they are pickles, so a checkpoint is as
 trusted as the code that made it: never resume from a stranger's.
