@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,17 @@ LAUNCHER = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
 LAUNCHER += ["--log_level", "error", "--num_gpus", "2"]
 
 
+def free_port() -> int:
+    """DeepSpeed's own choice is always the same: another run on the machine would have it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def launch(verb: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    port = ["--master_port", str(free_port())]
     return subprocess.run(
-        [*LAUNCHER, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
+        [*LAUNCHER, *port, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
