@@ -54,9 +54,22 @@ def add_lora(network: ModelMixin, spec: Adapter, seed: int) -> ModelMixin:
                 use_dora=spec.dora,
             )
         )
+        if spec.rank_schedule is not None:
+            _draw_later_rows(network, spec.rank_schedule[0])
     if spec.dora:
         _declare_foreign_weights(network)
     return network
+
+
+def _draw_later_rows(network: nn.Module, first_rank: int) -> None:
+    """Rows of A that open later are Gaussian, as published, of the deviation of the first ones:
+    Kaiming's uniform distribution on +-1 / sqrt(fan-in), as peft draws it.
+    """
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            for part in layer.lora_A.values():
+                fan_in = part.weight[0].numel()
+                nn.init.normal_(part.weight.data[first_rank:], std=(3 * fan_in) ** -0.5)
 
 
 def _declare_foreign_weights(network: nn.Module) -> None:

@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe_adapter import Adapter, Export, check_exports
+from .recipe_adapter import Adapter, Export, check_exports, check_growth
 from .recipe_cluster import Cluster
+from .recipe_compare import Compare
 from .recipe_data import Data
+from .recipe_reward import Reward
 from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
     Fraction,
@@ -22,6 +24,7 @@ from .recipe_types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Sampler,
     Section,
 )
 
@@ -83,15 +86,6 @@ class Prompts(Section):
     """Use only the first so many of each file: for trying a recipe out."""
 
 
-class Sampler(Section):
-    """How images are drawn: by DDIM without added noise, from an LCM by its own multistep rule."""
-
-    steps: PositiveInt = 50
-    """Denoiser calls per image; more is slower and closer to the model's distribution."""
-    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
-    """Classifier-free guidance scale; 1 turns it off and halves the cost."""
-
-
 class Prepare(Section):
     """Stage 1: candidates, scores, pairs, shards."""
 
@@ -107,17 +101,6 @@ class Prepare(Section):
     """Arithmetic of the denoiser in sampling; the VAE always works in float32."""
     contact_sheet_prompts: NonNegativeInt = 4
     """Prompts shown in contact_sheet.png, with ranked candidates and one pair of each tier."""
-
-
-class Reward(Section):
-    """What ranks the images."""
-
-    type: Literal["clip_score"] = "clip_score"
-    """`clip_score`: cosine of a CLIP model between image and prompt."""
-    path: str
-    """Folder or hub id of the model."""
-    batch_size: PositiveInt = 64
-    """Images scored in one call; bounds memory."""
 
 
 class Curriculum(Section):
@@ -144,9 +127,9 @@ class Curriculum(Section):
 class Objective(Section):
     """What is optimised."""
 
-    type: Literal["diffusion_dpo", "consistency_dpo", "sft"] = "diffusion_dpo"
-    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta), `sft` on
-    the winners alone: the baseline."""
+    type: Literal["diffusion_dpo", "consistency_dpo", "sft", "consistency_sft"] = "diffusion_dpo"
+    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta); `sft` and
+    `consistency_sft` train either on the winners alone: the baselines."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
     distance: Literal["mse", "pseudo_huber"] = "mse"
@@ -173,11 +156,11 @@ class Objective(Section):
             )
         without_pairs = {"loss": "sigmoid", "label_smoothing": 0, "loser_gradient": 1}
         given = [name for name, off in without_pairs.items() if getattr(self, name) != off]
-        if self.type == "sft" and given:
+        if self.type.endswith("sft") and given:
             raise ValueError(
-                f"{', '.join(given)} has no effect with type=sft, which compares nothing"
+                f"{', '.join(given)} has no effect with type={self.type}, which compares nothing"
             )
-        if self.type == "consistency_dpo" and self.timestep_weighting != "uniform":
+        if self.type.startswith("consistency") and self.timestep_weighting != "uniform":
             raise ValueError(
                 "timestep_weighting=min_snr is for diffusion models: a consistency model always "
                 "predicts x0"
@@ -282,25 +265,6 @@ class Monitor(Section):
     """Project on Weights & Biases (needs the `wandb` package and its login)."""
 
 
-class Compare(Section):
-    """Base against tuned, on the same prompts and the same seeds."""
-
-    weights: Literal["last", "ema"] = "last"
-    """What is compared with the base: the weights of the last step, or their moving average."""
-    images_per_prompt: PositiveInt = 4
-    """Images a prompt from each model."""
-    sampler: Sampler = Sampler()
-    """Sampling of the images compared."""
-    batch_size: PositiveInt = 16
-    """Images in one denoiser call; bounds memory."""
-    judge: Reward | None = None
-    """A reward that training never saw; without one only the training reward is reported."""
-    bootstrap: PositiveInt = 10_000
-    """Resamples behind each 95 % interval (prompts are resampled, not images)."""
-    report_prompts: PositiveInt = 12
-    """Prompts shown in the report's grids, besides the worst losses."""
-
-
 class Recipe(Section):
     """One run, whole."""
 
@@ -364,16 +328,16 @@ class Recipe(Section):
                 f"train.global_batch={self.train.global_batch} is not a multiple of "
                 f"data.lanes={self.data.lanes}: every lane gives equally many pairs to a batch"
             )
-        if (self.model.backbone == "lcm") != (self.objective.type == "consistency_dpo"):
+        if (self.model.backbone == "lcm") != self.objective.type.startswith("consistency"):
             raise ValueError(
                 f"model.backbone={self.model.backbone} does not go with "
-                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo, the "
-                "others with diffusion_dpo or sft"
+                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo or "
+                "consistency_sft, the others with diffusion_dpo or sft"
             )
         model = self.model
         if model.backbone == "lcm" and not (model.teacher or model.unet or model.lcm_lora):
             raise ValueError(
-                "model.teacher is not given: consistency_dpo needs the diffusion model that "
+                "model.teacher is not given: training needs the diffusion model that "
                 f"model.path={model.path} was distilled from; if that is the diffusion model "
                 "itself, make an LCM of it with model.unet or model.lcm_lora"
             )
@@ -384,6 +348,10 @@ class Recipe(Section):
             self.prompts.heldout,
         )
         check_exports(self.adapter, self.export)
-        if self.compare.weights == "ema" and self.adapter.ema is None:
+        pacing = self.curriculum
+        stages = 1 if pacing.order == "random" else pacing.tiers
+        check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
+        own = not self.compare.runs
+        if own and self.compare.weights == "ema" and self.adapter.ema is None:
             raise ValueError("compare.weights=ema needs an average: set adapter.ema, e.g. 0.999")
         return self

@@ -43,9 +43,21 @@ class Adapter(Section):
     dora: bool = False
     """Train the length of each weight row apart from its direction (2402.09353). The step-0 output
     is unchanged to the bit; a step is slower and holds whole products of A and B."""
+    rank_schedule: tuple[PositiveInt, ...] | None = None
+    """Ranks that grow with the curriculum (Curriculum-DPO++): one a stage, e.g. [4, 8, 16, 32, 64],
+    the last of them `rank`, which later stages keep. Memory and time are those of `rank` from the
+    start, and so is the scale, alpha / rank. `null`: the whole rank from the start."""
+    opening: Literal["all", "inside_out"] = "all"
+    """`inside_out`: adapters of the mid block and the innermost pair of down and up blocks train
+    first, each stage opens the next pair, and the last stage opens the rest."""
     ema: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Decay of a moving average of what is trained, e.g. 0.999 averages some 1,000 steps; exported
     beside the last weights, in `ema/`. Four bytes a trained parameter, divided among the ranks."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether what is trained grows with the stages."""
+        return self.rank_schedule is not None or self.opening != "all"
 
 
 class Export(Section):
@@ -78,3 +90,42 @@ def check_exports(adapter: Adapter, export: Export) -> None:
         )
     if not formats:
         raise ValueError("export.formats is empty: the run would leave nothing to use")
+
+
+def check_growth(adapter: Adapter, num_stages: int, weight_decay: float) -> None:
+    """ValueError for an adapter that cannot grow as it says in so many stages of a curriculum."""
+    if not adapter.grows:
+        return
+    ranks = adapter.rank_schedule or ()
+    given = "adapter.rank_schedule" if ranks else f"adapter.opening={adapter.opening}"
+    if adapter.type == "full":
+        raise ValueError(f"{given} is for adapters: use adapter.type=lora, or leave it out")
+    if num_stages == 1:
+        raise ValueError(
+            f"{given} needs stages to grow in, and this curriculum has one: use curriculum.tiers "
+            "above 1 and an order, or leave it out"
+        )
+    if weight_decay:
+        raise ValueError(
+            f"{given} does not go with train.optimizer.weight_decay={weight_decay:g}, which would "
+            "shrink what is not open yet: use weight_decay=0"
+        )
+    if adapter.rank_schedule is not None:
+        _check_ranks(adapter.rank_schedule, adapter.rank, num_stages)
+
+
+def _check_ranks(ranks: tuple[int, ...], rank: int, num_stages: int) -> None:
+    shown = f"adapter.rank_schedule=[{', '.join(map(str, ranks))}]"
+    if not ranks:
+        raise ValueError(f"{shown} is empty: give one rank a stage, or null")
+    if list(ranks) != sorted(ranks):
+        raise ValueError(f"{shown} shrinks: ranks can only grow from stage to stage")
+    if ranks[-1] != rank:
+        raise ValueError(
+            f"{shown} ends at {ranks[-1]}, and adapter.rank is {rank}: they must be the same, e.g. "
+            f"adapter.rank={ranks[-1]}"
+        )
+    if len(ranks) > num_stages:
+        raise ValueError(
+            f"{shown} has {len(ranks)} ranks for {num_stages} stages: give at most one a stage"
+        )

@@ -25,6 +25,7 @@ from .deepspeed_engine import start_engine
 from .errors import CdpoError, NumericsError, StopRequested
 from .exports import Exports
 from .failpoints import failpoint
+from .growth import Growth
 from .keyed import Stream
 from .launch import Ranks, bound_waits
 from .networks import build_networks
@@ -62,6 +63,7 @@ class Trainer:
     stream: PairStream
     batch_maker: BatchMaker
     pacing: Pacing
+    growth: Growth
     # where the run stands
     cursor: Cursor
     came_from: Cursor
@@ -100,6 +102,7 @@ class Trainer:
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
+        self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(self.tuning, networks.policy, *networks.frozen)
 
@@ -170,7 +173,7 @@ class Trainer:
         if self.pacing.unreached:
             never = ", ".join(str(stage.index + 1) for stage in self.pacing.unreached)
             rows.append(("note", f"stages {never} never open: train.steps ends before them"))
-        return rows
+        return [*rows, *self.growth.describe()]
 
     # The run
 
@@ -248,6 +251,7 @@ class Trainer:
     def _take_step(self, pairs: PairBatch) -> bool:
         """One optimiser step; whether it was taken (all ranks skip together)."""
         stage = self.pacing.stage_at(self.cursor.step)
+        self.growth.enter(stage)
         lr = self._set_learning_rate()
         failpoint("train.step")
         for index, part in enumerate(pairs.split(self.batches.micro_batch)):
@@ -299,6 +303,7 @@ class Trainer:
             "step": self.cursor.step,
             "stage": stage.index + 1,
             "tiers": list(stage.tiers),
+            **self.growth.row,
             "lr": lr,
             "skipped": sum(self.cursor.skips),
         }
@@ -306,6 +311,7 @@ class Trainer:
             self.log.close_step(host, self.engine.get_global_grad_norm())
         shown: dict[str, float | str] = {
             "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
+            **{name: str(count) for name, count in self.growth.row.items()},
             **self.log.latest,
         }
         self.progress.advance(1, **shown)
