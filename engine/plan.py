@@ -30,9 +30,14 @@ from .recipe import Recipe
 from .speed import choose_tuning
 
 # Images of a pair that the policy trains on, and forward passes of frozen networks for it. In
-# consistency DPO reference and target see each of the two images once, the teacher twice, with its
-# prompt and without.
-PASSES = {"diffusion_dpo": (2, 2), "consistency_dpo": (2, 8), "sft": (1, 0)}
+# consistency objectives the target sees an image once and the teacher twice, with its prompt and
+# without.
+PASSES = {
+    "diffusion_dpo": (2, 2),
+    "sft": (1, 0),
+    "consistency_dpo": (2, 8),
+    "consistency_sft": (1, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:
     """Parameters of frozen networks beside the policy; 0 where they are the policy's own."""
     size = count_parameters(model.denoiser)
     frozen = {"reference": size if recipe.adapter.type == "full" else 0}
-    if recipe.objective.type == "consistency_dpo":
+    if recipe.model.backbone == "lcm":
         # The diffusion model before it was distilled: without the projection of the guidance.
         told = getattr(model.denoiser.time_embedding, "cond_proj", None)
         frozen["teacher"] = size - (count_parameters(told) if told is not None else 0)

@@ -116,7 +116,7 @@ def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DCondi
 
 def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
     raise RecipeError(
-        f"model.teacher is not given: consistency_dpo needs the diffusion model that "
+        f"model.teacher is not given: training needs the diffusion model that "
         f"model.path={spec.path} was distilled from"
     )
 

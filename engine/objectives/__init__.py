@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..recipe import Objective as ObjectiveSpec
 from .consistency_dpo import ConsistencyDPO
+from .consistency_sft import ConsistencyFineTuning
 from .diffusion_dpo import DiffusionDPO
 from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
 from .sft import SupervisedFineTuning
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSpec], Objective]] = {
     "diffusion_dpo": DiffusionDPO,
     "consistency_dpo": ConsistencyDPO,
     "sft": SupervisedFineTuning,
+    "consistency_sft": ConsistencyFineTuning,
 }
 
 

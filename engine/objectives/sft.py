@@ -27,13 +27,15 @@ class SupervisedFineTuning:
             batch.noisy[:pairs], batch.draw.timesteps, batch.conditioning.select(range(pairs))
         )
         with phase("loss"):
-            errors = self._errors(prediction.float() - batch.target[:pairs].float())
+            errors = mean_errors(prediction.float() - batch.target[:pairs].float(), self.spec)
             loss = (errors if batch.weights is None else errors * batch.weights).mean()
             unknown = torch.full_like(errors, float("nan")).detach()
         return Loss(loss, unknown, unknown, unknown)
 
-    def _errors(self, x: Tensor) -> Tensor:
-        if self.spec.distance == "pseudo_huber":
-            c = self.spec.huber_c
-            return (x * x / ((x * x + c * c).sqrt() + c)).flatten(1).mean(1)
-        return (x * x).flatten(1).mean(1)
+
+def mean_errors(x: Tensor, spec: ObjectiveSpec) -> Tensor:
+    """(N,) mean distance of differences (N, C, h, w) from zero, as the recipe measures it."""
+    if spec.distance == "pseudo_huber":
+        c = spec.huber_c
+        return (x * x / ((x * x + c * c).sqrt() + c)).flatten(1).mean(1)
+    return (x * x).flatten(1).mean(1)

@@ -135,6 +135,16 @@ def test_a_consistency_step_takes_four_calls_and_a_teacher() -> None:
     assert teacher.device == 2 * PUBLISHED["sd15"]["unet"]
 
 
+def test_a_consistency_baseline_takes_the_winner_through_three_networks() -> None:
+    recipe = ["model.path=assets/emoji/sd", "model.unet=assets/emoji/lcm"]
+    path = ROOT / "recipes" / "emoji_lcm_cdpo.yaml"
+    baseline = ["objective.type=consistency_sft", "objective.loser_gradient=1"]
+    dpo, sft = (make_plan(load_recipe(path, [*recipe, *more]), 1, CPU) for more in ([], baseline))
+    assert sft.units_per_pair == pytest.approx((dpo.units_per_pair - 8) / 2 + 3)
+    teachers = [{row.name: row.device for row in plan.memory}["teacher"] for plan in (dpo, sft)]
+    assert teachers[0] == teachers[1] > 0
+
+
 def test_checkpoints_leave_a_quarter_of_the_activations(plan: Plan, checkpointed: Plan) -> None:
     whole, kept = (
         next(row.device for row in some.memory if row.name == "activations")

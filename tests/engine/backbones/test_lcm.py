@@ -199,7 +199,7 @@ def test_folders_that_hold_something_else(folder, path, keys, message):
 
 
 def test_teachers_that_cannot_teach(folder):
-    with pytest.raises(RecipeError, match=r"model\.teacher is not given: consistency_dpo needs"):
+    with pytest.raises(RecipeError, match=r"model\.teacher is not given: training needs"):
         load(folder, "pipeline").load_teacher()
     with pytest.raises(OutsideError, match="is itself a latent consistency model"):
         load(folder, "pipeline", teacher="unet").load_teacher()
