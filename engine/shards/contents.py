@@ -108,7 +108,7 @@ class ArrayContents:
         self.shape = (2, *shape)
         self.num_bytes = 2 * int(np.prod(self.shape))
         self.max_bytes = self.num_bytes + MAX_NPY_HEADER
-        self.header = self._as_npy(np.zeros(self.shape, self.dtype))[: -self.num_bytes]
+        self.header = self._npy_header()
 
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
         """``pair`` of any float type; what float16 cannot hold (NaN, infinity, |x| > 65504) is
@@ -124,6 +124,13 @@ class ArrayContents:
             reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
             raise ShardError(shard, reason, key, self.members[0])
         return [self._as_npy(half)]
+
+    def _npy_header(self) -> bytes:
+        """Of an array that is not made: a manifest may claim any shape."""
+        buffer = io.BytesIO()
+        about = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(buffer, about)
+        return buffer.getvalue()
 
     @staticmethod
     def _as_npy(half: np.ndarray) -> bytes:

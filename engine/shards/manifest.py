@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,10 +23,12 @@ from .contents import Contents, Kind, contents_of
 FORMAT_VERSION = 1  # of Manifest.format_version
 FILE_NAME = "manifest.json"
 MAX_BYTES = 256 * 2**20
+MAX_PAIR_BYTES = 256 * 2**20  # as an array: readers make room for it before they see one
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Pixels = tuple[PositiveInt, PositiveInt]
+Size = Annotated[int, Field(ge=1, lt=2**24)]
+Pixels = tuple[Size, Size]
 
 
 class Record(BaseModel):
@@ -39,8 +42,8 @@ class ShardEntry(Record):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}\.tar$")]
     tier: PositiveInt
-    count: PositiveInt
-    bytes: PositiveInt
+    count: Annotated[int, Field(ge=1, lt=2**31)]
+    bytes: Annotated[int, Field(ge=1, lt=2**48)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -104,7 +107,7 @@ class Manifest(Record):
     tiers: PositiveInt
     resolution: Pixels
     """Height and width of an image in pixels."""
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    latent_shape: tuple[Size, Size, Size]
     """(C, h, w) of one image's latents."""
     model: ModelSource
     vae: VaeSource
@@ -121,6 +124,14 @@ class Manifest(Record):
     def num_pairs(self) -> int:
         """Pairs in the set."""
         return sum(entry.count for entry in self.shards)
+
+    @model_validator(mode="after")
+    def _a_pair_is_of_reasonable_size(self) -> Manifest:
+        pixels, values = math.prod(self.resolution), math.prod(self.latent_shape)
+        size = 2 * {"raw": 3 * pixels, "moments": 4 * values, "latents": 2 * values}[self.kind]
+        if size > MAX_PAIR_BYTES:
+            raise ValueError(f"a pair would take {size} bytes, at most {MAX_PAIR_BYTES} are read")
+        return self
 
     @model_validator(mode="after")
     def _shards_fill_the_lanes(self) -> Manifest:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,15 @@ def pair_set(request, small, tmp_path_factory) -> SimpleNamespace:
     manifest = small.manifest(entries, 4, 1, kind=kind, resolution=RESOLUTION)
     save_manifest(folder, manifest)
     return SimpleNamespace(folder=folder, kind=kind, manifest=load_manifest(folder))
+
+
+def test_a_claimed_shape_takes_no_memory():
+    """A manifest may come from anywhere, and readers ask for the contents before they read."""
+    tracemalloc.start()
+    contents = contents_of("moments", (4, 2048, 2048), RESOLUTION)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**16 and b"(2, 8, 2048, 2048)" in contents.header
 
 
 def stream_of(pair_set, world_size=1, rank=0, workers=0) -> PairStream:

@@ -89,6 +89,12 @@ def test_a_folder_in_its_place(tmp_path):
         (lambda m: m["shards"][1].update(sha256="abc"), "shards.1.sha256"),
         (lambda m: m["shards"][1].update(count=0), "shards.1.count"),
         (lambda m: m["latent_shape"].append(1), "latent_shape"),
+        # A pair of a terabyte, and numbers that no 64 bits hold: room was made for them unread.
+        (lambda m: m.update(latent_shape=[4, 100_000, 1_000_000]), "a pair would take"),
+        (lambda m: m.update(latent_shape=[1, 10**30, 1]), "latent_shape.1: "),
+        (lambda m: m.update(resolution=[10**6, 10**6], kind="raw"), "a pair would take"),
+        (lambda m: [e.update(count=10**30) for e in m["shards"]], "shards.0.count"),
+        (lambda m: m["shards"][0].update(bytes=10**30), "shards.0.bytes"),
     ],
 )
 def test_what_is_wrong_is_named(saved, edit, expected):
