@@ -1,61 +1,57 @@
 """Base against tuned: the same prompts and the same seeds, scored by the reward and by the judge.
 
-The judge is a model that training never saw; what only the reward likes better is reward hacking.
+One run or several are held against one base, whose images are drawn once. The judge is a model that
+training never saw; what only the reward likes better is reward hacking.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-import yaml
-from PIL import Image
+from diffusers import ModelMixin
+from numpy.typing import NDArray
 
+from .adapters import twin_of
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
-from .exports import load_tuned, tuned_hash
+from .compared_runs import ComparedRun, read_runs
+from .comparison_report import Measured, write_comparison
+from .divergence import Divergence
+from .exports import load_tuned
 from .failpoints import failpoint
+from .kept_tables import KeptTables
 from .keyed import Stream
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe, Reward
-from .recipe_file import save_resolved
 from .reporting.console import Terminal
-from .reporting.files import write_atomically
-from .reporting.grids import image_grid
-from .reporting.report import write_report
-from .reporting.report_data import PromptSample, PromptSet, ReportData, ScorerResult, WorstLoss
-from .reporting.results import save_results
-from .reporting.stats import worst_pairs
-from .reporting.wording import TABLE_COLUMNS, summary_rows, verdict
-from .rewards import load_reward
-from .speed import tune_for_sampling
-from .step_metrics import MetricsFile
-from .training_samples import progression
+from .rewards import ImageEmbedder, load_reward
+from .side_scoring import SideScoring
+from .speed import tune_denoiser, tune_for_sampling
 
-WORST_SHOWN = 8
+BASE = "base"
 
 
 class Comparison:
-    """One report over one run's result, on all ranks together."""
+    """One report over the results of one or several runs, on all ranks together."""
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
-        self.run_dir = Path(recipe.run_dir)
-        self.folder = self.run_dir / "compare"
+        self.folder = Path(recipe.run_dir) / "compare"
         self.report_path = self.folder / "report.html"
         train, heldout = read_prompts(recipe.prompts)
         sets = {"training": train, "held-out": heldout}
         self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
-        self.tuned = ranks.on_first(lambda: tuned_hash(recipe))
+        self.prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
+        self.scorers = scorers_of(recipe)
+        self.runs: list[ComparedRun] = ranks.on_first(lambda: read_runs(recipe))
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)
 
@@ -63,24 +59,25 @@ class Comparison:
         """What will be done, for the head of the terminal."""
         spec = self.recipe.compare
         sizes = " + ".join(f"{len(prompts)} {name}" for name, prompts in self.prompt_sets.items())
-        scorers = ", ".join(f"{name} {reward.path}" for name, reward in self._scorers().items())
+        names = [run.name for run in self.runs]
         return [
             (
                 "sample",
-                f"base and tuned: {sizes} prompts x {spec.images_per_prompt} images, "
-                f"{spec.sampler.steps} steps, guidance {spec.sampler.guidance:g}",
+                f"{', '.join([BASE, *names[:-1]])} and {names[-1]}: {sizes} prompts x "
+                f"{spec.images_per_prompt} images, {spec.sampler.steps} steps, guidance "
+                f"{spec.sampler.guidance:g}",
             ),
-            ("score by", scorers),
+            ("score by", ", ".join(_described(name, s) for name, s in self.scorers.items())),
         ]
 
     def _inputs_hash(self) -> str:
         """Of everything the report is a function of."""
         inputs = {
-            "adapter": self.tuned,
+            "runs": {run.name: run.weights for run in self.runs},
             "seed": self.recipe.seed,
             "model": self.recipe.model.model_dump(mode="json"),
             "prompts": self.prompt_sets,
-            "reward": self.recipe.reward.model_dump(),
+            "reward": self.recipe.reward.model_dump(mode="json"),
             "compare": self.recipe.compare.model_dump(mode="json", exclude={"batch_size"}),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -89,35 +86,39 @@ class Comparison:
         stamp = self.folder / "inputs.sha256"
         return self.report_path.exists() and stamp.exists() and stamp.read_text() == self.inputs
 
-    def _scorers(self) -> dict[str, Reward]:
-        judge = self.recipe.compare.judge
-        return ({"judge": judge} if judge else {}) | {"reward": self.recipe.reward}
-
     def run(self) -> None:
         """Sample, score, and write results.json and report.html."""
-        images = self._sample_both()
-        results = {
-            name: self._score_set(name, prompts, images)
-            for name, prompts in self.prompt_sets.items()
-        }
-        self.ranks.on_first(lambda: self._write(results, images))
+        measured = Measured(list(self.prompt_sets.items()), self.scorers)
+        self._sample(measured)
+        self._score(measured)
 
-    def _sample_both(self) -> dict[str, CandidateSet]:
-        """Images of the base model, then, with the tuned weights loaded into it, of that."""
+        def write() -> None:
+            write_comparison(
+                self.recipe, self.runs, measured, self.folder, self.ranks.device, self.terminal
+            )
+            (self.folder / "inputs.sha256").write_text(self.inputs)
+
+        self.ranks.on_first(write)
+
+    def _sample(self, measured: Measured) -> None:
+        """Images of the base, then of each run, with how far its predictions are from the base's."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
         fingerprint = backbone.fingerprints()["model"]
         tune_for_sampling(self.recipe.speed, backbone)
-        prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
-        base = self._sampler(backbone, "base", {"model": fingerprint})
-        base.run(prompts, self.ranks, self.terminal, "sample base")
-        load_tuned(self.recipe, backbone)
-        tuned = self._sampler(backbone, "tuned", {"model": fingerprint, "adapter": self.tuned})
-        tuned.run(prompts, self.ranks, self.terminal, "sample tuned")
-        return {"base": base.images, "tuned": tuned.images}
+        reference = backbone.denoiser
+        measured.images[BASE] = self._draw(backbone, BASE, {"model": fingerprint})
+        for run in self.runs:
+            made_by = {"model": fingerprint, "adapter": run.weights}
+            with tuned(backbone, reference, run, self.recipe):
+                measured.images[run.name] = self._draw(backbone, run.name, made_by)
+                if self.recipe.compare.divergence_draws:
+                    base = measured.images[BASE]
+                    found = self._diverge(backbone, reference, run, base)
+                    measured.divergence[run.name] = found
 
-    def _sampler(self, backbone: Backbone, name: str, made_by: dict[str, str]) -> CandidateSampler:
+    def _draw(self, backbone: Backbone, name: str, made_by: dict[str, str]) -> CandidateSet:
         spec = self.recipe.compare
-        return CandidateSampler(
+        sampler = CandidateSampler(
             backbone,
             backbone.denoiser,
             self.folder / name,
@@ -129,128 +130,97 @@ class Comparison:
             batch_size=spec.batch_size,
             made_by=made_by,
         )
+        sampler.run(self.prompts, self.ranks, self.terminal, f"sample {name}")
+        return sampler.images
 
-    def _score_set(
-        self, name: str, prompts: Sequence[str], images: dict[str, CandidateSet]
-    ) -> list[ScorerResult]:
-        results = []
-        for scorer, spec in self._scorers().items():
-            base, tuned = (self._score(spec, prompts, images[side]) for side in ("base", "tuned"))
-            results.append(
-                ScorerResult.from_scores(
-                    scorer,
-                    spec.path,
-                    base,
-                    tuned,
-                    resamples=self.recipe.compare.bootstrap,
-                    seed=self.recipe.seed,
-                )
-            )
-        return results
-
-    def _score(self, spec: Reward, prompts: Sequence[str], images: CandidateSet) -> np.ndarray:
-        """(prompts, images) float32, scored a share on each rank."""
-        reward = load_reward(spec, self.ranks.device)
-        own = {}
-        for prompt in self.ranks.until_stopped(self.ranks.share(prompts)):
-            drawn = images.read(prompt)
-            own[prompt] = reward.score(drawn, [prompt] * len(drawn))
-            failpoint("compare.scored")
-        self.ranks.meet()
-        scores = {prompt: row for part in self.ranks.gather(own) for prompt, row in part.items()}
-        return np.stack([scores[prompt] for prompt in prompts])
-
-    def _write(
-        self, results: dict[str, list[ScorerResult]], images: dict[str, CandidateSet]
-    ) -> None:
-        data = self._report_data(results, images)
-        save_results(self.folder / "results.json", data)
-        self._draw_side_by_side(data.prompt_sets[0].samples)
-        write_report(self.report_path, data)
-        save_resolved(self.recipe, self.folder / "recipe.yaml")
-        (self.folder / "inputs.sha256").write_text(self.inputs)
-        self.terminal.table("base against tuned", TABLE_COLUMNS, summary_rows(data))
-        self.terminal.line(verdict(data))
-        self.terminal.line(f"report: {self.report_path}")
-
-    def _draw_side_by_side(self, samples: Sequence[PromptSample]) -> None:
-        """The first image of each prompt, base above tuned: a picture to pass around."""
-        rows = [[sample.base[0] for sample in samples], [sample.tuned[0] for sample in samples]]
-        grid = image_grid(rows, ["base", "tuned"], [sample.prompt for sample in samples])
-        path = self.folder / "side_by_side.png"
-        write_atomically(path, lambda file: grid.save(file, format="PNG", optimize=True))
-
-    def _report_data(
-        self, results: dict[str, list[ScorerResult]], images: dict[str, CandidateSet]
-    ) -> ReportData:
-        sets = [
-            PromptSet(
-                name, prompts, results[name], self._samples(prompts, results[name][0], images)
-            )
-            for name, prompts in self.prompt_sets.items()
-        ]
-        recipe = self.recipe
-        sampler = recipe.compare.sampler
-        return ReportData(
-            title=self.run_dir.name,
-            prompt_sets=sets,
-            worst=self._worst(results, images),
-            metrics=MetricsFile(self.run_dir / "metrics.jsonl").read(),
-            num_tiers=recipe.curriculum.tiers,
-            progression=progression(self.run_dir / "samples", recipe.model.resolution),
-            recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
-            facts=[
-                ("seed", str(recipe.seed)),
-                ("sampler", f"DDIM, {sampler.steps} steps, guidance {sampler.guidance:g}"),
-                ("device", _device_name(self.ranks.device)),
-                *((name, version(name)) for name in ("torch", "diffusers", "deepspeed", "cdpo")),
-            ],
+    def _diverge(
+        self, backbone: Backbone, reference: ModelMixin, run: ComparedRun, base: CandidateSet
+    ) -> NDArray[np.float64]:
+        """(prompts, images) of the KL proxy."""
+        spec, model, ranks = self.recipe.compare, self.recipe.model, self.ranks
+        made_of = {
+            "weights": run.weights,
+            "images": base.fingerprint,
+            "draws": str(spec.divergence_draws),
+            "solver": f"{model.solver_steps} {model.guidance_range}",
+            "prompts": json.dumps(self.prompts),
+        }
+        store = KeptTables(self.folder / "divergence")
+        kept = ranks.on_first(lambda: store.read(run.name, made_of))
+        if kept is not None:
+            return kept["errors"]
+        divergence = Divergence(
+            backbone,
+            reference,
+            base,
+            seed=self.recipe.seed,
+            draws=spec.divergence_draws,
+            resolution=model.resolution,
+            batch_size=spec.batch_size,
         )
+        own = {}
+        with self.terminal.progress(
+            f"measure {run.name}", len(self.prompts), unit="prompts"
+        ) as progress:
+            for prompt in ranks.until_stopped(ranks.share(self.prompts)):
+                own[prompt] = divergence.of(backbone.denoiser, prompt)
+                failpoint("compare.diverged")
+                progress.advance(min(ranks.world_size, progress.total - progress.done))
+        ranks.meet()
+        found = {prompt: row for part in ranks.gather(own) for prompt, row in part.items()}
+        errors = np.stack([found[prompt] for prompt in self.prompts])
+        ranks.on_first(lambda: store.write(run.name, made_of, {"errors": errors}))
+        return errors
 
-    def _samples(
-        self, prompts: Sequence[str], scorer: ScorerResult, images: dict[str, CandidateSet]
-    ) -> list[PromptSample]:
-        shown = list(prompts[: self.recipe.compare.report_prompts])
-        return [
-            PromptSample(
-                prompt,
-                images["base"].read(prompt),
-                images["tuned"].read(prompt),
-                scorer.base_scores[row].tolist(),
-                scorer.tuned_scores[row].tolist(),
-            )
-            for row, prompt in enumerate(shown)
-        ]
-
-    def _worst(
-        self, results: dict[str, list[ScorerResult]], images: dict[str, CandidateSet]
-    ) -> list[WorstLoss]:
-        found = []
-        for name in self.prompt_sets:
-            base, tuned = results[name][0].base_scores, results[name][0].tuned_scores
-            for row, image in worst_pairs(base, tuned, WORST_SHOWN):
-                found.append((float(tuned[row, image] - base[row, image]), name, row, image))
-        worst = []
-        for _, name, row, image in sorted(found)[:WORST_SHOWN]:
-            prompt, scorer = self.prompt_sets[name][row], results[name][0]
-            worst.append(
-                WorstLoss(
-                    prompt,
-                    name,
-                    self._image(images["base"], prompt, image),
-                    self._image(images["tuned"], prompt, image),
-                    float(scorer.base_scores[row, image]),
-                    float(scorer.tuned_scores[row, image]),
-                )
-            )
-        return worst
-
-    @staticmethod
-    def _image(images: CandidateSet, prompt: str, index: int) -> Image.Image:
-        return images.read(prompt)[index]
+    def _score(self, measured: Measured) -> None:
+        """Scores by everyone who scores, and diversity by the first who embeds images."""
+        scoring = SideScoring(self.folder / "scores", self.ranks, measured.images, self.prompts)
+        for name, spec in self.scorers.items():
+            reward = load_reward(spec, self.ranks.device)
+            measured.scores[name] = scoring.scores(spec, reward)
+            if measured.embedder is None and isinstance(reward, ImageEmbedder):
+                measured.embedder = name
+                if self.recipe.compare.images_per_prompt > 1:
+                    measured.distances = scoring.distances(reward)
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+def scorers_of(recipe: Recipe) -> dict[str, Reward]:
+    """Who scores, by the names that tables give them: judge, reward, and the further ones by type,
+    with the file or number that tells those of one type apart.
+    """
+    spec = recipe.compare
+    found: dict[str, Reward] = ({"judge": spec.judge} if spec.judge else {}) | {
+        "reward": recipe.reward
+    }
+    types = [reward.type for reward in spec.rewards]
+    for reward in spec.rewards:
+        name = str(reward.type)
+        if types.count(reward.type) > 1 and hasattr(reward, "path"):
+            name = f"{name} {Path(reward.path).name}"
+        number = 2
+        while name in found:
+            name, number = f"{reward.type} {number}", number + 1
+        found[name] = reward
+    return found
+
+
+@contextmanager
+def tuned(
+    backbone: Backbone, reference: ModelMixin, run: ComparedRun, recipe: Recipe
+) -> Iterator[None]:
+    """Within, the backbone draws what a run has learned; nothing of it is left afterwards.
+
+    Adapters go into a twin of the reference, over the very same weights: the reference itself is
+    never touched, so that no run can leave a trace in the next.
+    """
+    backbone.use_denoiser(twin_of(reference))
+    try:
+        load_tuned(run.recipe, backbone)
+        tune_denoiser(recipe.speed, backbone)
+        yield
+    finally:
+        backbone.use_denoiser(reference)
+
+
+def _described(name: str, spec: Reward) -> str:
+    return f"{name} {spec.label}" if name in ("judge", "reward") else spec.label

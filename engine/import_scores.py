@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from .failpoints import failpoint
 from .launch import Ranks
 from .reporting.console import Terminal
-from .rewards import RewardModel
-from .scoring import checked_scores
+from .rewards import RewardModel, checked_scores
 from .shards.atomic import atomic_file, atomic_path
 from .sources.index import Index
 from .sources.loading import Loaded, load_records

@@ -28,7 +28,7 @@ from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe
 from .recipe_file import save_resolved
-from .recipe_source import Generate, Paired
+from .recipe_source import Generate, Masked, Paired
 from .reporting.console import Terminal
 from .rewards import RewardModel, load_reward
 from .shards.contents import contents_of
@@ -64,7 +64,7 @@ class Importing:
     """Stage 1 of one recipe with `prepare.source` of type `paired` or `ranked`, on all ranks."""
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
-        assert not isinstance(recipe.prepare.source, Generate)
+        assert not isinstance(recipe.prepare.source, Generate | Masked)
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
@@ -83,7 +83,7 @@ class Importing:
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
         files = self.reader.files
-        scored_by = f"{self.recipe.reward.type} {self.recipe.reward.path}"
+        scored_by = self.recipe.reward.label
         return [
             (
                 "import",
@@ -101,7 +101,7 @@ class Importing:
     def _inputs_hash(self) -> str:
         """Of every choice the shards are a function of; another hash means other shards."""
         recipe = self.recipe
-        reward = None if self.given else recipe.reward.model_dump(include={"type", "path"})
+        reward = None if self.given else recipe.reward.identity()
         inputs: dict[str, Any] = {
             "seed": recipe.seed,
             "source": self.spec.model_dump(mode="json", exclude={"path", "max_unreadable"}),
@@ -167,7 +167,7 @@ class Importing:
         scoring = ImportScoring(self.run_dir, source, self.index, self.reader, self.ranks)
         recipe = self.recipe
         scores = scoring.run(
-            reward, recipe.model.resolution, recipe.reward.batch_size, tolerance, self.terminal
+            reward, recipe.model.resolution, recipe.reward.images_per_call, tolerance, self.terminal
         )
         failpoint("prepare.scored")
         return scores
@@ -255,7 +255,7 @@ class Importing:
         by = RewardSource(type="given", path=self.given or "", fingerprint=self.facts.content)
         if reward is not None:
             spec = recipe.reward
-            by = RewardSource(type=spec.type, path=spec.path, fingerprint=reward.fingerprint)
+            by = RewardSource(type=spec.type, path=spec.source, fingerprint=reward.fingerprint)
         captions = self.index.numbers("caption_id")
         paired = captions[made.pairs["winner"] // len(self.reader.images)]
         prompts = len(np.unique(captions))

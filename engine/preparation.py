@@ -1,4 +1,4 @@
-"""Stage 1 as a sequence of resumable phases: sample, score, pair, encode, write, draw the sheet.
+"""Stage 1 as a sequence of resumable phases: sample, rank, pair, encode, write, draw the sheet.
 
 Every phase asks the disk what is done and does the rest, so a killed run started again repeats at
 most the prompts in flight. Work is divided over the ranks by prompt and by shard; what pairs are
@@ -14,24 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from . import __version__
 from .backbones import Backbone, load_backbone
 from .candidates import CandidateSampler, CandidateSet
-from .curriculum.pairs import Pair, PromptPairs, form_pairs
+from .curriculum.pairs import Pair
 from .errors import DataError
-from .failpoints import failpoint
 from .keyed import Stream
 from .latents import LatentStore, PixelStore
 from .launch import Ranks
 from .prompts import read_prompts
+from .rankers import RankedPrompt, make_ranker
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal
 from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
-from .rewards import RewardModel, load_reward
-from .scoring import Scoring
 from .shards.contents import contents_of
 from .shards.manifest import (
     Manifest,
@@ -65,19 +62,21 @@ class Preparation:
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = folder_of_set(recipe)
         self.prompts, _ = read_prompts(recipe.prompts)
+        self.ranker = make_ranker(recipe, ranks, terminal)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)
 
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
-        spec = self.recipe.prepare
+        sampler = self.recipe.prepare.sampler
+        images, ranked_by = self.ranker.describe()
         return [
             (
                 "sample",
-                f"{len(self.prompts)} prompts x {spec.candidates_per_prompt} candidates, "
-                f"{spec.sampler.steps} steps, guidance {spec.sampler.guidance:g}",
+                f"{len(self.prompts)} prompts x {images}, "
+                f"{sampler.steps} steps, guidance {sampler.guidance:g}",
             ),
-            ("rank by", f"{self.recipe.reward.type} {self.recipe.reward.path}"),
+            ("rank by", ranked_by),
         ]
 
     def _inputs_hash(self) -> str:
@@ -87,12 +86,12 @@ class Preparation:
             "seed": recipe.seed,
             "model": recipe.model.model_dump(mode="json"),
             "prompts": self.prompts,
-            "reward": recipe.reward.model_dump(include={"type", "path"}),
             "prepare": recipe.prepare.model_dump(
                 mode="json", include={"candidates_per_prompt", "sampler", "precision"}
             ),
             "curriculum": recipe.curriculum.model_dump(include=PAIR_KEYS),
             "data": recipe.data.model_dump(include=SHARD_KEYS),
+            **self.ranker.inputs(),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -107,8 +106,7 @@ class Preparation:
         backbone = load_backbone(
             self.recipe.model, self.ranks.device, self.recipe.prepare.precision
         )
-        reward = load_reward(self.recipe.reward, self.ranks.device)
-        now = {**backbone.fingerprints(), "reward": reward.fingerprint}
+        now = {**backbone.fingerprints(), "reward": self.ranker.source().fingerprint}
         made_with = {"model": manifest.model, "vae": manifest.vae, "reward": manifest.reward}
         changed = [name for name, source in made_with.items() if source.fingerprint != now[name]]
         if changed:
@@ -121,7 +119,7 @@ class Preparation:
         """Do what is not done yet. DataError if no shards can be made of these candidates."""
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
-        reward = load_reward(self.recipe.reward, self.ranks.device)
+        ranked_by = self.ranker.source()  # what is wrong with a reward is said before all else
         backbone = load_backbone(
             self.recipe.model, self.ranks.device, self.recipe.prepare.precision
         )
@@ -129,16 +127,12 @@ class Preparation:
         tune_for_sampling(self.recipe.speed, backbone)
 
         images = self._sample(backbone, fingerprints["model"])
-        scores = self._score(reward, images)
-        formed = {
-            prompt: form_pairs(prompt, scores[prompt], self.recipe.curriculum, self.recipe.seed)
-            for prompt in self.prompts
-        }
-        pairs, fills = self._fill_shards(formed)
+        ranked = self.ranker.rank(images, self.prompts)
+        pairs, fills = self._fill_shards(ranked)
         latents = self._encode(backbone, fingerprints["vae"], images, pairs)
         shards = self._write(pairs, fills, latents, backbone)
-        manifest = self._manifest(shards, fills, formed, backbone, fingerprints, reward)
-        self.ranks.on_first(lambda: self._finish(manifest, formed, scores, images))
+        manifest = self._manifest(shards, fills, ranked, backbone, fingerprints, ranked_by)
+        self.ranks.on_first(lambda: self._finish(manifest, ranked, images))
 
     # Phases
 
@@ -150,24 +144,23 @@ class Preparation:
             self.run_dir / "candidates",
             seed=recipe.seed,
             stream=Stream.CANDIDATE_NOISE,
-            count=recipe.prepare.candidates_per_prompt,
+            count=self.ranker.count,
             sampler=recipe.prepare.sampler,
             resolution=recipe.model.resolution,
             batch_size=recipe.prepare.batch_size,
-            made_by={"model": made_by, "precision": recipe.prepare.precision},
+            made_by={
+                "model": made_by,
+                "precision": recipe.prepare.precision,
+                **self.ranker.made_by,
+            },
+            starts=self.ranker.starts,
         )
         sampler.run(self.prompts, self.ranks, self.terminal, "sample")
         return sampler.images
 
-    def _score(self, reward: RewardModel, images: CandidateSet) -> dict[str, np.ndarray]:
-        source = f"{reward.fingerprint[:16]}:{images.fingerprint[:16]}"
-        scoring = Scoring(self.run_dir, source, self.ranks)
-        scores = scoring.run(reward, images, self.prompts, self.terminal)
-        failpoint("prepare.scored")
-        return scores
-
-    def _fill_shards(self, formed: dict[str, PromptPairs]) -> tuple[list[Pair], list[TierShards]]:
+    def _fill_shards(self, ranked: dict[str, RankedPrompt]) -> tuple[list[Pair], list[TierShards]]:
         """All pairs, and which goes into which shard; every rank finds the same."""
+        formed = {prompt: found.outcome for prompt, found in ranked.items()}
         dropped = sum(outcome.dropped_candidates for outcome in formed.values())
         tied = [prompt for prompt, outcome in formed.items() if outcome.all_tied]
         if dropped:
@@ -231,12 +224,12 @@ class Preparation:
         self,
         shards: list[ShardEntry],
         fills: list[TierShards],
-        formed: dict[str, PromptPairs],
+        ranked: dict[str, RankedPrompt],
         backbone: Backbone,
         fingerprints: dict[str, str],
-        reward: RewardModel,
+        ranked_by: RewardSource,
     ) -> Manifest:
-        recipe, outcomes = self.recipe, formed.values()
+        recipe, outcomes = self.recipe, [found.outcome for found in ranked.values()]
         return Manifest(
             kind=recipe.data.format,
             created_by=__version__,
@@ -252,14 +245,12 @@ class Preparation:
                 fingerprint=fingerprints["vae"],
                 scaling_factor=backbone.scaling_factor,
             ),
-            reward=RewardSource(
-                type=recipe.reward.type, path=recipe.reward.path, fingerprint=reward.fingerprint
-            ),
+            reward=ranked_by,
             statistics=Statistics(
-                prompts=len(formed),
+                prompts=len(ranked),
                 prompts_without_pairs=sum(not outcome.pairs for outcome in outcomes),
                 tied_prompts=sum(outcome.all_tied for outcome in outcomes),
-                candidates=len(formed) * recipe.prepare.candidates_per_prompt,
+                candidates=len(ranked) * self.ranker.count,
                 dropped_candidates=sum(outcome.dropped_candidates for outcome in outcomes),
                 eligible_pairs=sum(outcome.num_eligible for outcome in outcomes),
                 pairs_by_tier=tuple(f.plan.num_shards * f.plan.count for f in fills),
@@ -269,15 +260,11 @@ class Preparation:
         )
 
     def _finish(
-        self,
-        manifest: Manifest,
-        formed: dict[str, PromptPairs],
-        scores: dict[str, np.ndarray],
-        images: CandidateSet,
+        self, manifest: Manifest, ranked: dict[str, RankedPrompt], images: CandidateSet
     ) -> None:
-        shown = [prompt for prompt in self.prompts if formed[prompt].pairs]
+        shown = [prompt for prompt in self.prompts if ranked[prompt].outcome.pairs]
         rows = [
-            _contact_row(prompt, formed[prompt].pairs, scores[prompt], images.read(prompt))
+            _contact_row(prompt, ranked[prompt], images)
             for prompt in shown[: self.recipe.prepare.contact_sheet_prompts]
         ]
         if rows:
@@ -288,15 +275,13 @@ class Preparation:
         self.terminal.line(f"look at: {self.run_dir / 'contact_sheet.png'}")
 
 
-def _contact_row(
-    prompt: str, pairs: list[Pair], scores: np.ndarray, images: list[Image.Image]
-) -> ContactRow:
-    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
-    by_tier = {pair.tier: pair for pair in reversed(pairs)}
+def _contact_row(prompt: str, ranked: RankedPrompt, candidates: CandidateSet) -> ContactRow:
+    images = candidates.read(prompt)
+    by_tier = {pair.tier: pair for pair in reversed(ranked.outcome.pairs)}
     return ContactRow(
         prompt=prompt,
-        images=[images[index] for index in order],
-        scores=[float(scores[index]) for index in order],
+        images=[images[index] for index in ranked.shown],
+        scores=[float(ranked.scores[index]) for index in ranked.shown],
         pairs=[
             ContactPair(
                 tier=tier,

@@ -344,6 +344,7 @@ class Recipe(Section):
         check_source(
             self.prepare.source,
             self.curriculum.difficulty,
+            self.curriculum.tiers,
             self.prompts.train,
             self.prompts.heldout,
         )

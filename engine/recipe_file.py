@@ -17,7 +17,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -171,7 +172,7 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
 def describe_schema() -> str:
     """Every knob with its default and what it does, as text for a terminal."""
     lines = ["Keys of a recipe, with their defaults:"]
-    for key in (key for key, info in SCHEMA.items() if not _sections_of(info)):
+    for key in (key for key, info in SCHEMA.items() if not _sections_of(info) and "[]" not in key):
         default = SCHEMA[key].get_default()
         text = "(required)" if default is PydanticUndefined else shown(default)
         lines.append(f"\n  {key} = {text}")
@@ -194,19 +195,38 @@ def _sections_of(info: FieldInfo) -> list[type[BaseModel]]:
     """The section classes behind a field: one of ``Model`` or ``Reward | None``, several where a
     ``type`` chooses, none of a knob.
     """
-    kinds = (info.annotation, *get_args(info.annotation))
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [kind for kind in _alternatives(info.annotation) if issubclass(kind, BaseModel)]
+
+
+def _sections_listed(info: FieldInfo) -> list[type[BaseModel]]:
+    """The section classes that a field is a list of: `tuple[Part, ...]`."""
+    listed = info.annotation if get_origin(info.annotation) is tuple else None
+    kinds = [kind for item in get_args(listed) for kind in _alternatives(item)]
+    return [kind for kind in kinds if issubclass(kind, BaseModel)]
+
+
+def _alternatives(annotation: Any) -> list[type]:
+    """The classes among which an annotation leaves the choice."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return [kind for inner in get_args(annotation) for kind in _alternatives(inner)]
+    return [annotation] if isinstance(annotation, type) else []
 
 
 def _walk_schema(
     section: type[BaseModel], prefix: str = "", *, default_types: bool = False
 ) -> dict[str, FieldInfo]:
-    """Dotted keys; with ``default_types`` those alone that go with the default of each ``type``."""
+    """Dotted keys; with ``default_types`` those alone that go with the default of each ``type``.
+
+    Keys inside a list of sections have ``[]`` after the list's name, whatever the place in it.
+    """
     found: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         found.setdefault(prefix + name, info)
         for inner in _sections_of(info)[: 1 if default_types else None]:
             inside = _walk_schema(inner, f"{prefix}{name}.", default_types=default_types)
+            found |= {key: info for key, info in inside.items() if key not in found}
+        for inner in _sections_listed(info) if not default_types else ():
+            inside = _walk_schema(inner, f"{prefix}{name}[].")
             found |= {key: info for key, info in inside.items() if key not in found}
     return found
 
@@ -219,14 +239,15 @@ KNOBS = tuple(
 
 def _nearest(key: str) -> str:
     """The second half of "unknown key": the valid key that was probably meant."""
-    parent, _, leaf = key.rpartition(".")
+    parent, _, leaf = _anywhere(key).rpartition(".")
     leaf_of = {name: name.rpartition(".")[2] for name in SCHEMA}
+    outside = [name for name in SCHEMA if "[]" not in name]
     here = {leaf_of[name]: name for name in SCHEMA if name.rpartition(".")[0] == parent}
     likely = [here[close] for close in difflib.get_close_matches(leaf, here, n=1, cutoff=0.65)]
     if not likely:  # the right name in the wrong section
-        likely = [name for name in SCHEMA if leaf_of[name] == leaf]
+        likely = [name for name in outside if leaf_of[name] == leaf]
     if not likely and not here:
-        likely = difflib.get_close_matches(key, SCHEMA, n=1, cutoff=0.6)
+        likely = difflib.get_close_matches(key, outside, n=1, cutoff=0.6)
     if likely:
         return f"did you mean {' or '.join(likely)}?"
     return f"valid keys: {', '.join(here.values() or Recipe.model_fields)}"
@@ -272,12 +293,16 @@ def _apply_overrides(
             source.problems.append(
                 f"override {text!r}: write it as dotted.key=value, e.g. train.steps=200"
             )
+        elif "[]" in key:
+            source.problems.append(
+                f"override {text!r}: what is inside a list is written in the file"
+            )
         elif key not in SCHEMA:
             source.problems.append(f"override {text!r}: unknown key; {_nearest(key)}")
         else:
             source.overrides[key] = text
             value = source.read(raw, key)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and _sections_of(SCHEMA[key]):
                 source.fail(key, "set the keys of a section one by one, e.g. train.steps=200")
                 continue
             try:
@@ -315,8 +340,17 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 def _types_of(key: str) -> list[str]:
     """The values of ``type`` at a section that has several schemas, none for any other key."""
-    sections = _sections_of(SCHEMA[key]) if key in SCHEMA and SCHEMA[key].discriminator else []
-    return [section.model_fields["type"].default for section in sections]
+    listed = key.endswith("]")
+    info = SCHEMA.get(_anywhere(key.rpartition("[")[0] if listed else key))
+    if info is None:
+        return []
+    sections = _sections_listed(info) if listed else _sections_of(info)
+    return [section.model_fields["type"].default for section in sections if len(sections) > 1]
+
+
+def _anywhere(key: str) -> str:
+    """A key as the schema has it, whatever the place in a list: ``rewards[1]`` is ``rewards[]``."""
+    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -328,7 +362,8 @@ def _with_tuples(value: Any) -> Any:
 def _wording(key: str, detail: ErrorDetails) -> str:
     """One problem in words: the value seen and what would be right."""
     kind, seen = detail["type"], detail["input"]
-    if kind == "extra_forbidden" and key in SCHEMA:
+    known = SCHEMA.get(_anywhere(key))
+    if kind == "extra_forbidden" and known is not None:
         return f"{shown(seen)} has no place here: the key goes with another type of its section"
     if kind == "extra_forbidden":
         return f"unknown key; {_nearest(key)}"
@@ -337,9 +372,9 @@ def _wording(key: str, detail: ErrorDetails) -> str:
         given = shown(detail["ctx"]["tag"]) if "tag" in detail.get("ctx", {}) else "missing;"
         return f"{given} should be {', '.join(types[:-1])} or {types[-1]}"
     if kind == "missing":
-        what = SCHEMA[key].description if key in SCHEMA else None
+        what = known.description if known is not None else None
         return f"missing{': ' + ' '.join(what.split()) if what else ''}"
-    if kind == "value_error" and not key:
+    if kind == "value_error":
         return str(detail["ctx"]["error"])
     right = detail["msg"].replace("Input should", "should")
     if kind in ("model_type", "model_attributes_type"):

@@ -16,7 +16,7 @@ from .failpoints import failpoint
 from .keyed import content_id
 from .launch import Ranks
 from .reporting.console import Terminal
-from .rewards import RewardModel
+from .rewards import RewardModel, checked_scores
 from .shards.atomic import atomic_file
 
 SCHEMA = pa.schema(
@@ -123,14 +123,3 @@ class Scoring:
         pq.write_table(table, buffer)
         with atomic_file(path) as file:
             file.write(buffer.getvalue().to_pybytes())
-
-
-def checked_scores(scores: np.ndarray, count: int) -> np.ndarray:
-    """``scores`` as float32 (count,); DataError for anything else that a reward returns."""
-    scores = np.asarray(scores)
-    if scores.shape != (count,) or not np.issubdtype(scores.dtype, np.floating):
-        raise DataError(
-            f"the reward returned {scores.dtype} of shape {scores.shape} for {count} images; one "
-            "floating number an image is wanted"
-        )
-    return scores.astype(np.float32)

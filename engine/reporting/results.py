@@ -13,7 +13,7 @@ Keys (format 1)::
       prompts           the prompts, in the row order of the scores
       scorers[]
         scorer          "judge" | "reward"
-        model           folder or hub id
+        model           type, and folder or hub id, of its reward
         base_mean, tuned_mean, difference, win_rate
                         {"mean", "low", "high"}; 95% bootstrap over prompts;
                         difference is tuned - base, win_rate counts ties half

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from ..recipe import Reward
+from ..recipe_reward import CombinedReward, Reward
 from .clip_score import ClipScore
-from .protocol import RewardModel
+from .colorfulness import Colorfulness
+from .combined import COMBINATIONS, is_relative, score_together
+from .jpeg_size import JpegSize
+from .protocol import ImageEmbedder, RewardModel, Scorer
+from .python_function import PythonFunction
+from .scored_call import ScoredCall, checked_scores
 
-__all__ = ["RewardModel", "load_reward"]
+__all__ = [
+    "ImageEmbedder",
+    "RewardModel",
+    "checked_scores",
+    "is_relative",
+    "load_reward",
+    "score_together",
+]
+
+SCORERS: dict[str, Callable[[Any, torch.device], Scorer]] = {
+    "clip_score": ClipScore,
+    "colorfulness": Colorfulness,
+    "jpeg_compressibility": JpegSize,
+    "jpeg_incompressibility": JpegSize,
+    "python": PythonFunction,
+}
 
 
-def load_reward(spec: Reward, device: torch.device) -> RewardModel:
-    """The reward a recipe names."""
-    return ClipScore(spec, device)
+def load_reward(spec: Reward, device: torch.device, cache: Path | None = None) -> RewardModel:
+    """The reward a recipe names; ``cache`` is a folder in which scores outlive the process.
+
+    Raises:
+        OutsideError: weights or function cannot be had; one line says which and why.
+    """
+    if isinstance(spec, CombinedReward):
+        parts = [load_reward(part.reward, device, cache) for part in spec.rewards]
+        return COMBINATIONS[spec.type](parts, [part.weight for part in spec.rewards])
+    scorer = SCORERS[spec.type](spec, device)
+    return ScoredCall(scorer, spec.label, spec.images_per_call, spec.settings(), cache)

@@ -1,9 +1,9 @@
-"""What ranks images. A reward is any object with this shape; higher is better."""
+"""What ranks images. A reward is any object with the first shape; higher is better."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -13,8 +13,36 @@ class RewardModel(Protocol):
     """Scores images against the prompts they were made from."""
 
     fingerprint: str
-    """Content hash of the weights: goes into the manifest with the scores."""
+    """Content hash of all that the scores depend on: goes into the manifest with the scores."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """float32 (N,), one an image; NaN where no score can be given, never a made-up one."""
+        ...
+
+
+class Scorer(Protocol):
+    """What the file of one reward implements: a batch of images that fits into memory.
+
+    Batches, what is done about failures, and the cache are :mod:`.scored_call`'s.
+    """
+
+    fingerprint: str
+    """Content hash of the weights, or of the code where there are none."""
+
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """(N,) of any floating type. Whatever it raises counts against the images it was given."""
+        ...
+
+
+@runtime_checkable
+class ImageEmbedder(Protocol):
+    """A reward that works on embeddings of images, and gives them away: distances between images
+    are distances between these.
+    """
+
+    fingerprint: str
+    """Content hash of the weights."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Unit vectors (N, D) float32."""
         ...

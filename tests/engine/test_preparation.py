@@ -19,6 +19,7 @@ from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.errors import DataError
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
+from cdpo.engine.rankers import reward as reward_ranker
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
 from cdpo.engine.reporting.console import Terminal
@@ -83,7 +84,9 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put a fake in the place of the recipe's reward."""
 
     def put(of_prompt: Callable[[str, np.ndarray], object]) -> None:
-        monkeypatch.setattr(preparation, "load_reward", lambda spec, device: FakeReward(of_prompt))
+        monkeypatch.setattr(
+            reward_ranker, "load_reward", lambda spec, device: FakeReward(of_prompt)
+        )
 
     return put
 
@@ -267,7 +270,7 @@ def test_other_tars_in_the_folder_are_left_alone(tiny_recipe, ranks, tmp_path):
     ("module", "place", "passage"),
     [
         (candidates, "prepare.candidates", 3),
-        (preparation, "prepare.scored", 1),
+        (reward_ranker, "prepare.scored", 1),
         (latents, "prepare.latents", 2),
         (tier_shards, "prepare.shard", 4),
     ],

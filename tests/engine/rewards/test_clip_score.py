@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.errors import OutsideError
-from cdpo.engine.recipe import Reward
+from cdpo.engine.recipe_reward import ClipScoreSpec
 from cdpo.engine.rewards import RewardModel, load_reward
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ PROMPTS = ["red apple", "house", "a long prompt " * 40, "red apple", ""]
 
 
 def load(folder: Path, batch_size: int = 64) -> RewardModel:
-    return load_reward(Reward(path=str(folder), batch_size=batch_size), CPU)
+    return load_reward(ClipScoreSpec(path=str(folder), batch_size=batch_size), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_images_of_any_size_and_mode(reward):
 def test_each_prompt_is_embedded_once(tiny_world):
     reward = load(tiny_world / "reward", batch_size=2)
     rows: list[int] = []
-    reward.model.text_model.register_forward_hook(lambda *_: rows.append(1))
+    reward.scorer.clip.model.text_model.register_forward_hook(lambda *_: rows.append(1))
     reward.score(pictures(), PROMPTS)
     reward.score(pictures(), PROMPTS)
     assert len(rows) == len(set(PROMPTS))

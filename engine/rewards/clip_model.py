@@ -1,0 +1,97 @@
+"""CLIP models as rewards use them: normalised embeddings of images and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from ..backbones import fingerprint
+from ..backbones.pretrained import reading
+
+PROMPTS_KEPT = 4096  # an imported data set may have a million captions
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_clip(
+    what: str, kind: str, path: str, revision: str | None = None, processor: str | None = None
+) -> tuple[CLIPModel, Any, Any]:
+    """Model in float32, tokenizer and image processor. OutsideError, "``what`` is no ``kind``:
+    reason", where one of them is missing or damaged.
+    """
+    with reading(what, kind):
+        model, report = CLIPModel.from_pretrained(
+            path, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        # transformers makes up what it does not find: random weights, an empty tokenizer.
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+        beside = path if processor is None else processor
+        of = revision if processor is None else None
+        images = CLIPImageProcessorPil.from_pretrained(beside, revision=of)
+    return model, read_tokenizer(what, kind, beside, of), images
+
+
+def read_tokenizer(what: str, kind: str, path: str, revision: str | None = None) -> Any:
+    """A tokenizer with a vocabulary. OutsideError as :func:`read_clip`."""
+    with reading(what, kind):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it has no vocabulary")
+    return tokenizer
+
+
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Mixed precision of a forward; weights stay float32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+class ClipModel:
+    """A frozen CLIP on one device; the embeddings of the latest prompts are kept."""
+
+    def __init__(
+        self, model: CLIPModel, tokenizer: Any, processor: Any, device: torch.device, precision: str
+    ) -> None:
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.device = device
+        self.precision = precision
+        self.fingerprint = fingerprint(self.model)
+        self._embed_text = lru_cache(maxsize=PROMPTS_KEPT)(self._embed_text_anew)
+
+    @torch.no_grad()
+    def cosines(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        """float32 (N,), of each image with its prompt."""
+        text = torch.stack([self._embed_text(prompt) for prompt in prompts])
+        return (self.embed_images(images) * text).sum(-1).float()
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """float32 (N, width), of length 1."""
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        with computing_in(self.precision, self.device):
+            vision = self.model.vision_model(pixel_values=pixels)
+            projected = self.model.visual_projection(vision.pooler_output)
+        return F.normalize(projected.float(), dim=-1)
+
+    def _embed_text_anew(self, prompt: str) -> torch.Tensor:
+        tokens = self.tokenizer(
+            [prompt],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        with computing_in(self.precision, self.device):
+            text = self.model.text_model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            projected = self.model.text_projection(text.pooler_output)
+        return F.normalize(projected.float(), dim=-1)[0]

@@ -1,0 +1,38 @@
+"""Size of an image as JPEG, or minus that: the two rewards without weights of DDPO.
+
+Black et al., "Training diffusion models with reinforcement learning", arXiv 2305.13301: kB (1000
+bytes) at quality 95. The bytes depend on the JPEG library, whose version is in the fingerprint.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, features
+
+from ..recipe_reward import JpegIncompressibilitySpec, JpegSpec
+
+QUALITY = 95
+
+
+class JpegSize:
+    """Needs no weights; the prompt does not count."""
+
+    def __init__(self, spec: JpegSpec | JpegIncompressibilitySpec, device: torch.device) -> None:
+        del device
+        self.sign = 1.0 if spec.type == "jpeg_incompressibility" else -1.0
+        library = features.version("libjpeg_turbo") or features.version("jpg")
+        self.fingerprint = f"{spec.type} 1, libjpeg {library}"
+
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return np.asarray([self.sign * kilobytes(image) for image in images], np.float64)
+
+
+def kilobytes(image: Image.Image) -> float:
+    """Of the image as JPEG."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
+    return buffer.tell() / 1000

@@ -1,0 +1,166 @@
+"""Calling a reward: in batches, once an image, and with its failures confined.
+
+Out of memory: the batch is halved, for good, and that is said. Raised over a batch: its images are
+scored one by one, and those that fail alone are named and get NaN, which stage 1 drops and counts.
+Nothing but failures from the start, or an answer of another shape or type: an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import CdpoError, DataError, OutsideError
+from ..reporting.console import Terminal
+from .protocol import Scorer
+from .score_cache import ScoreCache, score_key
+
+HOPELESS = 64  # images that fail in a row, from the first one on, before a run is given up
+NAMED = 8  # images that are named as failed; the rest are counted
+
+
+class ScoredCall:
+    """The reward of one scorer. ``cache`` is a folder that keeps scores beyond this process."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        label: str,
+        batch_size: int,
+        settings: str = "",
+        cache: Path | None = None,
+    ) -> None:
+        self.scorer = scorer
+        self.label = label
+        self.batch_size = batch_size
+        self.fingerprint = scorer.fingerprint
+        if settings:
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {settings}".encode()).hexdigest()
+        self.cache = ScoreCache(cache / self.fingerprint[:16] if cache else None)
+        self.succeeded = 0
+        self.failed = 0
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """float32 (N,). Raises DataError where the scorer breaks its contract or fails on all of
+        the first images, OutsideError where one image is too much for the memory.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        keys = [score_key(*pair) for pair in zip(images, prompts, strict=True)]
+        places = {key: place for place, key in enumerate(keys) if key not in self.cache}
+        names = _names(prompts)
+        fresh: dict[bytes, float] = {}
+        todo = sorted(places.values())
+        while todo:
+            batch, todo = todo[: self.batch_size], todo[self.batch_size :]
+            scores = self._batch(images, prompts, batch, names)
+            if scores is None:  # out of memory: once more, with the halved batch
+                todo = batch + todo
+                continue
+            fresh |= {keys[place]: float(score) for place, score in zip(batch, scores, strict=True)}
+        found = [fresh[key] if key in fresh else self.cache[key] for key in keys]
+        self.cache.add({key: score for key, score in fresh.items() if np.isfinite(score)})
+        return np.asarray(found, np.float32)
+
+    def _batch(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        places: Sequence[int],
+        names: Sequence[str],
+    ) -> np.ndarray | None:
+        """Scores of the images at ``places``; None after halving the batch for want of memory."""
+        own = [images[place] for place in places]
+        own_prompts = [prompts[place] for place in places]
+        try:
+            scores = checked_scores(self.scorer.score_batch(own, own_prompts), len(own), self.label)
+        except CdpoError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._halve(len(places), error)
+                return None
+            if len(places) > 1:
+                return self._one_by_one(images, prompts, places, names)
+            self._fail(names[places[0]], error)
+            return np.full(1, np.nan, np.float32)
+        self.succeeded += len(places)
+        return scores
+
+    def _one_by_one(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        places: Sequence[int],
+        names: Sequence[str],
+    ) -> np.ndarray | None:
+        alone = [self._batch(images, prompts, [place], names) for place in places]
+        if any(score is None for score in alone):
+            return None
+        return np.concatenate([score for score in alone if score is not None])
+
+    def _halve(self, tried: int, error: Exception) -> None:
+        if tried == 1:
+            raise OutsideError(
+                f"{self.label}: out of memory with one image at a time: {_first_line(error)}"
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.batch_size = tried // 2
+        Terminal().warn(
+            f"{self.label}: out of memory with {tried} images in one call; it goes on with "
+            f"{self.batch_size} (batch_size={self.batch_size} in the recipe spares the attempt)"
+        )
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.failed += 1
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if not self.succeeded and self.failed == HOPELESS:
+            raise DataError(f"{self.label} failed on each of the first {HOPELESS} images: {reason}")
+        if self.failed <= NAMED:
+            Terminal().warn(f"{self.label}: no score for {name}, which is left out: {reason}")
+        elif self.failed == NAMED + 1:
+            Terminal().warn(f"{self.label}: further images without a score are counted, not named")
+
+
+def checked_scores(scores: object, count: int, label: str = "the reward") -> np.ndarray:
+    """``scores`` as float32 (count,); DataError for anything else that a reward returns."""
+    scores = np.asarray(scores)
+    if scores.shape != (count,) or not np.issubdtype(scores.dtype, np.floating):
+        raise DataError(
+            f"{label} returned {scores.dtype} of shape {scores.shape} for {count} images; one "
+            "floating number an image is wanted"
+        )
+    return scores.astype(np.float32)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU or of the host: PyTorch has no class of its own for the latter."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def _names(prompts: Sequence[str]) -> list[str]:
+    """``candidate 2 of 'a dog'``: images are counted for each prompt."""
+    seen: Counter[str] = Counter()
+
+    def named() -> Iterator[str]:
+        for prompt in prompts:
+            yield f"candidate {seen[prompt]} of {prompt!r}"
+            seen[prompt] += 1
+
+    return list(named())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no reason given").split("\n")[0]
