@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from . import keyed
 from .backbones import Backbone
+from .backbones.masking import PromptMask
 from .errors import DataError
 from .failpoints import failpoint
 from .keyed import Stream, content_id
@@ -21,6 +22,23 @@ from .launch import Ranks
 from .recipe import Sampler
 from .reporting.console import Terminal
 from .shards.candidates import has_candidates, read_candidates, write_candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an image of a prompt is drawn from; images that share a name share what it names."""
+
+    noise: str
+    """Names the noise it begins with."""
+    masked: float = 0.0
+    """Share of the prompt's embedding that is zero."""
+    mask: str = ""
+    """Names the order in which the embedding's entries become zero as the share grows."""
+
+
+def whole_prompts(count: int) -> list[Start]:
+    """Images of the whole prompt, each with noise of its own."""
+    return [Start(str(number)) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,11 @@ class CandidateSet:
 
 
 class CandidateSampler:
-    """Draws ``count`` images a prompt from some network, skipping prompts that are done."""
+    """Draws ``count`` images a prompt from some network, skipping prompts that are done.
+
+    ``starts`` gives what each of a prompt's images is drawn from; left out, each has its own noise
+    and the whole prompt.
+    """
 
     def __init__(
         self,
@@ -67,7 +89,8 @@ class CandidateSampler:
         sampler: Sampler,
         resolution: tuple[int, int],
         batch_size: int,
-        made_by: Mapping[str, str],
+        made_by: Mapping[str, Any],
+        starts: Callable[[str], Sequence[Start]] | None = None,
     ) -> None:
         self.backbone = backbone
         self.net = net
@@ -76,6 +99,7 @@ class CandidateSampler:
         self.count = count
         self.sampler = sampler
         self.batch_size = batch_size
+        self.starts = starts or (lambda prompt: whole_prompts(count))
         self.shape = backbone.latent_shape(resolution)
         # What an image is a function of, besides its prompt: kept with it, checked on resume.
         meta = {
@@ -99,7 +123,7 @@ class CandidateSampler:
         with terminal.progress(label, total, done, "images") as progress:
             for start in ranks.until_stopped(range(0, len(mine), group)):
                 names = mine[start : start + group]
-                images = self._draw([name for name in names for _ in range(self.count)])
+                images = self._draw([(name, one) for name in names for one in self.starts(name)])
                 for index, name in enumerate(names):
                     own = images[index * self.count : (index + 1) * self.count]
                     self.images.write(name, own)
@@ -107,18 +131,25 @@ class CandidateSampler:
                 progress.advance(min(len(images) * ranks.world_size, total - progress.done))
         ranks.meet()
 
-    def _draw(self, prompts: list[str]) -> list[Image.Image]:
-        """One image a prompt; the n-th repetition of a prompt is its candidate n."""
-        items = [content_id(p, str(row % self.count)) for row, p in enumerate(prompts)]
+    def _draw(self, wanted: list[tuple[str, Start]]) -> list[Image.Image]:
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            keys = keyed.make_keys(self.seed, self.stream, items[rows])
+        for first in range(0, len(wanted), self.batch_size):
+            rows = wanted[first : first + self.batch_size]
+            noise = [content_id(prompt, start.noise) for prompt, start in rows]
+            keys = keyed.make_keys(self.seed, self.stream, noise)
             images += self.backbone.sample(
                 self.net,
-                prompts[rows],
+                [prompt for prompt, _ in rows],
                 keyed.normal(keys.to(self.backbone.device), self.shape),
                 steps=self.sampler.steps,
                 guidance=self.sampler.guidance,
+                mask=self._mask(rows),
             )
         return images
+
+    def _mask(self, rows: Sequence[tuple[str, Start]]) -> PromptMask | None:
+        shares = [start.masked for _, start in rows]
+        if not any(shares):
+            return None
+        items = [content_id(prompt, start.mask) for prompt, start in rows]
+        return PromptMask(keyed.make_keys(self.seed, Stream.PROMPT_MASK, items), shares)

@@ -36,6 +36,8 @@ class Stream(IntEnum):
     BOOTSTRAP = 12
     ADAPTER_DROPOUT = 13
     POSTERIOR = 14
+    PROMPT_MASK = 15
+    PROMPT_SPLIT = 16
 
 
 def content_id(*parts: str) -> int:

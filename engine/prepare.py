@@ -3,8 +3,8 @@
     deepspeed engine/prepare.py --recipe recipes/emoji_cdpo.yaml
 
 Goes on where it was stopped, to the prompt; a finished run says so. Leaves `candidates/` (or, of
-a data set that was read, `source/`),
-`scores.parquet`, `shards/` with `manifest.json`, and `contact_sheet.png` in the run folder.
+a data set that was read, `source/`), `scores.parquet` (where a reward ranked them), `shards/` with
+`manifest.json`, and `contact_sheet.png` in the run folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     from cdpo.engine.importing import Importing
     from cdpo.engine.preparation import Preparation
 
-    is_sampled = recipe.prepare.source.type == "generate"
+    is_sampled = recipe.prepare.source.type in ("generate", "masked")
     preparation = (Preparation if is_sampled else Importing)(ranks, recipe, terminal)
     terminal.header(f"prepare  {recipe.run_dir}", preparation.describe())
     if preparation.is_finished:

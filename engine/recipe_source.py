@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .recipe_types import NonNegativeInt, PositiveInt, Section
 
@@ -13,8 +13,36 @@ class Generate(Section):
     """Candidates sampled from the model for every prompt, ranked by the reward: the method."""
 
     type: Literal["generate"] = "generate"
-    """`generate`: sample candidates and rank them with the reward. `paired`: a data set of two
-    images, a label and a caption. `ranked`: a data set of images with captions and scores."""
+    """`generate`: sample candidates and rank them with the reward. `masked`: sample winners, and
+    losers that are told less of the prompt. `paired`: a data set of two images, a label and a
+    caption. `ranked`: a data set of images with captions and scores."""
+
+
+class Masked(Section):
+    """Winners of the whole prompt, losers of one that is partly zero: ranked without a reward.
+
+    As in Curriculum-DPO++. `prepare.candidates_per_prompt` counts the winners, of which each tier
+    pairs up to `curriculum.pairs_per_prompt_per_tier`; `difficulty`, `binning` and `min_score_gap`
+    of the curriculum mean nothing. The reward is loaded by `compare` alone.
+    """
+
+    type: Literal["masked"] = "masked"
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
+    """Share of the prompt embedding's entries that is zero for the losers of each tier, the easiest
+    first (published: from 0.9 to 0.1)."""
+    same_noise: bool = True
+    """A loser begins with its winner's noise, so that they differ by the prompt alone; false: with
+    noise of its own. The paper does not say."""
+
+    @model_validator(mode="after")
+    def _tiers_get_harder(self) -> Masked:
+        falls = all(b < a for a, b in zip(self.fractions, self.fractions[1:], strict=False))
+        if not self.fractions or not falls:
+            raise ValueError(
+                f"fractions=[{_listed(self.fractions)}] must fall from tier to tier, each below "
+                "the one before: the more of a prompt is zero, the easier is the pair"
+            )
+        return self
 
 
 class Imported(Section):
@@ -67,19 +95,30 @@ class Ranked(Imported):
     """Column with its score, higher is better; null: the recipe's reward scores it."""
 
 
-Source = Annotated[Generate | Paired | Ranked, Field(discriminator="type")]
+Source = Annotated[Generate | Masked | Paired | Ranked, Field(discriminator="type")]
 
 
-def check_source(source: Source, difficulty: str, train: str | None, heldout: str | None) -> None:
-    """ValueError where the source does not go with the curriculum or the prompt files."""
+def check_source(
+    source: Source, difficulty: str, tiers: int, train: object | None, heldout: object | None
+) -> None:
+    """ValueError where the source does not go with the curriculum or the prompts."""
     if source.type == "paired" and difficulty != "score_gap":
         raise ValueError(
             "prepare.source.type=paired needs curriculum.difficulty=score_gap: two images have "
             "only one gap in rank"
         )
-    if source.type == "generate" and train is None:
+    if isinstance(source, Masked) and len(source.fractions) != tiers:
+        raise ValueError(
+            f"prepare.source.fractions=[{_listed(source.fractions)}] has {len(source.fractions)} "
+            f"shares for curriculum.tiers={tiers}: give one a tier"
+        )
+    if isinstance(source, Generate | Masked) and train is None:
         raise ValueError("prompts.train: missing: the prompts to sample candidates for")
     if train is None and heldout is None:
         raise ValueError(
             "prompts.heldout: missing: with no prompts.train either, there is nothing to compare on"
         )
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

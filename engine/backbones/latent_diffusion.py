@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..keyed import content_id
 from .autoencoder import Autoencoder
+from .masking import PromptMask
 from .pretrained import fingerprint
 from .protocol import Conditioning, Framing, NoiseProcess
 from .text import TextConditioner
@@ -76,8 +77,12 @@ class LatentDiffusion:
         """Take the UNet of another pipeline folder, in the precision of this one."""
         dtype = next(self.denoiser.parameters()).dtype
         unet = type(self.denoiser).from_pretrained(folder, subfolder="unet", dtype=dtype)
-        self.denoiser = unet.to(self.device).requires_grad_(False).eval()
-        self.pipeline.unet = self.denoiser
+        self.use_denoiser(unet.to(self.device).requires_grad_(False).eval())
+
+    def use_denoiser(self, net: ModelMixin) -> None:
+        """Work with this network of the same kind from now on."""
+        self.denoiser = net
+        self.pipeline.unet = net
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         return self.vae.encode(images)
@@ -127,6 +132,7 @@ class LatentDiffusion:
         *,
         steps: int,
         guidance: float,
+        mask: PromptMask | None = None,
     ) -> list[Image.Image]:
         # A shallow copy with its own scheduler: `net` may be the policy, and samplers keep state.
         pipeline = copy.copy(self.pipeline)
@@ -134,6 +140,8 @@ class LatentDiffusion:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         dtype = next(net.parameters()).dtype
         embeddings = self._text.pipeline_inputs(prompts)
+        if mask is not None:
+            embeddings = mask.apply(embeddings)
         height, width = self.vae.pixel_shape(noise)
         latents = pipeline(
             **{name: value.to(dtype) for name, value in embeddings.items()},

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...kernels import SchedulePoint
+from .masking import PromptMask
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ class Backbone(Protocol):
         """Take the denoiser of another pipeline folder of the same family."""
         ...
 
+    def use_denoiser(self, net: ModelMixin) -> None:
+        """Take a network that is already there as :attr:`denoiser`."""
+        ...
+
     @property
     def scaling_factor(self) -> float:
         """What the VAE's latents are multiplied by."""
@@ -194,6 +199,9 @@ class Backbone(Protocol):
         *,
         steps: int,
         guidance: float,
+        mask: PromptMask | None = None,
     ) -> list[Image.Image]:
-        """Images drawn from ``net``, one a prompt, starting from ``noise`` (N, C, h, w)."""
+        """Images drawn from ``net``, one a prompt, starting from ``noise`` (N, C, h, w); ``mask``
+        sets parts of the prompts' embeddings to zero.
+        """
         ...

@@ -9,7 +9,7 @@ import yaml
 from cdpo.engine.errors import RecipeError
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import KNOBS, describe_schema, load_recipe, save_resolved
-from cdpo.engine.recipe_source import Generate, Paired, Ranked
+from cdpo.engine.recipe_source import Generate, Masked, Paired, Ranked
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {
@@ -55,6 +55,14 @@ def test_sources_are_chosen_by_type_and_by_overrides(tmp_path):
     assert paired == Paired(path="p", images=("winner", "loser"), label=None)
 
 
+def test_masked_prompts_have_the_published_shares_and_one_a_tier(tmp_path):
+    masked = load(tmp_path, {"type": "generate"}, "prepare.source.type=masked").prepare.source
+    assert masked == Masked(fractions=(0.9, 0.7, 0.5, 0.3, 0.1), same_noise=True)
+    three = ["prepare.source.fractions=[1.0, 0.6, 0.2]", "curriculum.tiers=3"]
+    source = load(tmp_path, {"type": "masked"}, *three).prepare.source
+    assert source == Masked(fractions=(1.0, 0.6, 0.2))
+
+
 @pytest.mark.parametrize("kind", ["paired", "ranked"])
 def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, kind):
     recipe = load(tmp_path, {"type": kind, "path": "p"})
@@ -67,8 +75,8 @@ def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, k
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({}, "prepare.source.type: missing; should be generate, paired or ranked"),
-        ({"type": "pairs"}, ":7: prepare.source.type: 'pairs' should be generate, paired or"),
+        ({}, "prepare.source.type: missing; should be generate, masked, paired or ranked"),
+        ({"type": "pairs"}, ":7: prepare.source.type: 'pairs' should be generate, masked,"),
         ({"type": "paired"}, "prepare.source.path: missing: The data set: a parquet, CSV or tar"),
         ("paired", "prepare.source: 'paired' should be a section"),
         ({"type": "paired", "path": 3}, "prepare.source.path: 3 should be a valid string"),
@@ -77,6 +85,13 @@ def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, k
         ({"type": "ranked", "path": "p", "captoin": "s"}, "did you mean prepare.source.caption?"),
         ({"type": "ranked", "path": "p", "max_unreadable": -1}, "greater than or equal to 0"),
         ({"type": "paired", "path": "p", "on_disagreement": "flip"}, "'drop', 'keep' or 'swap'"),
+        ({"type": "masked", "path": "p"}, "path: 'p' has no place here: the key goes with another"),
+        ({"type": "masked", "fractions": [0.9, 0.1]}, "has 2 shares for curriculum.tiers=5: give"),
+        ({"type": "masked", "fractions": [0.1, 0.9]}, "fractions=[0.1, 0.9] must fall from tier"),
+        ({"type": "masked", "fractions": [0.5, 0.5]}, "must fall from tier to tier, each below"),
+        ({"type": "masked", "fractions": []}, "fractions=[] must fall from tier to tier"),
+        ({"type": "masked", "fractions": [1.5]}, "fractions[0]: 1.5 should be less than or equal"),
+        ({"type": "masked", "fractions": [0.5, 0]}, "fractions[1]: 0 should be greater than 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path, source, expected):
@@ -91,15 +106,16 @@ def test_pairs_have_no_difficulty_by_rank(tmp_path):
 def test_which_prompts_a_source_needs(tmp_path):
     paired = {"type": "paired", "path": "p"}
     assert load(tmp_path, paired, prompts={"heldout": "h"}).prompts.train is None
-    assert "prompts.train: missing" in problem(
-        tmp_path, {"type": "generate"}, prompts={"heldout": "h"}
-    )
+    for kind in ("generate", "masked"):
+        assert "prompts.train: missing" in problem(
+            tmp_path, {"type": kind}, prompts={"heldout": "h"}
+        )
     assert "prompts.heldout: missing" in problem(tmp_path, paired, prompts={})
 
 
 def test_every_recipe_shows_the_type_and_help_shows_the_keys_of_all_types():
     assert [key for key in KNOBS if key.startswith("prepare.source")] == ["prepare.source.type"]
-    for key in ("on_disagreement", "score", "max_unreadable", "label"):
+    for key in ("on_disagreement", "score", "max_unreadable", "label", "fractions"):
         assert f"\n  prepare.source.{key} = " in describe_schema()
 
 
