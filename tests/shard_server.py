@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import ssl
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,15 +17,31 @@ class ShardServer(ThreadingHTTPServer):
     """``faults[name]`` are played by the coming requests of a file, one each; a fault whose name
     ends in ``*`` by all that follow; those of ``faults["*"]`` by any file.
 
-    Faults: a status such as ``500``; ``stall`` and ``drop``, both after half the body; ``drip``, a
-    byte at a time; ``corrupt``, ``short``, ``long``; ``redirect``, to ``redirect_to``.
+    Faults: a status such as ``500``, or ``503:2`` with a Retry-After of 2; ``stall`` and ``drop``,
+    both after half the body; ``drip``, a byte at a time; ``corrupt``, ``short``, ``long``;
+    ``redirect``, to ``redirect_to``; ``endless``, a whole body in chunks without the last one.
+
+    With ``certificate``, a PEM file that also holds the key, it speaks https.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, folder: Path, *, ranges: bool = True, chunk: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        ranges: bool = True,
+        chunk: int = 1 << 20,
+        certificate: Path | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.scheme = "http"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+            self.scheme = "https"
         self.folder, self.ranges, self.chunk = folder, ranges, chunk
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.redirect_to = ""
@@ -35,7 +52,7 @@ class ShardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def count(self, name: str) -> int:
         return sum(asked == name for asked, _ in self.requests)
@@ -65,8 +82,15 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(span[1]) if span and self.server.ranges else 0
         fault = self.server.next_fault(name, start)
         path = self.server.folder / name
-        if fault.isdigit() or not path.is_file():
-            self._say(int(fault) if fault.isdigit() else 404)
+        status, _, seconds = fault.partition(":")
+        if status.isdigit():
+            self._say(int(status), **({"Retry-After": seconds} if seconds else {}))
+        elif not path.is_file():
+            self._say(404)
+        elif start >= path.stat().st_size:
+            self._say(416)
+        elif fault == "endless":
+            self._send_endless(path.read_bytes())
         elif fault == "redirect":
             self._say(302, Location=self.server.redirect_to)
         else:
@@ -96,6 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.closing.wait(0.1)  # so that the client has read what came
         if end < len(body):
             self.close_connection = True
+
+    def _send_endless(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"%x\r\n" % len(body) + body + b"\r\n")
+        self.wfile.flush()
+        self.server.closing.wait(0.1)  # so that the client has read what came
+        self.close_connection = True
 
 
 def _damaged(body: bytes, fault: str) -> bytes:

@@ -8,9 +8,9 @@ double, until ``retries`` in a row bring nothing or the ``budget`` of seconds is
 
 from __future__ import annotations
 
+import math
 import os
 import random
-import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +21,15 @@ from urllib.parse import urlsplit
 
 from ..errors import CdpoError, DataError, OutsideError, RecipeError
 from ..recipe_data import Fetch
+from .remote_faults import (
+    BEYOND_THE_END,
+    InsecureRedirectError,
+    asked_to_wait,
+    may_pass,
+    reason_of,
+    redact,
+    status_of,
+)
 
 CHUNK = 2**20
 MAX_BACKOFF = 30.0
@@ -32,21 +41,15 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "s3": ("s3fs", "pip install 'cdpo[s3]'"),
     "hf": ("huggingface_hub", "pip install huggingface_hub"),
 }
-_PASSING_STATUS = {408, 425, 429}
-_HOPELESS = {
-    "InvalidURL",
-    "InvalidUrlRedirectClientError",
-    "NonHttpUrlRedirectClientError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-}
-_URL = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?"
-)
+LOOK_EVERY = 0.25  # seconds between two looks at whether to stop
 
 
 class Target(Protocol):
     """What a file is brought into. Nothing further is brought once it has more than its size."""
+
+    resumes: bool
+    """Whether it is taken up where an attempt broke off: only if a checksum then tells whether both
+    parts are of the same file."""
 
     @property
     def arrived(self) -> int:
@@ -76,17 +79,13 @@ def is_remote(location: str) -> bool:
     return "://" in location and not location.startswith("file://")
 
 
-def redact(text: str) -> str:
-    """``text`` with user names, passwords and query strings (signatures) cut out of its URLs."""
-    return _URL.sub(r"\1\2", text)
-
-
 class RemoteFolder:
     """The files below one URL. Safe to use from several threads, and after a fork."""
 
     def __init__(self, url: str, spec: Fetch) -> None:
         """Raises RecipeError for a URL that is not taken, OutsideError for a missing package."""
-        self.url, self._scheme = _checked(url), urlsplit(url).scheme
+        self.url = _checked(url)
+        self._scheme = urlsplit(url).scheme
         self._spec = spec
         self._stopped = Event()
         self._lock = Lock()
@@ -109,14 +108,16 @@ class RemoteFolder:
         """End what is on its way: transfers and waits raise OutsideError soon."""
         self._stopped.set()
 
-    def bring(self, name: str, target: Target) -> None:
+    def bring(self, name: str, target: Target, deadline: float = math.inf) -> None:
         """Fill ``target`` with a file; it ends shorter or at its full size where the file does.
+
+        Within ``data.fetch.budget``, and before ``deadline`` on the monotonic clock.
 
         Raises:
             FileNotFoundError: the service says that there is no such file.
             OutsideError: refused, or not brought within retries and budget.
         """
-        deadline = time.monotonic() + self._spec.budget
+        deadline = min(deadline, time.monotonic() + self._spec.budget)
         failures = furthest = 0
         while True:
             try:
@@ -127,12 +128,14 @@ class RemoteFolder:
             except (CdpoError, FileNotFoundError):
                 raise
             except Exception as error:
-                reason = _reason(error)
-                if not _may_pass(error):
+                reason, asked = reason_of(error), asked_to_wait(error)
+                if status_of(error) == BEYOND_THE_END and target.arrived:
+                    target.restart()
+                elif not may_pass(error):
                     raise OutsideError(f"{self.name_of(name)}: {reason}") from None
             failures = 1 if target.arrived > furthest else failures + 1
             furthest = max(furthest, target.arrived)
-            pause = self._pause(failures)
+            pause = asked + self._pause(failures)
             left = deadline - time.monotonic()
             if failures > self._spec.retries or pause >= left:
                 spent = "retries" if failures > self._spec.retries else "budget"
@@ -149,6 +152,8 @@ class RemoteFolder:
         return longest * self._jitter.uniform(0.5, 1.0)
 
     def _attempt(self, name: str, target: Target, deadline: float) -> None:
+        if not target.resumes:
+            target.restart()
         abandoned = Event()
         arriving: Queue[bytes | int | BaseException] = Queue(maxsize=2)
         args = (self.name_of(name), target.arrived, arriving, abandoned)
@@ -173,22 +178,27 @@ class RemoteFolder:
     ) -> Iterator[bytes | int]:
         """What the pump puts, as long as it keeps coming."""
         while True:
-            patience = min(self._spec.stall, deadline - time.monotonic())
-            if self._stopped.is_set():
-                raise OutsideError(f"{self.url}: stopped")
-            try:
-                item = arriving.get(timeout=max(0.0, patience))
-            except Empty:
-                if patience < self._spec.stall:
-                    what = f"not here within {self._spec.budget:g} s"
-                else:
-                    what = f"no byte for {self._spec.stall:g} s"
-                raise TimeoutError(what) from None
+            item = self._next_item(arriving, deadline)
             if isinstance(item, BaseException):
                 raise item
             if item == b"":
                 return
             yield item
+
+    def _next_item(
+        self, arriving: Queue[bytes | int | BaseException], deadline: float
+    ) -> bytes | int | BaseException:
+        stalls_at = time.monotonic() + self._spec.stall
+        while True:
+            if self._stopped.is_set():
+                raise OutsideError(f"{self.url}: stopped")
+            patience = min(stalls_at, deadline) - time.monotonic()
+            with suppress(Empty):
+                return arriving.get(timeout=max(0.0, min(patience, LOOK_EVERY)))
+            if patience <= 0 and deadline < stalls_at:
+                raise TimeoutError(f"not here within {self._spec.budget:g} s")
+            if patience <= 0:
+                raise TimeoutError(f"no byte for {self._spec.stall:g} s")
 
     def _pump(
         self,
@@ -241,8 +251,11 @@ class RemoteFolder:
 
 def _checked(url: str) -> str:
     """The URL without its closing slash; RecipeError, without its secrets, if it is not taken."""
-    parts = urlsplit(url)
     shown = redact(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise RecipeError(f"data.path={shown} is no URL: {error}") from None
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise RecipeError(f"data.path={shown}: shards are read from a folder or from {known}")
@@ -266,39 +279,36 @@ def _filesystem(scheme: str, stall: float) -> Any:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=2 * stall, sock_read=2 * stall)
-        # trust_env: proxies and ~/.netrc
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True, "read_bufsize": CHUNK}
+        secure = aiohttp.TraceConfig()
+        secure.on_request_redirect.append(_refuse_downgrade)
+        options["client_kwargs"] = {
+            "timeout": timeout,
+            "trust_env": True,  # proxies and ~/.netrc
+            "read_bufsize": CHUNK,
+            "trace_configs": [secure],
+        }
     if scheme == "s3":
         options["config_kwargs"] = {"connect_timeout": 2 * stall, "read_timeout": 2 * stall}
     return fsspec.filesystem(scheme, **options)
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of any of the libraries."""
-    response = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None)
-    return status if isinstance(status, int) else None
+async def _refuse_downgrade(session: Any, context: Any, redirect: Any) -> None:
+    """Raise before anything is asked for in the clear that was to come by https."""
+    from yarl import URL
 
-
-def _may_pass(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in _PASSING_STATUS
-    return not isinstance(error, PermissionError) and type(error).__name__ not in _HOPELESS
-
-
-def _reason(error: BaseException) -> str:
-    """One line of bounded length without credentials."""
-    status = _status(error)
-    message = getattr(error, "message", None) or str(error)
-    text = f"{status} {message}" if status is not None else message
-    kind = "" if isinstance(error, TimeoutError) or status else f"{type(error).__name__}: "
-    line = redact(" ".join(f"{kind}{text}".split())) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."
+    answer = redirect.response
+    target = answer.headers.get("Location") or answer.headers.get("URI") or ""
+    with suppress(ValueError):  # aiohttp itself refuses what is no URL
+        there = answer.url.join(URL(target))
+        if answer.url.scheme == "https" and there.scheme == "http":
+            answer.close()
+            raise InsecureRedirectError(str(there))
 
 
 class Text:
-    """A target in memory, for a small file."""
+    """A target in memory, for a small file that nothing vouches for."""
+
+    resumes = False
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -120,10 +121,11 @@ class RemoteStore:
 
     def _bring(self, entry: ShardEntry, descriptor: int) -> None:
         """Write the shard to ``descriptor`` and check it; a damaged one is fetched once more."""
+        deadline = time.monotonic() + self.spec.budget  # of all arrivals: others wait for them
         for _ in range(ARRIVALS):
             arrival = _Arrival(descriptor, entry.bytes)
             try:
-                self._folder.bring(entry.name, arrival)
+                self._folder.bring(entry.name, arrival, deadline)
             except FileNotFoundError:
                 raise ShardError(self.name_of(entry), "missing; copy it there again") from None
             problem = arrival.problem(entry)
@@ -136,6 +138,8 @@ class RemoteStore:
 
 class _Arrival:
     """A shard on its way into the cache, hashed as it comes."""
+
+    resumes = True
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.size = size

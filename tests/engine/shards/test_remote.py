@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import ssl
+import subprocess
 import sys
 import threading
 import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
 import fsspec
 import pytest
 from cdpo.engine.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
 from cdpo.engine.recipe_data import Fetch
 from cdpo.engine.shards import remote
-from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote, redact
+from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote
+from cdpo.engine.shards.remote_faults import asked_to_wait, redact
 from fsspec.implementations.memory import MemoryFile
+from multidict import CIMultiDict
 from shard_server import ShardServer, serving
 
 CONTENT = bytes(range(256)) * 40
@@ -34,8 +41,14 @@ def web(folder: Path):
         yield web
 
 
+class Shard(Text):
+    """Taken up where it broke off, as shards are."""
+
+    resumes = True
+
+
 def bring(web: ShardServer, **spec: float) -> bytes:
-    text = Text(len(CONTENT))
+    text = Shard(len(CONTENT))
     RemoteFolder(web.url, SOON.model_copy(update=spec)).bring("a.tar", text)
     return bytes(text.content)
 
@@ -123,6 +136,100 @@ def test_a_redirect_leads_to_the_web_only(web: ShardServer, target: str) -> None
     assert web.count("a.tar") == 1
 
 
+@pytest.fixture
+def https(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder by https, from a host whose certificate is made here and trusted here."""
+    pem = tmp_path / "host.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 "
+    command += f"-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -keyout {pem} -out {pem}.c"
+    try:
+        subprocess.run(command.split(), check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    certificate = (tmp_path / "host.pem.c").read_bytes()
+    pem.write_bytes(pem.read_bytes() + certificate)
+    trusting = ssl.create_default_context(cadata=certificate.decode())
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+    with serving(folder, certificate=pem) as web:
+        yield web
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_redirect_from_https_stays_with_https(
+    web: ShardServer, https: ShardServer, relative: bool
+) -> None:
+    """Where anybody on the way could change what comes, and the manifest with it."""
+    assert bring(https) == CONTENT
+    https.faults["a.tar"] = ["redirect*"]
+    https.redirect_to = f"//127.0.0.1:{https.server_port}/b.tar"
+    (https.folder / "b.tar").write_bytes(CONTENT)
+    if relative:
+        assert bring(https) == CONTENT
+        return
+    https.redirect_to = f"{web.url}/a.tar?X-Amz-Signature=SECRET"
+    fails(https, f"redirected from https to {web.url}/a.tar")
+    assert web.count("a.tar") == 0 and https.count("a.tar") == 2
+
+
+def test_a_redirect_from_http_to_https_is_followed(web: ShardServer, https: ShardServer) -> None:
+    web.faults["a.tar"], web.redirect_to = ["redirect"], f"{https.url}/a.tar"
+    assert bring(web) == CONTENT
+
+
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_service_that_asks_to_wait_is_not_asked_sooner(web: ShardServer, status: str) -> None:
+    web.faults["a.tar"] = [f"{status}:1"]
+    began = time.monotonic()
+    assert bring(web) == CONTENT
+    assert 1.0 <= time.monotonic() - began < 15
+
+
+def test_a_wait_longer_than_the_budget_is_not_begun(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["503:3600"]
+    assert fails(web, "503 Service Unavailable, asks for 3600 s", "data.fetch.budget") < 15
+    assert web.count("a.tar") == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"retry-after": " 2.5 "}, 2.5),
+        (
+            {
+                "Date": "Wed, 21 Oct 2015 07:28:00 GMT",
+                "Retry-After": "Wed, 21 Oct 2015 07:28:30 GMT",
+            },
+            30.0,
+        ),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:30 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, 0.0),
+        ({"Retry-After": "-5"}, 0.0),
+        ({"Retry-After": "nan"}, 0.0),
+        ({"Retry-After": "9" * 400}, math.inf),
+        ({}, 0.0),
+    ],
+)
+def test_how_long_a_service_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
+    error = OSError()
+    error.response = SimpleNamespace(headers=CIMultiDict(headers))  # type: ignore[attr-defined]
+    assert asked_to_wait(error) == seconds
+    assert asked_to_wait(OSError()) == 0.0
+
+
+def test_a_whole_file_without_an_end_is_fetched_once_more(web: ShardServer) -> None:
+    """All bytes came and the connection broke: there is nothing from there on to ask for."""
+    web.faults["a.tar"] = ["endless"]
+    assert bring(web) == CONTENT
+
+
+def test_a_manifest_is_not_pieced_together(web: ShardServer) -> None:
+    """No checksum says whether both halves are of one: half of another would go unnoticed."""
+    web.faults["a.tar"] = ["drop", "drop"]
+    assert bring_text(RemoteFolder(web.url, SOON), "a.tar", len(CONTENT)) == CONTENT
+    assert [start for _, start in web.requests] == [0, 0, 0]
+
+
 def test_secrets_of_a_redirect_are_not_shown(web: ShardServer) -> None:
     with serving(web.folder) as other:
         other.faults["*"] = ["403*"]
@@ -149,6 +256,16 @@ def test_stopping_ends_waits(web: ShardServer) -> None:
     assert time.monotonic() - began < 10
 
 
+def test_stopping_ends_a_stalled_transfer(web: ShardServer) -> None:
+    web.faults["a.tar"] = ["stall*"]
+    folder = RemoteFolder(web.url, SOON.model_copy(update={"stall": 30.0}))
+    threading.Timer(0.2, folder.stop).start()
+    began = time.monotonic()
+    with pytest.raises(OutsideError, match="stopped"):
+        folder.bring("a.tar", Text(10**6))
+    assert time.monotonic() - began < 5
+
+
 def test_a_fault_of_this_side_is_not_one_of_the_network(web: ShardServer) -> None:
     class Full(Text):
         def write(self, data: bytes) -> None:
@@ -169,6 +286,7 @@ def test_a_fault_of_this_side_is_not_one_of_the_network(web: ShardServer) -> Non
         ("ftp://host/set", "from http://, https://, s3://, hf://"),
         ("simplecache::s3://bucket/set", "a folder or from"),
         ("https:///set", "names no host"),
+        ("https://[host/set", "is no URL"),
     ],
 )
 def test_urls_that_are_not_taken(url: str, reason: str) -> None:
@@ -200,7 +318,7 @@ def test_other_services_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> No
         return BytesIO.read(file, size)
 
     monkeypatch.setattr(MemoryFile, "read", read, raising=False)
-    folder, text = RemoteFolder("memory://bucket/set/", SOON), Text(len(CONTENT))
+    folder, text = RemoteFolder("memory://bucket/set/", SOON), Shard(len(CONTENT))
     folder.bring("a.tar", text)
     assert bytes(text.content) == CONTENT
     assert starts[0] == 2048 >= starts[1] > 0
