@@ -9,18 +9,25 @@ from typing import Any
 import torch
 
 from ..recipe_reward import CombinedReward, Reward
+from .aesthetic import Aesthetic
+from .caption_similarity import CaptionSimilarity
+from .clip_model import ClipModel
 from .clip_score import ClipScore
 from .colorfulness import Colorfulness
 from .combined import COMBINATIONS, is_relative, score_together
+from .hps import Hps
+from .image_reward import ImageReward
 from .jpeg_size import JpegSize
-from .protocol import ImageEmbedder, RewardModel, Scorer
+from .pick_score import PickScore
+from .protocol import RewardModel, Scorer
 from .python_function import PythonFunction
 from .scored_call import ScoredCall, checked_scores
 
 __all__ = [
-    "ImageEmbedder",
+    "ClipModel",
     "RewardModel",
     "checked_scores",
+    "clip_of",
     "is_relative",
     "load_reward",
     "score_together",
@@ -28,6 +35,11 @@ __all__ = [
 
 SCORERS: dict[str, Callable[[Any, torch.device], Scorer]] = {
     "clip_score": ClipScore,
+    "pick_score": PickScore,
+    "hps": Hps,
+    "aesthetic": Aesthetic,
+    "image_reward": ImageReward,
+    "caption_similarity": CaptionSimilarity,
     "colorfulness": Colorfulness,
     "jpeg_compressibility": JpegSize,
     "jpeg_incompressibility": JpegSize,
@@ -46,3 +58,9 @@ def load_reward(spec: Reward, device: torch.device, cache: Path | None = None) -
         return COMBINATIONS[spec.type](parts, [part.weight for part in spec.rewards])
     scorer = SCORERS[spec.type](spec, device)
     return ScoredCall(scorer, spec.label, spec.images_per_call, spec.settings(), cache)
+
+
+def clip_of(reward: RewardModel) -> ClipModel | None:
+    """The CLIP that a reward works on; None for rewards of another kind, and combined ones."""
+    found = getattr(getattr(reward, "scorer", None), "clip", None)
+    return found if isinstance(found, ClipModel) else None

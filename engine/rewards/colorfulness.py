@@ -1,4 +1,5 @@
-"""Colourfulness of an image (Hasler and Süsstrunk, Measuring colourfulness in natural images, 2003).
+"""Colourfulness of an image (Hasler and Süsstrunk, Measuring colourfulness in natural images,
+2003).
 
 With rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image::
 

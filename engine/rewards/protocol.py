@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -31,18 +31,4 @@ class Scorer(Protocol):
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """(N,) of any floating type. Whatever it raises counts against the images it was given."""
-        ...
-
-
-@runtime_checkable
-class ImageEmbedder(Protocol):
-    """A reward that works on embeddings of images, and gives them away: distances between images
-    are distances between these.
-    """
-
-    fingerprint: str
-    """Content hash of the weights."""
-
-    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Unit vectors (N, D) float32."""
         ...

@@ -1,0 +1,75 @@
+"""LAION's aesthetic predictor: how people would rate an image, from 1 to 10, whatever its prompt.
+
+Schuhmann's improved predictor `sac+logos+ava1-l14-linearMSE`: five linear layers, with nothing but
+dropout between them, over the image embedding of CLIP ViT-L/14 at length 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..backbones import fingerprint
+from ..backbones.pretrained import reading
+from ..recipe_reward import AestheticSpec
+from .clip_model import ClipModel, read_clip
+from .tensor_files import read_tensors, take
+
+LAYERS = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # places of the linear layers; the others are dropout, which has no tensors
+
+
+class Aesthetic:
+    """A CLIP for its image embeddings, and the layers that rate them, in float32."""
+
+    def __init__(self, spec: AestheticSpec, device: torch.device) -> None:
+        parts = read_clip(f"reward at {spec.path}", "CLIP model", spec.path, spec.revision)
+        self.clip = ClipModel(*parts, device, spec.precision)
+        with reading(f"reward.head={spec.head}", "aesthetic predictor"):
+            self.head = linear_layers(read_tensors(spec.head), "layers.", LAYERS)
+            width = self.clip.model.config.projection_dim
+            if self.head[0].in_features != width:
+                raise ValueError(
+                    f"it rates embeddings of width {self.head[0].in_features}, and those of "
+                    f"{spec.path} have {width}"
+                )
+        self.head.to(device)
+        both = self.clip.fingerprint + fingerprint(self.head)
+        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+
+    @torch.no_grad()
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        ratings: np.ndarray = self.head(self.clip.embed_images(images))[:, 0].cpu().numpy()
+        return ratings
+
+
+def linear_layers(
+    tensors: dict[str, torch.Tensor], prefix: str, places: Sequence[int]
+) -> nn.Sequential:
+    """Frozen linear layers of tensors ``prefix``N.weight and .bias, the last one of width 1.
+
+    ValueError for tensors that are missing, left over or do not follow each other.
+    """
+    layers = []
+    for place in places:
+        weight = take(tensors, f"{prefix}{place}.weight")
+        bias = take(tensors, f"{prefix}{place}.bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+        layers.append(layer)
+    if len(tensors) != 2 * len(places):
+        raise ValueError(f"it has {len(tensors)} tensors instead of {2 * len(places)}")
+    widths = [layer.in_features for layer in layers[1:]] + [1]
+    if [layer.out_features for layer in layers] != widths:
+        raise ValueError("its layers do not follow each other down to one number")
+    return nn.Sequential(*layers).requires_grad_(False).eval()
