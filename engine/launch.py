@@ -138,6 +138,12 @@ class Ranks:
         """Why the ranks are to stop, or nothing; all ask together, and get the same answer."""
         return next(filter(None, self.gather(self._why_stop())), "")
 
+    def hear_of_stop(self) -> bool:
+        """Whether any rank has been asked to stop, as far as this one knows: for waits in which it
+        meets nobody.
+        """
+        return bool(self._why_stop())
+
     def _why_stop(self) -> str:
         """Known without waiting for anybody: ranks leave word in the store they have in common."""
         if self.stop.requested or self.world_size == 1:

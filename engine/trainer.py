@@ -41,7 +41,7 @@ from .shards.manifest import Manifest, manifest_hash
 from .shards.reader import ShardReaders
 from .shards.remote_store import open_store
 from .shards.store import ShardStore
-from .shards.stream import BATCH_TIMEOUT, PairStream
+from .shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
 from .speed import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
@@ -234,13 +234,18 @@ class Trainer:
     def _next_pairs(self) -> PairBatch:
         """The pairs of the next step; all ranks learn here that one cannot go on, or is to stop."""
         failure: CdpoError | None = None
+        stop = False
         try:
             with phase("data"):
-                pairs = self.stream.next(self.cursor.step, self.cursor.skips)
+                step, skips = self.cursor.step, self.cursor.skips
+                pairs = self.stream.next(step, skips, self.ranks.hear_of_stop)
         except CdpoError as error:
             failure = error
+        except WaitInterrupted:  # without pairs, but in time for the others, who wait below
+            stop = True
         code = failure.exit_code if failure else 0
-        code, stopping = self._highest_of_ranks(code, int(self.ranks.stop.requested))
+        stop = stop or self.ranks.stop.requested
+        code, stopping = self._highest_of_ranks(code, int(stop))
         if code:
             # The launcher ends the other ranks when the first has left: all must know the reason.
             self.ranks.agree(failure)

@@ -80,6 +80,7 @@ class ShardReaders:
         )
         self._members = (META, *self.contents.members)
         self._max_files, self._max_indexes = max_files, max_indexes
+        self.num_opened = 0  # shards so far: whether a wait for them is getting anywhere
         self._files: OrderedDict[str, _OpenShard] = OrderedDict()
         self._indexes: OrderedDict[str, SampleIndex] = OrderedDict()
         self._verified: dict[str, tuple[int, int, int]] = {}
@@ -204,6 +205,7 @@ class ShardReaders:
 
     def _remember(self, name: str, shard: _OpenShard) -> None:
         with self._lock:
+            self.num_opened += 1
             self._files[name] = shard
             self._indexes[name] = shard.index
             self._indexes.move_to_end(name)

@@ -7,8 +7,9 @@ is then skipped over is simply not asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ..curriculum.pacing import Pacing, Position
 from ..errors import DataError
@@ -20,13 +21,20 @@ from .remote_store import RemoteStore
 
 DEPTH_PER_WORKER = 2
 BATCH_TIMEOUT = 600.0  # seconds
+LOOK_EVERY = 0.5  # seconds between two looks at whether to go on waiting
+
+
+class WaitInterrupted(Exception):
+    """Waiting for a batch ended before it came, because whoever waits is asked to stop."""
 
 
 class PairStream:
     """The pairs of one rank: ``next(step, skips)`` for every optimiser step.
 
-    ``workers`` threads read ahead, two batches each; 0 reads inside ``next``. Whatever a thread
-    raises comes out of the ``next`` whose batch it was. No wait is longer than ``timeout`` seconds.
+    ``workers`` threads read ahead, two batches each; with 0 a batch is read when it is asked for,
+    in ``next`` itself unless it comes from a URL. Whatever a thread raises comes out of the
+    ``next`` whose batch it was. No wait in which no shard is opened is longer than ``timeout``
+    seconds.
     ``pin`` puts the images where a GPU can copy them from by itself.
     """
 
@@ -44,13 +52,15 @@ class PairStream:
         self.plan, self.readers, self.pacing = plan, readers, pacing
         readers.keep_indexes(2 * len(plan.lanes) * plan.shuffle_shards)  # this window and the next
         self._prefetch: Prefetch | None = None
+        threads = workers
         if isinstance(readers.store, RemoteStore):
             self._prefetch = Prefetch(readers.store, plan, pacing)
             readers.keep_files(self._prefetch.shards_in_turns)
+            threads = max(1, workers)  # a wait for the network must be one that can be left
         self._timeout = timeout
         self._pin = pin
         self._depth = DEPTH_PER_WORKER * workers
-        self._pool = ThreadPoolExecutor(workers, "pair-stream") if workers else None
+        self._pool = ThreadPoolExecutor(threads, "pair-stream") if threads else None
         self._ahead: dict[Position, Future[PairBatch]] = {}
 
     def check_present(self) -> None:
@@ -62,8 +72,14 @@ class PairStream:
         """Where ``step`` reads when ``skips[k]`` batches of stage k were skipped so far."""
         return self.pacing.position(step, skips, self.plan.passes_begun)
 
-    def next(self, step: int, skips: Sequence[int]) -> PairBatch:
-        """The batch of optimiser step ``step``; then the following steps are read ahead."""
+    def next(
+        self, step: int, skips: Sequence[int], interrupted: Callable[[], bool] = lambda: False
+    ) -> PairBatch:
+        """The batch of optimiser step ``step``; then the following steps are read ahead.
+
+        While it is waited for ``interrupted`` is asked every now and then; where it says so
+        WaitInterrupted is raised, and the same call again takes the wait up.
+        """
         wanted = self.position(step, skips)
         if self._prefetch is not None:
             self._prefetch.follow(step, skips)
@@ -71,13 +87,23 @@ class PairStream:
             return self.fetch(wanted)
         last = min(step + self._depth, self.pacing.total_steps - 1)
         self._read_ahead([wanted, *(self.position(s, skips) for s in range(step + 1, last + 1))])
-        try:
-            return self._ahead.pop(wanted).result(self._timeout)
-        except TimeoutError:
-            raise DataError(
-                f"no batch for step {step} within {self._timeout:g} s: is the storage of "
-                f"{self.readers.store.location} stalled?"
-            ) from None
+        self._wait_for(self._ahead[wanted], step, interrupted)
+        return self._ahead.pop(wanted).result()
+
+    def _wait_for(
+        self, batch: Future[PairBatch], step: int, interrupted: Callable[[], bool]
+    ) -> None:
+        opened, since = self.readers.num_opened, time.monotonic()
+        while not wait([batch], min(LOOK_EVERY, self._timeout)).done:
+            if interrupted():
+                raise WaitInterrupted
+            if opened != self.readers.num_opened:
+                opened, since = self.readers.num_opened, time.monotonic()
+            elif time.monotonic() - since >= self._timeout:
+                raise DataError(
+                    f"no batch for step {step}, and no shard for {self._timeout:g} s: is the "
+                    f"storage of {self.readers.store.location} stalled?"
+                )
 
     def fetch(self, position: Position) -> PairBatch:
         """Read the batch at ``position`` now."""

@@ -24,3 +24,23 @@ def test_what_passes_costs_time_only(faults, tmp_path: Path) -> None:
         left = {name: kinds for name, kinds in web.faults.items() if kinds}
     assert left == {}  # all of them were played
     assert losses(run) == faults.uninterrupted
+
+
+def test_asked_to_stop_while_one_rank_waits_for_a_shard(faults, tmp_path: Path) -> None:
+    """Rank 1 waits for the second tier as long as anybody lets it, and rank 0, which is asked, for
+    rank 1: both stop well within the grace time, with the steps that were taken.
+    """
+    run = tmp_path / "run"
+    with serving(faults.world.shards, chunk=512) as web:
+        for shard in faults.world.shards.glob("tier-2-*[13].tar"):
+            web.faults[shard.name] = ["stall*"]
+        mine = (f"data.path={web.url}", f"data.cache={tmp_path / 'cache'}")
+        patient = ("data.fetch.stall=150", "cluster.grace_seconds=60")
+        outcome = faults.train(run, *mine, *patient, failpoint="train.step@2:term/rank0")
+        web.faults.clear()
+        assert outcome.codes == [75, 75], outcome.text
+        assert "error: stopped on request after step 2;" in outcome.text
+        assert "no safe point" not in outcome.text
+        assert (run / "checkpoints" / "step-00000002" / "MANIFEST.json").exists()
+        faults.train(run, *mine).succeeded()
+    assert losses(run) == faults.uninterrupted

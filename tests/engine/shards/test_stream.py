@@ -11,7 +11,7 @@ from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.shard_error import ShardError
-from cdpo.engine.shards.stream import PairStream
+from cdpo.engine.shards.stream import PairStream, WaitInterrupted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -216,11 +216,44 @@ def test_a_stalled_read_is_bounded(open_stream, monkeypatch):
     stream, release = open_stream(1, timeout=0.05), threading.Event()
     monkeypatch.setattr(stream, "fetch", lambda position: release.wait(10))
     start = time.perf_counter()
-    with pytest.raises(DataError, match=r"no batch for step 3 within 0\.05 s"):
+    with pytest.raises(DataError, match=r"no batch for step 3, and no shard for 0\.05 s"):
         stream.next(3, (0, 0, 0))
     stream.close()
     assert time.perf_counter() - start < 5
     release.set()
+
+
+def test_a_wait_ends_when_asked_to_and_costs_nothing(open_stream, monkeypatch):
+    """What was being read comes out of the next call for the same step."""
+    stream, release, looks = open_stream(1), threading.Event(), []
+    fetch = stream.fetch
+    monkeypatch.setattr(stream, "fetch", lambda position: release.wait(10) and fetch(position))
+
+    def interrupted():
+        looks.append(time.perf_counter())
+        return len(looks) == 2
+
+    start = time.perf_counter()
+    with pytest.raises(WaitInterrupted):
+        stream.next(3, (0, 0, 0), interrupted)
+    assert time.perf_counter() - start < 5
+    release.set()
+    assert same(stream.next(3, (0, 0, 0), lambda: True), open_stream(0).next(3, (0, 0, 0)))
+
+
+def test_a_wait_in_which_shards_come_is_not_cut_short(open_stream, monkeypatch):
+    """A first window of many shards over a slow line takes longer than any one of them may."""
+    stream = open_stream(1, timeout=0.3)
+    fetch = stream.fetch
+
+    def slowly(position):
+        for _ in range(8):
+            time.sleep(0.1)
+            stream.readers.num_opened += 1
+        return fetch(position)
+
+    monkeypatch.setattr(stream, "fetch", slowly)
+    assert len(stream.next(3, (0, 0, 0))) == GLOBAL_BATCH
 
 
 def test_closing_twice_is_fine_and_nothing_is_read_past_the_end(open_stream):
