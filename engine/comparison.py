@@ -30,7 +30,7 @@ from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe, Reward
 from .reporting.console import Terminal
-from .rewards import ImageEmbedder, load_reward
+from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring
 from .speed import tune_denoiser, tune_for_sampling
 
@@ -46,7 +46,7 @@ class Comparison:
         self.terminal = terminal
         self.folder = Path(recipe.run_dir) / "compare"
         self.report_path = self.folder / "report.html"
-        train, heldout = read_prompts(recipe.prompts)
+        train, heldout = read_prompts(recipe.prompts, recipe.seed)
         sets = {"training": train, "held-out": heldout}
         self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
@@ -101,7 +101,7 @@ class Comparison:
         self.ranks.on_first(write)
 
     def _sample(self, measured: Measured) -> None:
-        """Images of the base, then of each run, with how far its predictions are from the base's."""
+        """Images of the base, then of each run, and how far each has gone from the base."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
         fingerprint = backbone.fingerprints()["model"]
         tune_for_sampling(self.recipe.speed, backbone)
@@ -174,14 +174,16 @@ class Comparison:
 
     def _score(self, measured: Measured) -> None:
         """Scores by everyone who scores, and diversity by the first who embeds images."""
-        scoring = SideScoring(self.folder / "scores", self.ranks, measured.images, self.prompts)
+        folder = self.folder / "scores"
+        scoring = SideScoring(folder, self.ranks, measured.images, self.prompts)
         for name, spec in self.scorers.items():
-            reward = load_reward(spec, self.ranks.device)
+            reward = load_reward(spec, self.ranks.device, folder)
             measured.scores[name] = scoring.scores(spec, reward)
-            if measured.embedder is None and isinstance(reward, ImageEmbedder):
+            clip = clip_of(reward)
+            if measured.embedder is None and clip is not None:
                 measured.embedder = name
                 if self.recipe.compare.images_per_prompt > 1:
-                    measured.distances = scoring.distances(reward)
+                    measured.distances = scoring.distances(clip, spec.images_per_call)
 
 
 def scorers_of(recipe: Recipe) -> dict[str, Reward]:

@@ -16,6 +16,7 @@ from .recipe_adapter import Adapter, Export, check_exports, check_growth
 from .recipe_cluster import Cluster
 from .recipe_compare import Compare
 from .recipe_data import Data
+from .recipe_prompts import Prompts
 from .recipe_reward import Reward
 from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
@@ -72,18 +73,6 @@ class Model(Section):
         if low > high:
             raise ValueError(f"guidance_range=[{low:g}, {high:g}] runs from high to low: swap them")
         return self
-
-
-class Prompts(Section):
-    """Where prompts come from: text files with one prompt a line; `#` starts a comment line."""
-
-    train: str | None = None
-    """Prompts whose candidates are ranked and trained on. A `prepare.source` that is not sampled
-    brings captions of its own: there, what `compare` reports as training prompts, or null."""
-    heldout: str | None = None
-    """Prompts never trained on; `compare` reports them apart."""
-    limit: PositiveInt | None = None
-    """Use only the first so many of each file: for trying a recipe out."""
 
 
 class Prepare(Section):
@@ -275,7 +264,7 @@ class Recipe(Section):
     model: Model
     """The model to align."""
     prompts: Prompts
-    """Prompt files."""
+    """Prompts, for training and held out."""
     reward: Reward
     """The reward that ranks candidates."""
     prepare: Prepare = Prepare()

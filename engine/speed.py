@@ -162,10 +162,15 @@ def tune_training(policy: ModelMixin, frozen: Sequence[nn.Module], tuning: Tunin
 
 def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
     """What is safe where images are drawn: all but compilation. RecipeError as `choose_tuning`."""
+    tune_frozen_parts(backbone, tune_denoiser(spec, backbone))
+
+
+def tune_denoiser(spec: Speed, backbone: Backbone) -> Tuning:
+    """The same of the denoiser alone, for one that was put in place of another."""
     tuning = choose_tuning(spec, backbone.denoiser, backbone.device)
     tune(backbone.denoiser, tuning)
     order_weights(tuning, backbone.denoiser)
-    tune_frozen_parts(backbone, tuning)
+    return tuning
 
 
 def tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:

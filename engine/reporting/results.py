@@ -1,39 +1,62 @@
 """results.json: the numbers of the report, for scripts.
 
-Keys (format 1)::
+Keys (format 2)::
 
-    format              1
+    format              2
     title, verdict      as in the report
-    outcome             "better" | "worse" | "unclear": first prompt set, first scorer
-    base, tuned         names of the two models
+    outcome             "better" | "worse" | "unclear": first prompt set, scorer and run
+    base, tuned         names of the base and of the first run
     facts               {name: value}
+    notes[]             what was left out, in sentences
+    findings[]          kind ("collapse" | "reward hacking" | "unlearning"), run, prompt_set (null
+                        for "unlearning"), text
+    runs[]
+      name, run_dir
+      method            {dotted key of its recipe: value}, e.g. objective.beta, curriculum.order
+      both_errors_rose  whether training ended above the reference on winners and losers
     prompt_sets[]
       name              "training" | "held-out"
       num_prompts, images_per_prompt
       prompts           the prompts, in the row order of the scores
       scorers[]
-        scorer          "judge" | "reward"
-        model           type, and folder or hub id, of its reward
-        base_mean, tuned_mean, difference, win_rate
-                        {"mean", "low", "high"}; 95% bootstrap over prompts;
-                        difference is tuned - base, win_rate counts ties half
-        num_prompts, num_pairs, num_dropped
-        base_scores, tuned_scores
-                        (prompts, images) lists; null where the scorer failed
-    worst[]             prompt, prompt_set, base_score, tuned_score; worst first
+        scorer          "judge" | "reward" | another's name
+        model           type and folder or hub id
+        base_mean       an estimate, as all that follow: {"mean", "low", "high"}; 95% bootstrap
+                        over prompts
+        base_scores     (prompts, images) lists; null where the scorer failed
+        runs[]          in the order above
+          name
+          mean, difference, win_rate
+                        difference is run - base, win_rate counts ties half
+          num_prompts, num_pairs, num_dropped
+          scores        (prompts, images) lists
+        win_rates       models: base, then the runs; matrix[i][j]: estimate of how often model i
+                        scores higher than model j
+        tuned_mean, difference, win_rate, num_prompts, num_pairs, num_dropped, tuned_scores
+                        of format 1, only where one run is compared: what runs[0] says
+      diversity         null, or embedder, base (an estimate) and runs[]: name, mean (an estimate),
+                        change (an estimate of run - base)
+      divergence        null, or runs[]: name, mean (an estimate of the KL proxy)
+    worst[]             prompt, prompt_set, run, base_score, tuned_score; worst first
 
-A number that does not exist (no interval from one prompt) is null.
+A number that does not exist (no interval from one prompt) is null. Format 1 had no notes, findings,
+runs, win_rates, diversity and divergence.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .files import write_atomically
-from .report_data import PromptSet, ReportData, ScorerResult
+from .findings import findings
+from .report_data import Diversity, PromptSet, ReportData, ScorerResult
 from .stats import Estimate
 from .wording import outcome, verdict
 
@@ -48,18 +71,30 @@ def results_dict(data: ReportData) -> dict[str, Any]:
     """The content of results.json."""
     first = next((s for p in data.prompt_sets for s in p.scorers), None)
     return {
-        "format": 1,
+        "format": 2,
         "title": data.title,
         "verdict": verdict(data),
         "outcome": outcome(first.summary.difference) if first else "unclear",
         "base": data.base_name,
         "tuned": data.tuned_name,
         "facts": dict(data.facts),
-        "prompt_sets": [_prompt_set(prompt_set) for prompt_set in data.prompt_sets],
+        "notes": list(data.notes),
+        "findings": [asdict(finding) for finding in findings(data)],
+        "runs": [
+            {
+                "name": run.name,
+                "run_dir": run.run_dir,
+                "method": dict(run.method),
+                "both_errors_rose": run.both_errors_rose,
+            }
+            for run in data.runs
+        ],
+        "prompt_sets": [_prompt_set(prompt_set, data) for prompt_set in data.prompt_sets],
         "worst": [
             {
                 "prompt": loss.prompt,
                 "prompt_set": loss.prompt_set,
+                "run": loss.run,
                 "base_score": _finite(loss.base_score),
                 "tuned_score": _finite(loss.tuned_score),
             }
@@ -68,32 +103,80 @@ def results_dict(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _prompt_set(prompt_set: PromptSet) -> dict[str, Any]:
+def _prompt_set(prompt_set: PromptSet, data: ReportData) -> dict[str, Any]:
     shapes = [result.base_scores.shape for result in prompt_set.scorers]
     return {
         "name": prompt_set.name,
         "num_prompts": len(prompt_set.prompts),
         "images_per_prompt": shapes[0][1] if shapes else 0,
         "prompts": list(prompt_set.prompts),
-        "scorers": [_scorer(result) for result in prompt_set.scorers],
+        "scorers": [_scorer(result, data) for result in prompt_set.scorers],
+        "diversity": _diversity(prompt_set.diversity),
+        "divergence": {
+            "runs": [
+                {"name": name, "mean": _estimate(mean)}
+                for name, mean in prompt_set.divergence.items()
+            ]
+        }
+        if prompt_set.divergence
+        else None,
     }
 
 
-def _scorer(result: ScorerResult) -> dict[str, Any]:
-    summary = result.summary
+def _scorer(result: ScorerResult, data: ReportData) -> dict[str, Any]:
+    runs = [_run(result, name) for name in result.scores]
+    alone: dict[str, Any] = {}
+    if len(runs) == 1:
+        renamed = {"mean": "tuned_mean", "scores": "tuned_scores"}
+        alone = {renamed.get(key, key): value for key, value in runs[0].items() if key != "name"}
     return {
         "scorer": result.scorer,
         "model": result.model,
-        "base_mean": _estimate(summary.base),
-        "tuned_mean": _estimate(summary.tuned),
+        "base_mean": _estimate(result.base),
+        "base_scores": _table(result.base_scores),
+        "runs": runs,
+        "win_rates": {
+            "models": [data.base_name, *result.scores],
+            "matrix": [[_estimate(cell) for cell in row] for row in result.win_rates],
+        },
+        **alone,
+    }
+
+
+def _run(result: ScorerResult, name: str) -> dict[str, Any]:
+    summary = result.summaries[name]
+    return {
+        "name": name,
+        "mean": _estimate(summary.tuned),
         "difference": _estimate(summary.difference),
         "win_rate": _estimate(summary.win_rate),
         "num_prompts": summary.num_prompts,
         "num_pairs": summary.num_pairs,
         "num_dropped": summary.num_dropped,
-        "base_scores": [[_finite(score) for score in row] for row in result.base_scores],
-        "tuned_scores": [[_finite(score) for score in row] for row in result.tuned_scores],
+        "scores": _table(result.scores[name]),
     }
+
+
+def _diversity(diversity: Diversity | None) -> dict[str, Any] | None:
+    if diversity is None:
+        return None
+    base, *runs = diversity.estimates
+    return {
+        "embedder": diversity.embedder,
+        "base": _estimate(diversity.estimates[base]),
+        "runs": [
+            {
+                "name": name,
+                "mean": _estimate(diversity.estimates[name]),
+                "change": _estimate(diversity.changes[name]),
+            }
+            for name in runs
+        ],
+    }
+
+
+def _table(scores: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[_finite(score) for score in row] for row in scores]
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:

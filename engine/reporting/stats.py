@@ -9,7 +9,10 @@ An image pair with a NaN on either side counts for neither model; callers report
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,6 +83,21 @@ def win_rate(base: ArrayLike, tuned: ArrayLike, resamples: int = 10_000, seed: i
     return mean_estimate(wins, resamples, seed)
 
 
+def win_matrix(
+    tables: Sequence[ArrayLike], resamples: int = 10_000, seed: int = 0
+) -> list[list[Estimate]]:
+    """Of every two models, from their (P, N) tables: how often the row's beats the column's.
+
+    ``matrix[i][j]`` and ``matrix[j][i]`` add up to 1, bounds crosswise; a model ties with itself.
+    """
+    matrix = [[Estimate(0.5, 0.5, 0.5) for _ in tables] for _ in tables]
+    for row, column in itertools.combinations(range(len(tables)), 2):
+        wins = win_rate(tables[column], tables[row], resamples, seed)
+        matrix[row][column] = wins
+        matrix[column][row] = Estimate(1 - wins.mean, 1 - wins.high, 1 - wins.low)
+    return matrix
+
+
 def mean_estimate(values: ArrayLike, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """Mean of all values of a (P, N) table that are not NaN."""
     values_pn = _table(values)
@@ -117,16 +135,31 @@ def _resampled_means(
     sums: NDArray[np.float64], counts: NDArray[np.int64], resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Means of ``resamples`` draws of as many prompts as there are, with replacement."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, _STREAM]))
     size = len(sums)
+    if resamples * size <= _CHUNK_ELEMENTS:
+        blocks: Iterable[NDArray[np.float64]] = [_drawn_once(size, resamples, seed)]
+    else:
+        blocks = _draw(size, resamples, seed)
+    return np.concatenate([(drawn @ sums) / (drawn @ counts) for drawn in blocks])
+
+
+@lru_cache(maxsize=4)
+def _drawn_once(size: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """All draws at once, kept: the many estimates of a comparison share them."""
+    return np.concatenate(list(_draw(size, resamples, seed)))
+
+
+def _draw(size: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each of ``size`` prompts was drawn, (resamples, size) in blocks of rows.
+
+    The same law as drawing indices, so that means are matrix products.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, _STREAM]))
     chunk = max(1, _CHUNK_ELEMENTS // size)
-    means = []
     for start in range(0, resamples, chunk):
         block = min(chunk, resamples - start)
-        # How often each prompt was drawn: same law as drawing indices, in one matrix product.
         drawn = generator.multinomial(size, np.full(size, 1 / size), size=block)
-        means.append((drawn @ sums) / (drawn @ counts))
-    return np.concatenate(means)
+        yield drawn.astype(np.float64)
 
 
 def _pair(base: ArrayLike, tuned: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

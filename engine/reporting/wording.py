@@ -88,8 +88,20 @@ def second_sentences(data: ReportData) -> list[str]:
     ]
 
 
+def table_columns(data: ReportData) -> Sequence[str]:
+    """Heads of the table for the terminal."""
+    if not data.is_of_several:
+        return TABLE_COLUMNS
+    scorers = [result.scorer for result in data.prompt_sets[0].scorers]
+    return ("prompts", "method", *scorers, "diversity", "KL proxy")
+
+
 def summary_rows(data: ReportData) -> list[Sequence[str]]:
-    """The table for the terminal (80 columns hold it); columns are `TABLE_COLUMNS`."""
+    """The table for the terminal: a row a scorer (80 columns hold it), or, of several runs, a row a
+    method with its differences from base; columns are :func:`table_columns`.
+    """
+    if data.is_of_several:
+        return [row for prompt_set in data.prompt_sets for row in _method_rows(prompt_set, data)]
     return [
         (
             prompt_set.name,
@@ -104,7 +116,49 @@ def summary_rows(data: ReportData) -> list[Sequence[str]]:
     ]
 
 
+def _method_rows(prompt_set: PromptSet, data: ReportData) -> list[Sequence[str]]:
+    base = [number(s.base.mean) for s in prompt_set.scorers]
+    sides = {data.base_name: base} | {
+        run: [signed_interval(s.summaries[run].difference) for s in prompt_set.scorers]
+        for run in data.run_names
+    }
+    return [
+        (prompt_set.name, side, *cells, diversity_of(prompt_set, side), drift_of(prompt_set, side))
+        for side, cells in sides.items()
+    ]
+
+
+def diversity_of(prompt_set: PromptSet, side: str) -> str:
+    """``0.312``: the mean distance of a prompt's images; a dash if it was not measured."""
+    diversity = prompt_set.diversity
+    return "–" if diversity is None else number(diversity.estimates[side].mean, 3)
+
+
+def drift_of(prompt_set: PromptSet, side: str) -> str:
+    """``0.0123``: the KL proxy of a run to three digits; a dash for base, and if not measured."""
+    found = prompt_set.divergence.get(side)
+    return "–" if found is None else digits(found.mean)
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else "n/a"
+
+
+def best_run(prompt_set: PromptSet) -> str:
+    """The run whose mean difference from base is highest in the eyes of the first scorer."""
+    summaries = prompt_set.scorers[0].summaries
+
+    def height(run: str) -> float:
+        mean = summaries[run].difference.mean
+        return mean if math.isfinite(mean) else -math.inf
+
+    return max(summaries, key=height)
+
+
 def _sentence(prompt_set: PromptSet, result: ScorerResult, data: ReportData) -> str:
+    if data.is_of_several:
+        return _sentence_on_several(prompt_set, result, data)
     difference = result.summary.difference
     where = f"on {prompt_set.name} prompts"
     who = "The judge" if result.scorer == "judge" else f"The {result.scorer} it was trained on"
@@ -120,3 +174,23 @@ def _sentence(prompt_set: PromptSet, result: ScorerResult, data: ReportData) -> 
         )
     preferred = data.tuned_name if outcome(difference) == "better" else data.base_name
     return f"{who} prefers the {preferred} model {where}: {numbers}."
+
+
+def _sentence_on_several(prompt_set: PromptSet, result: ScorerResult, data: ReportData) -> str:
+    """The run in front, and how many of them are better than base."""
+    best = best_run(prompt_set)
+    difference = result.summaries[best].difference
+    where = f"on {prompt_set.name} prompts"
+    who = f"The {result.scorer}"
+    if not math.isfinite(difference.mean):
+        return f"{who} could not score any image pair {where}."
+    outcomes = [outcome(summary.difference) for summary in result.summaries.values()]
+    if "better" not in outcomes:
+        return (
+            f"{who} finds none of {len(outcomes)} runs clearly better than {data.base_name} "
+            f"{where}; {best} comes first: {signed_interval(difference)}."
+        )
+    return (
+        f"{who} puts {best} first of {len(outcomes)} runs {where}: {signed_interval(difference)} "
+        f"against {data.base_name}, than which {outcomes.count('better')} are clearly better."
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from cdpo.engine import recipe_file
 from cdpo.engine.errors import EXIT_USAGE, RecipeError
+from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import (
     KNOBS,
@@ -53,7 +54,8 @@ def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> list[str]:
 def flatten(values: dict, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for key, value in values.items():
-        keys |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+        inside = isinstance(value, dict) and value  # an empty one is a knob's own value
+        keys |= flatten(value, f"{prefix}{key}.") if inside else {prefix + key}
     return keys
 
 
@@ -74,12 +76,12 @@ def test_shipped_recipes_are_valid_and_show_every_knob(name, monkeypatch):
     path = Path("recipes") / f"{name}.yaml"
     recipe = load_recipe(path)
     given_keys = flatten(Source("").read(path.read_text(encoding="utf-8")))
+    given_keys |= {key for key in KNOBS for given in given_keys if given.startswith(f"{key}.")}
     knobs = set(KNOBS) | flatten({"prepare": {"source": recipe.prepare.source.model_dump()}})
     assert knobs - given_keys <= set(), "knobs the recipe does not show"
     assert f"engine/train.py   --recipe {path}" in path.read_text(encoding="utf-8")
     assert recipe.run_dir == f"runs/{name}"
-    for prompts in filter(None, (recipe.prompts.train, recipe.prompts.heldout)):
-        assert Path(prompts).is_file()
+    assert any(read_prompts(recipe.prompts, recipe.seed))
     assert Path(recipe.deepspeed).is_file()
 
 
@@ -127,7 +129,7 @@ def test_all_problems_of_file_and_overrides_are_said_at_once(write):
         f"{path}: run_dir: missing: Folder of everything this run writes.",
         f"{path}:1: seed: -1 should be greater than or equal to 0",
         f"{path}:2: model.path: 5 should be a valid string: put it in quotes",
-        f"{path}: prompts: missing: Prompt files.",
+        f"{path}: prompts: missing: Prompts, for training and held out.",
         f"{path}: reward: missing: The reward that ranks candidates.",
         f"{path}:3: train.precision: 'fp8' should be 'fp32', 'bf16' or 'fp16'",
         "override 'train.max_skipped=abc': train.max_skipped: 'abc' should be a valid integer",

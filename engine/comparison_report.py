@@ -1,0 +1,232 @@
+"""From what a comparison measured to what it leaves: results.json, pictures and report.html."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from .candidates import CandidateSet
+from .compared_runs import ComparedRun
+from .kept_tables import Tables
+from .recipe import Recipe, Reward
+from .recipe_file import save_resolved
+from .reporting import wording
+from .reporting.console import Terminal
+from .reporting.files import write_atomically
+from .reporting.findings import findings
+from .reporting.grids import image_grid
+from .reporting.report import write_report
+from .reporting.report_data import (
+    Diversity,
+    PromptSample,
+    PromptSet,
+    ReportData,
+    ScorerResult,
+    SharedSeed,
+    WorstLoss,
+)
+from .reporting.results import save_results
+from .reporting.stats import mean_estimate, worst_pairs
+from .step_metrics import MetricsFile
+from .training_samples import progression
+
+WORST_SHOWN = 8
+SHOWN_SEED = 0  # the image of each prompt that grids show of every model
+
+
+@dataclass
+class Measured:
+    """Everything that was measured, in tables over all prompts; a side is base or a run."""
+
+    prompt_sets: Sequence[tuple[str, Sequence[str]]]
+    """Name and prompts of each set: their rows follow each other in the tables."""
+    scorers: Mapping[str, Reward]
+    images: dict[str, CandidateSet] = field(default_factory=dict)
+    """Of each side, base first."""
+    scores: dict[str, Tables] = field(default_factory=dict)
+    """By scorer, (prompts, images) of each side."""
+    distances: Tables = field(default_factory=dict)
+    """(prompts,) of each side; none if nobody embeds images."""
+    embedder: str | None = None
+    """The scorer whose embeddings ``distances`` are of."""
+    divergence: Tables = field(default_factory=dict)
+    """(prompts, images) of each run; none if it was not asked for."""
+
+    def rows(self, name: str) -> slice:
+        """Where the prompts of a set are in the tables."""
+        start = 0
+        for other, prompts in self.prompt_sets:
+            if other == name:
+                return slice(start, start + len(prompts))
+            start += len(prompts)
+        raise KeyError(name)
+
+
+def write_comparison(
+    recipe: Recipe,
+    runs: Sequence[ComparedRun],
+    measured: Measured,
+    folder: Path,
+    device: torch.device,
+    terminal: Terminal,
+) -> None:
+    """Write everything into ``folder`` and say on the terminal what was found."""
+    data = ComparisonReport(recipe, runs, measured).data(device)
+    save_results(folder / "results.json", data)
+    _draw_side_by_side(measured, recipe.compare.report_prompts, folder / "side_by_side.png")
+    report = folder / "report.html"
+    write_report(report, data)
+    save_resolved(recipe, folder / "recipe.yaml")
+    title = f"{data.base_name} against {', '.join(data.run_names)}"
+    terminal.table(title, wording.table_columns(data), wording.summary_rows(data))
+    for finding in findings(data):
+        terminal.warn(finding.text)
+    terminal.line(wording.verdict(data))
+    terminal.line(f"report: {report}")
+
+
+class ComparisonReport:
+    """Estimates and pictures of a comparison, as the report takes them."""
+
+    def __init__(self, recipe: Recipe, runs: Sequence[ComparedRun], measured: Measured) -> None:
+        self.recipe = recipe
+        self.runs = runs
+        self.measured = measured
+        self._base, *self._tuned = measured.images
+        spec = recipe.compare
+        self._options = {"resamples": spec.bootstrap, "seed": recipe.seed}
+
+    def data(self, device: torch.device) -> ReportData:
+        """The whole report."""
+        recipe, alone = self.recipe, self.runs[0] if len(self.runs) == 1 else None
+        sampler = recipe.compare.sampler
+        sets = [self._prompt_set(name, prompts) for name, prompts in self.measured.prompt_sets]
+        trained = alone.recipe if alone else recipe
+        trained_in = Path(trained.run_dir)
+        return ReportData(
+            title=Path(recipe.run_dir).name,
+            prompt_sets=sets,
+            worst=self._worst(sets),
+            metrics=MetricsFile(trained_in / "metrics.jsonl").read() if alone else (),
+            num_tiers=trained.curriculum.tiers,
+            progression=progression(trained_in / "samples", trained.model.resolution)
+            if alone
+            else None,
+            recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+            facts=[
+                ("seed", str(recipe.seed)),
+                ("sampler", f"DDIM, {sampler.steps} steps, guidance {sampler.guidance:g}"),
+                ("device", _device_name(device)),
+                *((name, version(name)) for name in ("torch", "diffusers", "deepspeed", "cdpo")),
+            ],
+            notes=self._notes(),
+            runs=[run.facts() for run in self.runs],
+            base_name=self._base,
+            tuned_name=self._tuned[0],
+        )
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.measured.embedder is None:
+            notes.append(
+                "Diversity was left out: neither judge nor reward embeds images; a CLIP model "
+                "among compare.rewards would."
+            )
+        elif not self.measured.distances:
+            notes.append("Diversity was left out: it needs two images a prompt or more.")
+        return notes
+
+    def _prompt_set(self, name: str, prompts: Sequence[str]) -> PromptSet:
+        measured, rows = self.measured, self.measured.rows(name)
+        scorers = [
+            ScorerResult.from_scores(
+                scorer,
+                measured.scorers[scorer].label,
+                tables[self._base][rows],
+                {run: tables[run][rows] for run in self._tuned},
+                **self._options,
+            )
+            for scorer, tables in measured.scores.items()
+        ]
+        distances = {side: table[rows] for side, table in measured.distances.items()}
+        shown = list(enumerate(prompts[: self.recipe.compare.report_prompts]))
+        alone = len(self._tuned) == 1
+        return PromptSet(
+            name,
+            prompts,
+            scorers,
+            samples=[self._sample(prompt, row, scorers[0]) for row, prompt in shown if alone],
+            rows=[self._row(prompt, row, scorers[0]) for row, prompt in shown if not alone],
+            diversity=self._diversity(distances) if distances else None,
+            divergence={
+                run: mean_estimate(table[rows], **self._options)
+                for run, table in measured.divergence.items()
+            },
+        )
+
+    def _diversity(self, distances: Tables) -> Diversity:
+        return Diversity.from_distances(self.measured.embedder or "", distances, **self._options)
+
+    def _sample(self, prompt: str, row: int, scorer: ScorerResult) -> PromptSample:
+        images = self.measured.images
+        return PromptSample(
+            prompt,
+            images[self._base].read(prompt),
+            images[self._tuned[0]].read(prompt),
+            scorer.base_scores[row].tolist(),
+            scorer.tuned_scores[row].tolist(),
+        )
+
+    def _row(self, prompt: str, row: int, scorer: ScorerResult) -> SharedSeed:
+        tables = {self._base: scorer.base_scores, **scorer.scores}
+        return SharedSeed(
+            prompt,
+            {side: s.read(prompt)[SHOWN_SEED] for side, s in self.measured.images.items()},
+            {side: float(table[row, SHOWN_SEED]) for side, table in tables.items()},
+        )
+
+    def _worst(self, sets: Sequence[PromptSet]) -> list[WorstLoss]:
+        """The image pairs that any run lost by most, in the eyes of the first scorer."""
+        found = []
+        for prompt_set in sets:
+            scorer = prompt_set.scorers[0]
+            for run, scores in scorer.scores.items():
+                for row, image in worst_pairs(scorer.base_scores, scores, WORST_SHOWN):
+                    loss = float(scores[row, image] - scorer.base_scores[row, image])
+                    found.append((loss, prompt_set, run, row, image))
+        found.sort(key=lambda one: one[0])
+        return [self._loss(*place) for _, *place in found[:WORST_SHOWN]]
+
+    def _loss(self, prompt_set: PromptSet, run: str, row: int, image: int) -> WorstLoss:
+        prompt, scorer = prompt_set.prompts[row], prompt_set.scorers[0]
+        images = self.measured.images
+        return WorstLoss(
+            prompt,
+            prompt_set.name,
+            images[self._base].read(prompt)[image],
+            images[run].read(prompt)[image],
+            float(scorer.base_scores[row, image]),
+            float(scorer.scores[run][row, image]),
+            run,
+        )
+
+
+def _draw_side_by_side(measured: Measured, num_prompts: int, path: Path) -> None:
+    """The first image of each prompt, base above tuned: a picture to pass around."""
+    prompts = measured.prompt_sets[0][1][:num_prompts]
+    rows = [[side.read(prompt)[0] for prompt in prompts] for side in measured.images.values()]
+    grid = image_grid(rows, list(measured.images), list(prompts))
+    write_atomically(path, partial(grid.save, format="PNG", optimize=True))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,110 @@
+"""What rewards make of the images of all sides: the base's and each run's, prompt by prompt.
+
+All images of a prompt go to a reward in one call: a score may be relative to the others there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .candidates import CandidateSet
+from .failpoints import failpoint
+from .kept_tables import KeptTables, Tables
+from .launch import Ranks
+from .recipe import Reward
+from .rewards import ClipModel, RewardModel, score_together
+
+Images = Sequence[Sequence[Image.Image]]
+"""Of one prompt: those of each side."""
+
+
+class SideScoring:
+    """Scores and distances of all prompts, a share on each rank, kept for the next report."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        sides: Mapping[str, CandidateSet],
+        prompts: Sequence[str],
+    ) -> None:
+        self.ranks = ranks
+        self.sides = sides
+        self.prompts = prompts
+        self._kept = KeptTables(folder)
+        made_of = {name: images.fingerprint for name, images in sides.items()}
+        text = json.dumps([made_of, list(prompts)])
+        self._images_hash = hashlib.sha256(text.encode()).hexdigest()
+
+    def scores(self, spec: Reward, reward: RewardModel) -> Tables:
+        """(prompts, images) of each side."""
+
+        def score(prompt: str, images: Images) -> NDArray[np.float64]:
+            found = score_together(reward, images, prompt)
+            failpoint("compare.scored")
+            return np.stack(found).astype(np.float64)
+
+        made_of = {
+            "reward": json.dumps(spec.identity(), sort_keys=True),
+            "weights": reward.fingerprint,
+        }
+        return self._on_all("scores", made_of, score)
+
+    def distances(self, clip: ClipModel, batch_size: int) -> Tables:
+        """(prompts,) of each side: the mean cosine distance of two images of a prompt."""
+
+        def measure(_: str, images: Images) -> NDArray[np.float64]:
+            return np.array([mean_distance(_embedded(clip, side, batch_size)) for side in images])
+
+        made_of = {"weights": clip.fingerprint, "precision": clip.precision}
+        return self._on_all("distances", made_of, measure)
+
+    def _on_all(
+        self,
+        what: str,
+        made_of: dict[str, str],
+        work: Callable[[str, Images], NDArray[np.float64]],
+    ) -> Tables:
+        """Tables (prompts, ...) by side, from what ``work`` makes of a prompt: (sides, ...)."""
+        subject = f"{what} {json.dumps(made_of)}"
+        made_of = made_of | {"images": self._images_hash}
+        kept = self.ranks.on_first(lambda: self._kept.read(subject, made_of))
+        if kept is not None:
+            return {name: kept[name] for name in self.sides}
+        own = {}
+        for prompt in self.ranks.until_stopped(self.ranks.share(self.prompts)):
+            own[prompt] = work(prompt, [side.read(prompt) for side in self.sides.values()])
+        self.ranks.meet()
+        found = {prompt: row for part in self.ranks.gather(own) for prompt, row in part.items()}
+        whole = np.stack([found[prompt] for prompt in self.prompts])
+        tables = {name: whole[:, index] for index, name in enumerate(self.sides)}
+        self.ranks.on_first(lambda: self._kept.write(subject, made_of, tables))
+        return tables
+
+
+def _embedded(
+    clip: ClipModel, images: Sequence[Image.Image], batch_size: int
+) -> NDArray[np.float64]:
+    """Unit vectors (N, D)."""
+    parts = [
+        clip.embed_images(images[start : start + batch_size]).double().cpu().numpy()
+        for start in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(parts)
+
+
+def mean_distance(embeddings: NDArray[np.float64]) -> float:
+    """Mean of 1 - cosine over all pairs of N unit vectors (N, D); NaN for fewer than two."""
+    count = len(embeddings)
+    if count < 2:
+        return float("nan")
+    # The cosines of all ordered pairs, each vector's with itself left out, add up to |sum|^2 - N.
+    total, lengths = embeddings.sum(axis=0), (embeddings**2).sum()
+    return float(1 - (total @ total - lengths) / (count * (count - 1)))
