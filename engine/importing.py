@@ -71,7 +71,7 @@ class Importing:
         self.spec = recipe.prepare.source
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = folder_of_set(recipe)
-        _, heldout = read_prompts(recipe.prompts)
+        _, heldout = read_prompts(recipe.prompts, recipe.seed)
         self.reader = ranks.on_first(lambda: open_source(self.spec))
         folder = self.run_dir / "source"
         self.facts = ranks.on_first(lambda: open_index(folder, self.reader, self.spec, heldout))

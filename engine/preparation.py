@@ -61,7 +61,7 @@ class Preparation:
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = folder_of_set(recipe)
-        self.prompts, _ = read_prompts(recipe.prompts)
+        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed)
         self.ranker = make_ranker(recipe, ranks, terminal)
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)

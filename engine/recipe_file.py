@@ -7,7 +7,6 @@ at once, one line each, in a single :class:`RecipeError`.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import os
@@ -17,17 +16,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from .errors import RecipeError
 from .recipe import Recipe
+from .recipe_schema import KNOBS, SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
 from .recipe_yaml import Source, dump, shown
 
 MAX_BYTES = 1 << 18  # a recipe is some 10 KB; PyYAML takes seconds for a megabyte
@@ -172,7 +170,7 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
 def describe_schema() -> str:
     """Every knob with its default and what it does, as text for a terminal."""
     lines = ["Keys of a recipe, with their defaults:"]
-    for key in (key for key, info in SCHEMA.items() if not _sections_of(info) and "[]" not in key):
+    for key in (key for key, info in SCHEMA.items() if is_knob(info) and "[]" not in key):
         default = SCHEMA[key].get_default()
         text = "(required)" if default is PydanticUndefined else shown(default)
         lines.append(f"\n  {key} = {text}")
@@ -185,72 +183,6 @@ def describe_schema() -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"{message}; `{self.prog} --help` lists the options and all keys")
-
-
-# --------------------------------------------------------------------------------------------------
-# The schema as dotted keys
-
-
-def _sections_of(info: FieldInfo) -> list[type[BaseModel]]:
-    """The section classes behind a field: one of ``Model`` or ``Reward | None``, several where a
-    ``type`` chooses, none of a knob.
-    """
-    return [kind for kind in _alternatives(info.annotation) if issubclass(kind, BaseModel)]
-
-
-def _sections_listed(info: FieldInfo) -> list[type[BaseModel]]:
-    """The section classes that a field is a list of: `tuple[Part, ...]`."""
-    listed = info.annotation if get_origin(info.annotation) is tuple else None
-    kinds = [kind for item in get_args(listed) for kind in _alternatives(item)]
-    return [kind for kind in kinds if issubclass(kind, BaseModel)]
-
-
-def _alternatives(annotation: Any) -> list[type]:
-    """The classes among which an annotation leaves the choice."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return [kind for inner in get_args(annotation) for kind in _alternatives(inner)]
-    return [annotation] if isinstance(annotation, type) else []
-
-
-def _walk_schema(
-    section: type[BaseModel], prefix: str = "", *, default_types: bool = False
-) -> dict[str, FieldInfo]:
-    """Dotted keys; with ``default_types`` those alone that go with the default of each ``type``.
-
-    Keys inside a list of sections have ``[]`` after the list's name, whatever the place in it.
-    """
-    found: dict[str, FieldInfo] = {}
-    for name, info in section.model_fields.items():
-        found.setdefault(prefix + name, info)
-        for inner in _sections_of(info)[: 1 if default_types else None]:
-            inside = _walk_schema(inner, f"{prefix}{name}.", default_types=default_types)
-            found |= {key: info for key, info in inside.items() if key not in found}
-        for inner in _sections_listed(info) if not default_types else ():
-            inside = _walk_schema(inner, f"{prefix}{name}[].")
-            found |= {key: info for key, info in inside.items() if key not in found}
-    return found
-
-
-SCHEMA = _walk_schema(Recipe)  # sections and knobs, in the order of declaration
-KNOBS = tuple(
-    key for key, info in _walk_schema(Recipe, default_types=True).items() if not _sections_of(info)
-)
-
-
-def _nearest(key: str) -> str:
-    """The second half of "unknown key": the valid key that was probably meant."""
-    parent, _, leaf = _anywhere(key).rpartition(".")
-    leaf_of = {name: name.rpartition(".")[2] for name in SCHEMA}
-    outside = [name for name in SCHEMA if "[]" not in name]
-    here = {leaf_of[name]: name for name in SCHEMA if name.rpartition(".")[0] == parent}
-    likely = [here[close] for close in difflib.get_close_matches(leaf, here, n=1, cutoff=0.65)]
-    if not likely:  # the right name in the wrong section
-        likely = [name for name in outside if leaf_of[name] == leaf]
-    if not likely and not here:
-        likely = difflib.get_close_matches(key, outside, n=1, cutoff=0.6)
-    if likely:
-        return f"did you mean {' or '.join(likely)}?"
-    return f"valid keys: {', '.join(here.values() or Recipe.model_fields)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,11 +230,11 @@ def _apply_overrides(
                 f"override {text!r}: what is inside a list is written in the file"
             )
         elif key not in SCHEMA:
-            source.problems.append(f"override {text!r}: unknown key; {_nearest(key)}")
+            source.problems.append(f"override {text!r}: unknown key; {nearest_key(key)}")
         else:
             source.overrides[key] = text
             value = source.read(raw, key)
-            if isinstance(value, dict) and _sections_of(SCHEMA[key]):
+            if isinstance(value, dict) and not is_knob(SCHEMA[key]):
                 source.fail(key, "set the keys of a section one by one, e.g. train.steps=200")
                 continue
             try:
@@ -320,37 +252,11 @@ def _validate(values: dict[str, Any], source: Source) -> Recipe | None:
         return Recipe.model_validate(_with_tuples(values), strict=True)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            key = _dotted(detail["loc"])
+            key = dotted(detail["loc"])
             if detail["type"].startswith("union_tag"):
                 key += ".type"
             source.fail(key, _wording(key, detail))
         return None
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    """The key of pydantic's location, which names the chosen ``type`` behind a section as well."""
-    key = ""
-    for part in location:
-        if isinstance(part, int):
-            key += f"[{part}]"
-        elif part not in _types_of(key):
-            key += f".{part}" if key else part
-    return key
-
-
-def _types_of(key: str) -> list[str]:
-    """The values of ``type`` at a section that has several schemas, none for any other key."""
-    listed = key.endswith("]")
-    info = SCHEMA.get(_anywhere(key.rpartition("[")[0] if listed else key))
-    if info is None:
-        return []
-    sections = _sections_listed(info) if listed else _sections_of(info)
-    return [section.model_fields["type"].default for section in sections if len(sections) > 1]
-
-
-def _anywhere(key: str) -> str:
-    """A key as the schema has it, whatever the place in a list: ``rewards[1]`` is ``rewards[]``."""
-    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -362,13 +268,13 @@ def _with_tuples(value: Any) -> Any:
 def _wording(key: str, detail: ErrorDetails) -> str:
     """One problem in words: the value seen and what would be right."""
     kind, seen = detail["type"], detail["input"]
-    known = SCHEMA.get(_anywhere(key))
+    known = SCHEMA.get(anywhere(key))
     if kind == "extra_forbidden" and known is not None:
         return f"{shown(seen)} has no place here: the key goes with another type of its section"
     if kind == "extra_forbidden":
-        return f"unknown key; {_nearest(key)}"
+        return f"unknown key; {nearest_key(key)}"
     if kind.startswith("union_tag"):
-        types = _types_of(key.removesuffix(".type"))
+        types = types_of(key.removesuffix(".type"))
         given = shown(detail["ctx"]["tag"]) if "tag" in detail.get("ctx", {}) else "missing;"
         return f"{given} should be {', '.join(types[:-1])} or {types[-1]}"
     if kind == "missing":

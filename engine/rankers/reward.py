@@ -32,15 +32,14 @@ class RewardRanker:
         self.made_by: Mapping[str, Any] = {}
 
     def describe(self) -> tuple[str, str]:
-        reward = self.recipe.reward
-        return f"{self.count} candidates", f"{reward.type} {reward.path}"
+        return f"{self.count} candidates", self.recipe.reward.label
 
     def inputs(self) -> dict[str, Any]:
-        return {"reward": self.recipe.reward.model_dump(include={"type", "path"})}
+        return {"reward": self.recipe.reward.identity()}
 
     def source(self) -> RewardSource:
         spec = self.recipe.reward
-        return RewardSource(type=spec.type, path=spec.path, fingerprint=self._reward.fingerprint)
+        return RewardSource(type=spec.type, path=spec.source, fingerprint=self._reward.fingerprint)
 
     def starts(self, prompt: str) -> list[Start]:
         return whole_prompts(self.count)

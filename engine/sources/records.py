@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
-from ..prompts import MAX_PROMPT_CHARACTERS
+from ..recipe_prompts import MAX_PROMPT_CHARACTERS
 from ..recipe_source import Imported, Paired, Ranked
 from .rows import Row
 

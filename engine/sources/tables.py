@@ -103,9 +103,10 @@ class ParquetReader:
 class CsvReader:
     """CSV files with a header; every image is a path, relative to the folder of its table."""
 
-    def __init__(self, files: SourceFiles, images: tuple[str, ...]) -> None:
+    def __init__(self, files: SourceFiles, images: tuple[str, ...], delimiter: str = ",") -> None:
         self.files = files
         self.images = images
+        self.delimiter = delimiter
 
     def columns(self) -> list[str]:
         with self._opened(0, ()) as table:
@@ -141,7 +142,7 @@ class CsvReader:
             strings_can_be_null=False,
             quoted_strings_can_be_null=False,
         )
-        parse = pc.ParseOptions(newlines_in_values=True)
+        parse = pc.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
         try:
             with pc.open_csv(path, parse_options=parse, convert_options=convert) as table:
                 yield table

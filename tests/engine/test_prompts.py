@@ -1,11 +1,26 @@
-"""Prompt files: what counts as a prompt, and what is wrong with a file, in one line."""
+"""Prompts: what counts as one in files and templates, how they are divided, and what is wrong with
+them, in one line.
+"""
 
+from __future__ import annotations
+
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.errors import DataError
-from cdpo.engine.prompts import MAX_PROMPT_CHARACTERS, read_prompts
+from cdpo.engine.prompt_files import MAX_LINE_BYTES
+from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Prompts
+from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe_prompts import MAX_PROMPT_CHARACTERS
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"prompt number {number}" for number in range(300)]
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -15,9 +30,36 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 
 
 def read_train(folder: Path, content: str | bytes, limit: int | None = None) -> list[str]:
-    train, heldout = read_prompts(Prompts(train=write(folder, "train.txt", content), limit=limit))
+    spec = Prompts(train=write(folder, "train.txt", content), limit=limit)
+    train, heldout = read_prompts(spec, seed=0)
     assert heldout == []
     return train
+
+
+def table(folder: Path, kind: str, columns: dict[str, list[object]]) -> str:
+    """A table of these columns; as CSV and TSV of their text."""
+    path = folder / f"table.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), path, row_group_size=2)
+    elif kind == "jsonl":
+        rows = zip(*columns.values(), strict=True)
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        mark = "\t" if kind == "tsv" else ","
+        rows = [columns.keys(), *zip(*columns.values(), strict=True)]
+        cells = [[f'"{"" if cell is None else cell}"' for cell in row] for row in rows]
+        path.write_text("\n".join(mark.join(row) for row in cells) + "\n")
+    return str(path)
+
+
+def filled_in(templates: list[str], **lists: str | tuple[str, ...]) -> list[str]:
+    spec = Prompts.model_validate({"train": {"templates": templates, "lists": lists}})
+    return read_prompts(spec, seed=0)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Text files
 
 
 def test_a_line_is_a_prompt(tmp_path):
@@ -31,13 +73,13 @@ def test_files_of_other_systems(tmp_path):
     assert read_train(tmp_path, b"\xef\xbb\xbf# comment\na dog") == ["a dog"]
 
 
-def test_limit_takes_the_first_distinct_ones_of_each_file(tmp_path):
+def test_limit_takes_the_first_distinct_ones_of_each_set(tmp_path):
     assert read_train(tmp_path, "b\nb\na\nc\n", limit=2) == ["b", "a"]
     assert read_train(tmp_path, "b\na", limit=9) == ["b", "a"]
     spec = Prompts(
         train=write(tmp_path, "t", "a\nb"), heldout=write(tmp_path, "h", "c\nd"), limit=1
     )
-    assert read_prompts(spec) == (["a"], ["c"])
+    assert read_prompts(spec, 0) == (["a"], ["c"])
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path):
@@ -46,7 +88,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
         heldout=write(tmp_path, "h", "a cow \na pig\na cat"),
     )
     with pytest.raises(DataError) as caught:
-        read_prompts(spec)
+        read_prompts(spec, 0)
     assert f"prompts.heldout={spec.heldout} shares 2 prompts with {spec.train}" in str(caught.value)
     assert "'a cat'" in str(caught.value)
 
@@ -57,10 +99,14 @@ def test_a_file_without_prompts(tmp_path, content):
         read_train(tmp_path, content)
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    for path in (tmp_path / "absent.txt", tmp_path):
-        with pytest.raises(DataError, match=f"prompts: {path} cannot be read: "):
-            read_prompts(Prompts(train=str(path)))
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "parquet"])
+def test_a_file_that_cannot_be_read(tmp_path, kind):
+    folder = tmp_path / f"folder.{kind}"
+    folder.mkdir()
+    for path in (tmp_path / f"absent.{kind}", folder):
+        with pytest.raises(DataError, match=f"^prompts: {path}:? cannot be read") as caught:
+            read_prompts(Prompts(train=str(path)), 0)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_text(tmp_path):
@@ -73,3 +119,207 @@ def test_a_prompt_that_is_too_long_is_named_by_its_line(tmp_path):
     assert read_train(tmp_path, f"a\n{longest}\n# {longest}") == ["a", longest]
     with pytest.raises(DataError, match=r"train\.txt:2 has 2001 characters; at most 2000"):
         read_train(tmp_path, f"a\n{longest}y")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+KINDS = ["parquet", "csv", "tsv", "jsonl"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_of_a_table(tmp_path, kind):
+    """Repeated and blank cells as in text; `#` is no comment there, and a cell may hold commas."""
+    cells = ["a dog", "  a cat ", "a dog", "", None, "# one, two", "\t"]
+    path = table(tmp_path, kind, {"id": list(range(7)), "text": cells})
+    found, _ = read_prompts(Prompts(train=path, column="text"), 0)
+    assert found == ["a dog", "a cat", "# one, two"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_the_column_names_those_it_has(tmp_path, kind):
+    path = table(tmp_path, kind, {"caption": ["a"], "score": [1]})
+    with pytest.raises(DataError) as caught:
+        read_prompts(Prompts(train=path), 0)
+    assert str(caught.value).startswith(f"prompts: {path}")
+    assert "no column prompt; it has caption, score: set prompts.column" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"), [*((kind, " row 2") for kind in KINDS[:3]), ("jsonl", ":3")]
+)
+def test_a_cell_that_is_too_long_is_named_by_row_and_column(tmp_path, kind, row):
+    cells = ["a", "b", "x" * (MAX_PROMPT_CHARACTERS + 1)]
+    path = table(tmp_path, kind, {"prompt": cells})
+    with pytest.raises(DataError) as caught:
+        read_prompts(Prompts(train=path), 0)
+    assert f"prompts: {path}{row}, column prompt, has 2001 characters" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "row"), [("parquet", " row 0"), ("jsonl", ":1")])
+def test_a_column_that_is_not_text(tmp_path, kind, row):
+    path = table(tmp_path, kind, {"prompt": [7, 8]})
+    with pytest.raises(DataError, match=f"{path}{row}, column prompt, holds int, not text"):
+        read_prompts(Prompts(train=path), 0)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (b"{", ":2 is not JSON: "),
+        (b"[" * 100_000, ":2 is not JSON: "),
+        (b'["a"]', ":2 is not an object such as {'prompt': ...}"),
+        (b'{"promt": "b"}', ":2 has no column prompt; it has promt"),
+        (b"\xff", ":2 is not JSON: "),
+        (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', ":2 is longer than 1 MiB"),
+    ],
+    ids=["half", "deep", "list", "other", "bytes", "long"],
+)
+def test_lines_of_jsonl_that_are_no_row(tmp_path, second, expected):
+    path = write(tmp_path, "t.jsonl", b'{"prompt": "a"}\n' + second + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_prompts(Prompts(train=path), 0)
+    assert f"prompts: {path}{expected}" in str(caught.value)
+
+
+def test_a_parquet_file_that_is_none(tmp_path):
+    path = write(tmp_path, "t.parquet", b"PAR1, not really")
+    with pytest.raises(DataError, match=f"^prompts: {path}: cannot be read as parquet"):
+        read_prompts(Prompts(train=path), 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Templates
+
+
+def test_templates_run_through_their_lists_the_last_one_fastest():
+    lists = {"animal": ("a dog", "an owl"), "activity": ("riding a bike", "playing chess")}
+    assert filled_in(["{animal} {activity}", "a photo of {animal}"], **lists) == [
+        "a dog riding a bike",
+        "a dog playing chess",
+        "an owl riding a bike",
+        "an owl playing chess",
+        "a photo of a dog",
+        "a photo of an owl",
+    ]
+
+
+def test_a_list_in_a_file_repeated_names_and_literal_braces(tmp_path):
+    path = write(tmp_path, "animals.txt", "# with articles\na dog\nan owl\na dog\n")
+    found = filled_in(["{animal} and {animal} in {{braces}}"], animal=path)
+    assert found == ["a dog and a dog in {braces}", "an owl and an owl in {braces}"]
+    assert filled_in(["{{{animal}}}"], animal=("{x}",)) == ["{{x}}"]  # what is put in is left alone
+    assert filled_in(["nothing named"]) == ["nothing named"]
+
+
+def test_lists_that_make_a_prompt_twice_make_it_once():
+    assert filled_in(["{x}{y}"], x=("a", "ab"), y=("bc", "c")) == ["abc", "ac", "abbc"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{a:{b}}", "{a b}", "{a", "a}"),
+        "{__class__.__mro__}",
+    ],
+)
+def test_templates_hold_names_of_lists_and_nothing_else(template):
+    with pytest.raises(ValueError, match="template") as caught:
+        filled_in([template], a=("x",), b=("y",))
+    assert repr(template) in str(caught.value)
+
+
+def test_lists_that_are_empty_too_long_or_too_many(tmp_path):
+    empty = write(tmp_path, "empty.txt", "# nothing\n")
+    for entries in (empty, (), (" ",)):
+        with pytest.raises(DataError, match=r"prompts\.train\.lists\.a: .*(no entry|empty)"):
+            filled_in(["{a}"], a=entries)
+    with pytest.raises(DataError, match=r"template '\{a\}\{a\}' makes a prompt of 2200 characters"):
+        filled_in(["{a}{a}"], a=("x" * 1100,))
+    digits = tuple(map(str, range(200)))
+    with pytest.raises(DataError, match="its lists make 8000000 prompts; at most 1000000"):
+        filled_in(["{a}{b}{c}"], a=digits, b=digits, c=digits)
+
+
+def test_the_sets_of_the_papers(monkeypatch):
+    """D1 is 45 animals x 3 activities, 45 photos for aesthetics; other ones are held out."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe("recipes/sd15_cdpo.yaml")
+    train, heldout = read_prompts(recipe.prompts, recipe.seed)
+    assert (len(train), len(heldout)) == (135, 36)
+    assert {"a dog riding a bike", "an ant washing the dishes"} < set(train)
+    assert not any(" a ant" in f" {prompt}" for prompt in train + heldout)
+    photos = ["prompts.train.templates=['a photo of {animal}']"]
+    photos += ["prompts.train.lists={animal: recipes/prompts/animals.txt}"]
+    recipe = load_recipe("recipes/sd15_cdpo.yaml", photos)
+    train, _ = read_prompts(recipe.prompts, recipe.seed)
+    assert len(train) == 45 and train[1] == "a photo of a dog"
+
+
+# --------------------------------------------------------------------------------------------------
+# The split
+
+
+def split(
+    folder: Path, prompts: list[str], seed: int = 0, **by: float
+) -> tuple[set[str], set[str]]:
+    spec = {"train": write(folder, "all.txt", "\n".join(prompts)), "heldout": by}
+    train, heldout = read_prompts(Prompts.model_validate(spec), seed)
+    assert [p for p in prompts if p in set(train)] == train, "the order is that of the file"
+    assert sorted(train + heldout) == sorted(prompts)
+    return set(train), set(heldout)
+
+
+def test_a_split_is_a_function_of_seed_and_prompt_alone(tmp_path):
+    train, heldout = split(tmp_path, TEXTS, fraction=0.2)
+    assert 40 <= len(heldout) <= 80  # 60 expected, 6.9 standard deviation
+    assert split(tmp_path, TEXTS[::-1], fraction=0.2) == (train, heldout)
+    fewer = split(tmp_path, TEXTS[::3], fraction=0.2)
+    assert fewer == (train & set(TEXTS[::3]), heldout & set(TEXTS[::3]))
+    assert split(tmp_path, TEXTS, seed=1, fraction=0.2)[1] != heldout
+    assert heldout < split(tmp_path, TEXTS, fraction=0.5)[1]
+
+
+def test_a_split_by_count_takes_the_lowest_draws(tmp_path):
+    _, ten = split(tmp_path, TEXTS, count=10)
+    _, twenty = split(tmp_path, TEXTS[::-1], count=20)
+    assert len(ten) == 10 and len(twenty) == 20 and ten < twenty
+    _, joined = split(tmp_path, [*TEXTS, "one more"], count=10)
+    assert len(joined - ten) <= 1
+    _, drawn = split(tmp_path, TEXTS, fraction=0.5)
+    assert ten < drawn  # the same draws decide both
+
+
+def test_limit_comes_after_the_split(tmp_path):
+    train, heldout = split(tmp_path, TEXTS, fraction=0.2)
+    spec = Prompts.model_validate(
+        {"train": str(tmp_path / "all.txt"), "heldout": {"fraction": 0.2}, "limit": 5}
+    )
+    few, out = read_prompts(spec, 0)
+    assert (len(few), len(out)) == (5, 5)
+    assert set(few) < train and set(out) < heldout
+
+
+@pytest.mark.parametrize("by", [{"fraction": 1e-6}, {"count": 300}, {"count": 999}])
+def test_both_sides_need_a_prompt(tmp_path, by):
+    with pytest.raises(DataError, match=r"prompts\.heldout\.\w+=\S+ holds out \d+ of 300 prompts"):
+        split(tmp_path, TEXTS, **by)
+
+
+def test_templates_can_be_split_and_held_out(tmp_path):
+    animals = {"templates": ["a {x}"], "lists": {"x": ("dog", "cat", "cow", "pig")}}
+    spec = Prompts.model_validate({"train": animals, "heldout": {"count": 1}})
+    train, heldout = read_prompts(spec, 0)
+    assert len(train) == 3 and len(heldout) == 1
+    spec = Prompts.model_validate({"train": animals, "heldout": animals})
+    with pytest.raises(DataError, match=r"prompts\.heldout shares 4 prompts with prompts\.train"):
+        read_prompts(spec, 0)
+
+
+@given(st.lists(st.text("ab{}:!.[]0_", max_size=6), min_size=1, max_size=3))
+def test_any_template_is_refused_or_makes_one_prompt_an_entry(templates):
+    try:
+        found = filled_in(templates, a=("x", "y"))
+    except (ValueError, DataError):
+        return
+    assert 1 <= len(found) <= 2 * len(templates)

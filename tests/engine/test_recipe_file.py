@@ -477,6 +477,7 @@ RUNTIME = {
     "train.sample_every",
     "train.sample_prompts",
     "data.path",
+    "data.manifest_sha256",
     "data.cache",
     "data.cache_gib",
     *(f"data.fetch.{key}" for key in ("threads", "retries", "backoff", "stall", "budget")),
