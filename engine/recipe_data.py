@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .recipe_types import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Fetch(Section):
@@ -30,6 +32,9 @@ class Data(Section):
     path: str | None = None
     """Folder of shards and manifest.json; by default `shards` inside the run folder. `train` also
     reads them from a URL: `https://`, `s3://bucket/prefix`, `hf://datasets/owner/name/prefix`."""
+    manifest_sha256: Sha256 | None = None
+    """What manifest.json must have, as `sha256sum` prints it: `train` refuses any other. It holds
+    the hashes of all shards, so it vouches for a whole set that comes from a URL."""
     cache: str | None = None
     """Folder that keeps shards read from a URL, on a local disk; all processes of a machine and
     other runs may share it. By default `~/.cache/cdpo/shards`."""

@@ -163,14 +163,23 @@ def shards_by_tier(shards: Iterable[ShardEntry]) -> dict[int, list[ShardEntry]]:
     return dict(groups)
 
 
-def load_manifest(folder: str | Path) -> Manifest:
+def load_manifest(folder: str | Path, sha256: str | None = None) -> Manifest:
     """Read and check ``folder``/manifest.json; DataError in one line says what is wrong with it."""
     path = Path(folder) / FILE_NAME
-    return parse_manifest(_read_bounded(path), str(path))
+    return parse_manifest(_read_bounded(path), str(path), sha256)
 
 
-def parse_manifest(text: bytes, path: str) -> Manifest:
-    """Check what a manifest.json holds; DataError, naming ``path``, says what is wrong with it."""
+def parse_manifest(text: bytes, path: str, sha256: str | None = None) -> Manifest:
+    """Check what a manifest.json holds; DataError, naming ``path``, says what is wrong with it.
+
+    ``sha256`` is what it must have, if that is known.
+    """
+    found_sha256 = hashlib.sha256(text).hexdigest()
+    if sha256 is not None and found_sha256 != sha256:
+        raise DataError(
+            f"{path}: its sha256 is {found_sha256}, not data.manifest_sha256={sha256}: it is not "
+            "the set that the recipe means"
+        )
     try:
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:

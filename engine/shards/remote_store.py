@@ -30,7 +30,7 @@ def open_store(location: str, data: Data, processes: int = 1) -> ShardStore:
     """
     if is_remote(location):
         return RemoteStore(location, data, processes)
-    return LocalStore(location.removeprefix("file://"))
+    return LocalStore(location.removeprefix("file://"), data.manifest_sha256)
 
 
 def default_cache() -> Path:
@@ -45,6 +45,7 @@ class RemoteStore:
     def __init__(self, url: str, data: Data, processes: int = 1) -> None:
         self.spec, self.processes = data.fetch, processes
         self._folder = RemoteFolder(url, data.fetch)
+        self._manifest_sha256 = data.manifest_sha256
         folder = Path(data.cache).expanduser() if data.cache else default_cache()
         self.cache = ShardCache(folder, int(data.cache_gib * 2**30), data.fetch.budget)
         self._flights: dict[str, Future[BaseException | None]] = {}
@@ -56,7 +57,7 @@ class RemoteStore:
 
     def manifest(self) -> Manifest:
         text = bring_text(self._folder, FILE_NAME, MAX_BYTES)
-        return parse_manifest(text, self._folder.name_of(FILE_NAME))
+        return parse_manifest(text, self._folder.name_of(FILE_NAME), self._manifest_sha256)
 
     def name_of(self, entry: ShardEntry) -> str:
         return self._folder.name_of(entry.name)

@@ -40,17 +40,21 @@ class ShardStore(Protocol):
 
 
 class LocalStore:
-    """Shards in a folder of this machine, which are read where they are."""
+    """Shards in a folder of this machine, which are read where they are.
 
-    def __init__(self, folder: str | Path) -> None:
+    ``manifest_sha256`` is what their manifest must have, if that is known.
+    """
+
+    def __init__(self, folder: str | Path, manifest_sha256: str | None = None) -> None:
         self.folder = Path(folder)
+        self._manifest_sha256 = manifest_sha256
 
     @property
     def location(self) -> str:
         return str(self.folder)
 
     def manifest(self) -> Manifest:
-        return load_manifest(self.folder)
+        return load_manifest(self.folder, self._manifest_sha256)
 
     def name_of(self, entry: ShardEntry) -> str:
         return str(self.folder / entry.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cdpo.engine.shards.remote_store import RemoteStore, default_cache, open_sto
 from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.store import LocalStore
 from cdpo.engine.shards.stream import PairStream
+from pydantic import ValidationError
 from shard_server import ShardServer, serving
 
 SOON = Fetch(retries=2, backoff=0.01, stall=10.0, budget=30.0, threads=0)
@@ -153,6 +155,27 @@ def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
         (tmp_path / "served" / "manifest.json").write_text('{"format_version": 9}')
         with pytest.raises(DataError, match=r"^http.*manifest\.json: format_version is 9"):
             store.manifest()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_manifest_may_be_pinned(
+    folder: Path, web: ShardServer, tmp_path: Path, far: bool
+) -> None:
+    """Shards are vouched for by it, and nothing else vouches for it."""
+    sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    place, cache = web.url if far else str(folder), str(tmp_path / "cache")
+
+    def manifest(pin: str) -> Manifest:
+        return open_store(place, Data(cache=cache, manifest_sha256=pin)).manifest()
+
+    assert manifest(sha256) == LocalStore(folder).manifest()
+    with pytest.raises(
+        DataError, match=f"{place}/manifest.json: its sha256 is {sha256}, not"
+    ) as no:
+        manifest("0" * 64)
+    assert no.value.exit_code == 3
+    with pytest.raises(ValidationError, match="manifest_sha256"):
+        manifest(sha256.upper())
 
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: Path) -> None:
