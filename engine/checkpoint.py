@@ -1,10 +1,11 @@
 """Committed checkpoints: a folder counts only once its manifest is in place and verifies.
 
 Protocol (all ranks together): files go to ``step-N.tmp/``; every rank fsyncs its own files and
-hashes them; the ranks agree; rank 0 writes ``MANIFEST.json``, fsyncs it and the folder, renames to
-``step-N``, reads it back, and only then replaces ``latest`` and drops older checkpoints. A crash at
-any point leaves the previous checkpoint whole. ``latest`` is a hint for people: a resume takes the
-newest folder whose manifest verifies.
+hashes them; the ranks agree; rank 0 writes ``MANIFEST.json``, fsyncs it and the folder, and renames
+to ``step-N``; the ranks read it back, each a share; and only then rank 0 replaces ``latest`` and
+drops older checkpoints. A crash at any point leaves the previous checkpoint whole. ``latest`` is a
+hint for people: a resume takes the newest folder that all ranks find whole. There, too, each hashes
+a share, the partition that it wrote or will read among it, from the machine on which it reads.
 
 Saving is synchronous: measured, it takes as long as 0.7 steps, 1.4 % of a run with a checkpoint
 every 50 steps (``benchmarks/LOG.md``), and a thread that writes meanwhile could win no more than
@@ -17,26 +18,31 @@ trusted as the code that made it: never resume from a stranger's.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .checkpoint_files import (
+    FORMAT,
+    check_file,
+    read_manifest,
+    sync_and_describe,
+    sync_folder,
+    write_manifest,
+    write_synced,
+)
 from .code_version import code_version
 from .curriculum.pacing import Cursor
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
 from .recipe_file import diff_identity, recipe_hash, save_resolved, training_identity
 
-MANIFEST = "MANIFEST.json"
-FORMAT = 1
 _COMMITTED = re.compile(r"step-(\d+)")
+_PARTITION = re.compile(r"pp_rank_(\d+)_")
 
 
 class CheckpointStore:
@@ -51,7 +57,7 @@ class CheckpointStore:
         self.data_hash = data_hash
         self.keep = keep
         self.passed_over: list[str] = []
-        """On rank 0, the newer checkpoints that `load_newest` found damaged, and how."""
+        """The newer checkpoints that `load_newest` found damaged, and how."""
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
@@ -64,13 +70,15 @@ class CheckpointStore:
         """
         final = self.folder_of(cursor.step)
         temporary = final.with_suffix(".tmp")
-        if self.ranks.on_first(lambda: _is_whole(final, cursor)):
+        if self._holds(final, cursor):
             return final
         try:
             self.ranks.on_first(lambda: _fresh_folder(temporary))
             self.ranks.barrier()
             files = self._write_own(temporary, write)
             self.ranks.on_first(lambda: self._commit(temporary, final, cursor, files))
+            self._read_back(final)
+            self.ranks.on_first(lambda: self._replace_older(final, cursor.step))
         except CheckpointError:
             if self.ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -87,29 +95,28 @@ class CheckpointStore:
             write(temporary)
             if self.ranks.is_first:
                 save_resolved(self.recipe, temporary / "recipe.yaml")
-        except (OSError, RuntimeError) as exc:
+        except (OSError, RuntimeError, RecipeError) as exc:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             error = self._cannot_write(temporary, exc)
         self.ranks.agree(error)
         self.ranks.barrier()
         try:
-            for path in self._own_files(temporary):
-                own[str(path.relative_to(temporary))] = _sync_and_describe(path)
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                if self._owner(path.name) == self.ranks.rank:
+                    own[str(path.relative_to(temporary))] = sync_and_describe(path)
             failpoint("checkpoint.hashed")
         except OSError as exc:
             error = self._cannot_write(temporary, exc)
         self.ranks.agree(error)
         return {name: entry for part in self.ranks.gather(own) for name, entry in part.items()}
 
-    def _own_files(self, folder: Path) -> list[Path]:
-        """Files of this rank: DeepSpeed's carry the rank in their name, the rest is rank 0's."""
-        mine = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            match = re.search(r"pp_rank_(\d+)_", path.name)
-            owner = int(match.group(1)) if match else 0
-            if owner == self.ranks.rank:
-                mine.append(path)
-        return mine
+    def _owner(self, name: str) -> int:
+        """The rank that sees to a file: DeepSpeed's carry one in their name, the rest is rank 0's.
+
+        Of a checkpoint of more ranks than there are, each sees to several partitions.
+        """
+        match = _PARTITION.search(name)
+        return int(match.group(1)) % self.ranks.world_size if match else 0
 
     def _commit(
         self, temporary: Path, final: Path, cursor: Cursor, files: dict[str, dict[str, Any]]
@@ -127,44 +134,78 @@ class CheckpointStore:
                 "data": self.data_hash,
                 "files": files,
             }
-            _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_manifest(temporary, manifest)
             failpoint("checkpoint.manifest")
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
-                _sync_folder(folder)
+                sync_folder(folder)
             failpoint("checkpoint.before_rename")
             shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
             if final.exists():  # damaged, or of the same step before further batches were skipped
                 final.rename(final.with_suffix(".old"))
                 failpoint("checkpoint.replacing")
             temporary.rename(final)
-            _sync_folder(self.folder)
+            for folder in (self.folder, self.folder.parent):
+                sync_folder(folder)
             failpoint("checkpoint.after_rename")
-            _verify(final)
-            _write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
-            failpoint("checkpoint.latest")
-            (self.folder / "latest.tmp").rename(self.folder / "latest")
-            failpoint("checkpoint.before_prune")
-            self._prune(cursor.step)
-        except (OSError, ValueError, KeyError) as exc:
+        except OSError as exc:
             raise self._cannot_write(temporary, exc) from None
 
-    def _prune(self, step: int) -> None:
-        """Drop what the checkpoint of ``step`` replaces, and what crashes have left behind."""
+    def _read_back(self, final: Path) -> None:
+        try:
+            self._verify(final)
+        except (OSError, ValueError) as exc:
+            raise self._cannot_write(final, exc) from None
+
+    def _replace_older(self, final: Path, step: int) -> None:
+        """Point ``latest`` at the checkpoint of ``step`` and drop what it replaces."""
+        try:
+            write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
+            failpoint("checkpoint.latest")
+            (self.folder / "latest.tmp").rename(self.folder / "latest")
+        except OSError as exc:
+            raise self._cannot_write(self.folder / "latest", exc) from None
+        failpoint("checkpoint.before_prune")
         newer = [old for number, old in self._committed() if number > step]
         older = [old for number, old in self._committed() if number <= step][self.keep :]
         # Newer ones did not verify, or we would stand there.
         for old in [*newer, *older, *self.folder.glob("step-*.tmp"), *self.folder.glob("*.old")]:
-            shutil.rmtree(old)
+            # The new one is committed: what cannot be removed now may go with the next.
+            shutil.rmtree(old, ignore_errors=True)
             failpoint("checkpoint.pruned")
+
+    def _verify(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a folder that all ranks together find whole.
+
+        Raises OSError, or ValueError naming a file that differs, on all ranks alike.
+        """
+        manifest: dict[str, Any] = self.ranks.on_first(lambda: _manifest_of_step(folder))
+        error: Exception | None = None
+        try:
+            for name, entry in manifest["files"].items():
+                if self._owner(name) == self.ranks.rank:
+                    check_file(folder, name, entry)
+        except (OSError, ValueError) as exc:
+            error = exc
+        self.ranks.agree(error)
+        return manifest
+
+    def _holds(self, folder: Path, cursor: Cursor) -> bool:
+        """Whether ``folder`` already holds this very state."""
+        if not self.ranks.on_first(folder.is_dir):
+            return False
+        try:
+            return tuple(self._verify(folder)["skips"]) == cursor.skips
+        except (OSError, ValueError):
+            return False
 
     def load_newest(self, read: Callable[[Path, int], object]) -> Cursor | None:
         """Resume from the newest checkpoint that verifies; None if there is none at all.
 
         ``read(folder, ranks)`` is called on every rank, with the number of those that wrote.
         Raises CheckpointError if the checkpoint belongs to another recipe or data set, or if
-        checkpoints exist but none verifies.
+        checkpoints exist but none verifies, or existed and are gone.
         """
-        folder, manifest = self.ranks.on_first(self._newest)
+        folder, manifest = self._newest()
         if folder is None:
             return None
         self._refuse_strangers(folder, manifest)
@@ -177,15 +218,13 @@ class CheckpointStore:
         return Cursor(manifest["step"], tuple(manifest["skips"]))
 
     def _newest(self) -> tuple[Path | None, dict[str, Any]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._put_back()
         problems: list[str] = []
-        for _, folder in self._committed():
+        for folder in self.ranks.on_first(self._found):
             try:
-                manifest = _verify(folder)
+                manifest = self._verify(folder)
                 self.passed_over = problems
                 return folder, manifest
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError) as error:
                 problems.append(f"{folder.name}: {error}")
         if problems:
             raise CheckpointError(
@@ -207,14 +246,24 @@ class CheckpointStore:
                 f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir"
             )
 
-    def _put_back(self) -> None:
-        """Undo a replacement that a crash has cut in two: the old one away, the new one not yet."""
+    def _found(self) -> list[Path]:
+        """Committed folders, newest first, after a look for a replacement that a crash has cut in
+        two, the old one away and the new one not yet: the old one is put back.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob("step-*.old"):
             if not old.with_suffix("").exists():
                 old.rename(old.with_suffix(""))
+        found = [folder for _, folder in self._committed()]
+        if not found and (self.folder / "latest").exists():
+            raise CheckpointError(
+                f"the checkpoints in {self.folder} are gone, of which there were some: bring them "
+                "back, or remove the folder to start afresh"
+            )
+        return found
 
     def _committed(self) -> list[tuple[int, Path]]:
-        """Committed folders, newest first."""
+        """Steps and folders of committed checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
         found = [
@@ -228,8 +277,8 @@ class CheckpointStore:
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
         if not isinstance(error, OSError):  # torch does not say so when the disk is full
             reason += f" ({shutil.disk_usage(self.folder).free >> 20} MiB free on the disk)"
-        kept = self._committed()
-        survivor = f"{kept[0][1].name} is untouched" if kept else "there was none before"
+        kept = [path.name for _, path in self._committed() if path.name != folder.stem]
+        survivor = f"{kept[0]} is untouched" if kept else "there was none before"
         return CheckpointError(f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}")
 
 
@@ -243,51 +292,9 @@ def _fresh_folder(folder: Path) -> None:
         ) from None
 
 
-def _sync_and_describe(path: Path) -> dict[str, Any]:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        failpoint("checkpoint.synced")
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a committed folder; ValueError naming the first file that differs from it."""
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(
-                f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-            )
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ValueError(f"{name} has changed since it was written")
+def _manifest_of_step(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, if that bears the name of its step."""
+    manifest = read_manifest(folder)
+    if folder.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"it is the checkpoint of step {manifest['step']}, under another name")
     return manifest
-
-
-def _is_whole(folder: Path, cursor: Cursor) -> bool:
-    """Whether ``folder`` already holds this very state."""
-    try:
-        return tuple(_verify(folder)["skips"]) == cursor.skips
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

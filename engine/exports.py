@@ -28,7 +28,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from .backbones import Backbone
-from .checkpoint import MANIFEST
+from .checkpoint_files import MANIFEST
 from .errors import DataError
 from .export_formats import (
     FOLDERS,

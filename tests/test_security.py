@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cdpo.engine.checkpoint_files import seal
 from cdpo.engine.resharding import load_data
 from launching import World
 
@@ -145,7 +146,7 @@ def test_a_checkpoint_with_code_in_it_ends_the_resume(world: World, tmp_path: Pa
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
     entry = manifest["files"][str(path.relative_to(checkpoint))]
     entry.update(bytes=path.stat().st_size, sha256=sha256(path.read_bytes()).hexdigest())
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(seal(manifest)))
     outcome = world.train(run)
     assert outcome.code == 5, outcome.text
     assert "holds more than data" in outcome.text
