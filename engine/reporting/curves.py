@@ -1,67 +1,22 @@
 """Training curves and the tier timeline, from rows of metrics.jsonl.
 
-SVG comes with its colours as CSS variables (``var(--chart-ink, #1f2328)``), so that inside the
-report it follows the light or dark theme and on its own it is a light chart. PNG is for folders
-and trackers.
+As SVG for the report (see :mod:`.figures`), as PNG for folders and trackers.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .figures import COLORS, Format, render
 from .metric_rows import Row, column, smoothed, sorted_rows, spans, thinned, tier_intervals
-
-Format = Literal["svg", "png"]
-
-# Names are CSS variables of the report. The hues are told apart by readers with colour blindness.
-_COLORS = {
-    "ink": "#1f2328",
-    "muted": "#6e7782",
-    "rule": "#d8dee4",
-    "shade": "#f3f5f8",
-    "accent": "#0969da",
-    "winner": "#1a7f38",
-    "loser": "#d1571c",
-    "q1": "#9ec5fe",
-    "q2": "#5b9df9",
-    "q3": "#2f6fde",
-    "q4": "#1b3f94",
-}
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cdpo",
-    "axes.edgecolor": _COLORS["rule"],
-    "axes.labelcolor": _COLORS["muted"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.limits": (-3, 4),
-    "grid.color": _COLORS["rule"],
-    "grid.linewidth": 0.6,
-    "text.color": _COLORS["ink"],
-    "xtick.color": _COLORS["rule"],
-    "ytick.color": _COLORS["rule"],
-    "xtick.labelcolor": _COLORS["muted"],
-    "ytick.labelcolor": _COLORS["muted"],
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.labelcolor": _COLORS["muted"],
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +75,7 @@ def training_curves(metrics: Sequence[Row], fmt: Format = "svg") -> bytes:
             _draw_panel(axes, rows, panel)
             axes.set_title(panel.title, loc="left", fontsize=10)
 
-    return _render(draw, (9.6, 7.8), fmt)
+    return render(draw, (9.6, 7.8), fmt)
 
 
 def training_panels(metrics: Sequence[Row], fmt: Format = "svg") -> list[tuple[Panel, bytes]]:
@@ -128,7 +83,7 @@ def training_panels(metrics: Sequence[Row], fmt: Format = "svg") -> list[tuple[P
     rows = sorted_rows(metrics)
     present = [panel for panel in PANELS if _has_data(rows, panel)]
     return [
-        (panel, _render(partial(_draw_alone, rows, panel), (3.8, 2.2), fmt)) for panel in present
+        (panel, render(partial(_draw_alone, rows, panel), (3.8, 2.2), fmt)) for panel in present
     ]
 
 
@@ -146,7 +101,7 @@ def tier_timeline(
             # One hue, so that light and dark themes both work; harder is stronger.
             strength = 0.3 + 0.7 * (tier - 1) / max(1, count - 1)
             bars = [(start, end - start) for start, end in used]
-            axes.broken_barh(bars, (tier - 0.36, 0.72), color=_COLORS["accent"], alpha=strength)
+            axes.broken_barh(bars, (tier - 0.36, 0.72), color=COLORS["accent"], alpha=strength)
         labels = {1: "1 easiest", count: f"{count} hardest"} if count > 1 else {}
         axes.set_yticks(range(1, count + 1), [labels.get(t, str(t)) for t in range(1, count + 1)])
         axes.set_ylim(0.4, count + 0.6)
@@ -157,7 +112,7 @@ def tier_timeline(
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
-    return _render(draw, (9.6, 0.9 + 0.3 * count), fmt)
+    return render(draw, (9.6, 0.9 + 0.3 * count), fmt)
 
 
 def _has_data(rows: Sequence[Row], panel: Panel) -> bool:
@@ -172,14 +127,14 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     steps = column(rows, "step")
     for index, span in enumerate(spans(rows, "stage")):
         if index % 2:
-            axes.axvspan(span.start, span.end, color=_COLORS["shade"], linewidth=0, zorder=0)
+            axes.axvspan(span.start, span.end, color=COLORS["shade"], linewidth=0, zorder=0)
     if panel.level is not None:
-        axes.axhline(panel.level, color=_COLORS["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.axhline(panel.level, color=COLORS["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
     for line in panel.lines:
         values = column(rows, line.metric)
         if line.minus:
             values = values - column(rows, line.minus)
-        color, marker = _COLORS[line.color], "o" if np.isfinite(values).sum() == 1 else ""
+        color, marker = COLORS[line.color], "o" if np.isfinite(values).sum() == 1 else ""
         if len(panel.lines) <= 2:  # behind four curves the single steps would be a thicket
             axes.plot(*thinned(steps, values), color=color, linewidth=0.7, alpha=0.3)
         axes.plot(
@@ -204,28 +159,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
             textcoords="offset points",
             ha="right",
             fontsize=8,
-            color=_COLORS["muted"],
+            color=COLORS["muted"],
         )
     if any(line.label for line in panel.lines):
         axes.legend(loc="best", ncols=2, handlelength=1.2, columnspacing=1.0)
-
-
-def _render(draw: Callable[[Figure], None], size: tuple[float, float], fmt: Format) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        if fmt == "png":
-            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-            return buffer.getvalue()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _themed(buffer.getvalue().decode()).encode()
-
-
-def _themed(svg: str) -> str:
-    """Only the <svg> element, colours as CSS variables with the light colour as fallback."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for name, color in _COLORS.items():
-        svg = svg.replace(color, f"var(--chart-{name}, {color})")
-    return svg

@@ -20,6 +20,8 @@ from . import wording
 from .curves import tier_timeline, training_panels
 from .embed import Embedded, embed
 from .files import write_atomically
+from .findings import findings
+from .method_panels import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
 from .metric_rows import both_errors_rose, spans
 from .report_data import PromptSample, PromptSet, ReportData, WorstLoss
 from .stats import Estimate
@@ -58,8 +60,15 @@ def render_report(data: ReportData) -> str:
         data=data,
         verdict=wording.verdict(data),
         second=wording.second_sentences(data),
+        findings=findings(data),
         tiles=_tiles(data),
-        table=_table(data),
+        table=[] if data.is_of_several else _table(data),
+        methods=method_tables(data) if data.is_of_several else [],
+        wins=win_tables(data),
+        drifts=drift_panels(data),
+        grids=shared_seed_grids(data),
+        runs=runs_table(data),
+        compared=" and ".join(filter(None, (", ".join(data.run_names[:-1]), data.run_names[-1]))),
         sets=[_sample_set(prompt_set) for prompt_set in data.prompt_sets if prompt_set.samples],
         worst=[_worst(loss) for loss in sorted(data.worst, key=_change)],
         worst_sets={loss.prompt_set for loss in data.worst},
@@ -77,17 +86,22 @@ def _unbroken(sentence: str) -> str:
 
 
 def _tiles(data: ReportData) -> list[dict[str, str]]:
-    """The big numbers: difference and win rate of the first scorer of each prompt set."""
+    """The big numbers: difference and win rate of the first scorer of each prompt set, of the run
+    that it puts first.
+    """
     tiles = []
     for prompt_set in data.prompt_sets:
         for result in prompt_set.scorers[:1]:
-            difference, wins = result.summary.difference, result.summary.win_rate
+            best = wording.best_run(prompt_set)
+            summary = result.summaries[best]
+            difference, wins = summary.difference, summary.win_rate
             decimals = wording.decimals_for(difference)
+            whose = f"{best}: " if data.is_of_several else ""
             tiles.append(
                 {
                     "value": wording.signed(difference.mean, decimals),
                     "range": wording.bounds(difference, decimals),
-                    "label": f"{result.scorer}, {prompt_set.name} prompts",
+                    "label": f"{whose}{result.scorer}, {prompt_set.name} prompts",
                     "outcome": wording.outcome(difference),
                 }
             )
@@ -96,7 +110,7 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
                 {
                     "value": share,
                     "range": f"[{interval}" if interval else "",
-                    "label": f"win rate, {prompt_set.name} prompts",
+                    "label": f"{whose}win rate, {prompt_set.name} prompts",
                     "outcome": wording.outcome(_minus_half(wins)),
                 }
             )
@@ -205,6 +219,7 @@ def _worst(loss: WorstLoss) -> dict[str, Any]:
     return {
         "prompt": loss.prompt,
         "set": loss.prompt_set,
+        "run": loss.run,
         "base": embed(loss.base),
         "tuned": embed(loss.tuned),
         "base_score": wording.number(loss.base_score, 3),
@@ -237,5 +252,6 @@ def _is_pixelated(data: ReportData) -> bool:
     if data.pixelated is not None:
         return data.pixelated
     images = [i for s in data.prompt_sets for p in s.samples for i in (*p.base, *p.tuned)]
+    images += [i for s in data.prompt_sets for row in s.rows for i in row.images.values()]
     images += [image for loss in data.worst for image in (loss.base, loss.tuned)]
     return bool(images) and max(max(image.size) for image in images) < _PIXEL_ART_BELOW

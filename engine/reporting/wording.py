@@ -191,6 +191,7 @@ def _sentence_on_several(prompt_set: PromptSet, result: ScorerResult, data: Repo
             f"{where}; {best} comes first: {signed_interval(difference)}."
         )
     return (
-        f"{who} puts {best} first of {len(outcomes)} runs {where}: {signed_interval(difference)} "
-        f"against {data.base_name}, than which {outcomes.count('better')} are clearly better."
+        f"{who} puts {best} first {where}: {signed_interval(difference)} against "
+        f"{data.base_name}; clearly better than {data.base_name}: {outcomes.count('better')} of "
+        f"{len(outcomes)} runs."
     )
