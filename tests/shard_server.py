@@ -26,6 +26,7 @@ class ShardServer(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64
+    handler: type[BaseHTTPRequestHandler]
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class ShardServer(ThreadingHTTPServer):
         chunk: int = 1 << 20,
         certificate: Path | None = None,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), self.handler)
         self.scheme = "http"
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -69,7 +70,7 @@ class ShardServer(ThreadingHTTPServer):
         """Clients hang up; that is what these tests are about."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class ShardHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ShardServer
 
@@ -78,8 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
-        span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(span[1]) if span and self.server.ranges else 0
+        end = int(span[2]) + 1 if span and span[2] and self.server.ranges else None
         fault = self.server.next_fault(name, start)
         path = self.server.folder / name
         status, _, seconds = fault.partition(":")
@@ -94,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "redirect":
             self._say(302, Location=self.server.redirect_to)
         else:
-            self._send(memoryview(_damaged(path.read_bytes(), fault))[start:], start, fault)
+            body = memoryview(_damaged(path.read_bytes(), fault))
+            self._send(body[start:end], start or end or 0, fault)
 
     def _say(self, status: int, **headers: str) -> None:
         self.send_response(status)
@@ -103,8 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _send(self, body: memoryview, start: int, fault: str) -> None:
-        self.send_response(206 if start else 200)
+    def _send(self, body: memoryview, partial: int, fault: str) -> None:
+        self.send_response(206 if partial else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         end = len(body) // 2 if fault in ("stall", "drop") else len(body)
@@ -138,10 +141,15 @@ def _damaged(body: bytes, fault: str) -> bytes:
     return {"short": body[:-512], "long": body + bytes(512)}.get(fault, body)
 
 
+ShardServer.handler = ShardHandler
+
+
 @contextmanager
-def serving(folder: Path, **options: object) -> Iterator[ShardServer]:
+def serving(
+    folder: Path, kind: type[ShardServer] = ShardServer, **options: object
+) -> Iterator[ShardServer]:
     """A server of ``folder`` for the length of the block."""
-    server = ShardServer(folder, **options)  # type: ignore[arg-type]
+    server = kind(folder, **options)  # type: ignore[arg-type]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

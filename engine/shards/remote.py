@@ -23,6 +23,7 @@ from ..errors import CdpoError, DataError, OutsideError, RecipeError
 from ..recipe_data import Fetch
 from .remote_faults import (
     BEYOND_THE_END,
+    NOT_THERE,
     InsecureRedirectError,
     asked_to_wait,
     may_pass,
@@ -129,6 +130,8 @@ class RemoteFolder:
                 raise
             except Exception as error:
                 reason, asked = reason_of(error), asked_to_wait(error)
+                if status_of(error) == NOT_THERE:
+                    raise FileNotFoundError(name) from None
                 if status_of(error) == BEYOND_THE_END and target.arrived:
                     target.restart()
                 elif not may_pass(error):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
-BEYOND_THE_END = 416  # an HTTP status: the file is no longer than what is here of it
+NOT_THERE = 404  # HTTP statuses
+BEYOND_THE_END = 416  # the file is no longer than what is here of it
 _PASSING_STATUS = {408, 425, 429}
 _HOPELESS = {
     "InsecureRedirectError",
@@ -74,7 +75,7 @@ def reason_of(error: BaseException) -> str:
     """One line of bounded length without credentials."""
     status, asked = status_of(error), asked_to_wait(error)
     message = getattr(error, "message", None) or str(error)
-    text = f"{status} {message}" if status is not None else message
+    text = message if status is None or message.startswith(str(status)) else f"{status} {message}"
     text += f", asks for {asked:g} s" if asked else ""
     ours = isinstance(error, TimeoutError | InsecureRedirectError)
     kind = "" if ours or status else f"{type(error).__name__}: "
