@@ -52,7 +52,8 @@ class Imported(Section):
     path: str
     """The data set: a parquet, CSV or tar file, a folder of parquet files or of tars, or a pattern
     such as `pickapic/train-*.parquet`; for `paired` also a folder with one folder of winners and
-    one of losers. Paths in a table are relative to its folder."""
+    one of losers. Paths in a table are relative to its folder; absolute ones and `..` are followed,
+    so look into a stranger's table before its images are read."""
     caption: str = "caption"
     """Column with the caption (in a tar a key of its KEY.json; beside folders of images a folder of
     NAME.txt). Captions that are empty or among `prompts.heldout` are left out, and counted."""
@@ -72,6 +73,9 @@ class Paired(Imported):
     label: str | None = "label_0"
     """Column that says how the first image did: 1 it won, 0 it lost, 0.5 a tie, which is left out;
     null: the first image of every row is the winner."""
+    has_label: str | None = "has_label"
+    """Column that says whether the row was judged at all, used where the table has it: a row that
+    was not is left out, whatever `label` holds; null: never look."""
     best_image: str | None = "best_image_uid"
     """Column with the id of the better image, used where the table has it and `image_ids`: a row it
     contradicts `label` in is left out; null: never look."""

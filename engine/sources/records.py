@@ -14,6 +14,8 @@ from ..recipe_source import Imported, Paired, Ranked
 from .rows import Row
 
 TIE, UNLABELLED, CONTRADICTORY = "ties", "without a label", "label contradicts best_image"
+_WORDS = {"": False, "false": False, "0": False, "0.0": False, "nan": False}
+_WORDS |= {"true": True, "1": True, "1.0": True}
 NO_CAPTION, HELD_OUT = f"no caption of 1 to {MAX_PROMPT_CHARACTERS} characters", "held-out prompt"
 
 
@@ -44,10 +46,11 @@ class RecordMaker:
         self.spec = spec
         self.heldout = frozenset(heldout)
         self.left_out: Counter[str] = Counter()
-        self.label, self.best, self.ids = None, None, None
+        self.label, self.judged, self.best, self.ids = None, None, None, None
         self.scores: tuple[str, ...] = ()
         if isinstance(spec, Paired):
             self.label = spec.label
+            self.judged = spec.has_label if spec.label and spec.has_label in present else None
             self.scores = spec.scores or ()
             if spec.image_ids and set(spec.image_ids) <= set(present):
                 self.ids = spec.image_ids
@@ -58,7 +61,7 @@ class RecordMaker:
     @property
     def columns(self) -> list[str]:
         """The columns to read, besides the images; each of them must be there."""
-        optional = (self.label, self.best, *(self.ids or ()), *self.scores)
+        optional = (self.label, self.judged, self.best, *(self.ids or ()), *self.scores)
         return list(dict.fromkeys([self.spec.caption, *filter(None, optional)]))
 
     def make(self, row: Row, where: str) -> Record | None:
@@ -81,6 +84,8 @@ class RecordMaker:
     def _winner(self, row: Row, where: str) -> int | str:
         """The place of the better image, or why there is none."""
         assert self.label
+        if self.judged and not _truth(row.values[self.judged], where, self.judged):
+            return UNLABELLED
         label = _number(row.values[self.label], where, self.label)
         if math.isnan(label):
             return UNLABELLED
@@ -115,3 +120,11 @@ def _number(value: Any, where: str, column: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise DataError(f"{where}: {column} is {str(value)[:60]!r}, not a number") from None
+
+
+def _truth(value: Any, where: str, column: str) -> bool:
+    """A cell as true or false, false for an empty one; as text, as CSV has it, or as a number."""
+    word = "" if value is None else str(value).strip().lower()
+    if word not in _WORDS:
+        raise DataError(f"{where}: {column} is {str(value)[:60]!r}, neither true nor false")
+    return _WORDS[word]

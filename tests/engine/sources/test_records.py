@@ -18,12 +18,12 @@ from cdpo.engine.sources.records import (
 )
 from cdpo.engine.sources.rows import Row
 
-COLUMNS = ["caption", "label_0", "image_0_uid", "image_1_uid", "best_image_uid"]
+COLUMNS = ["caption", "label_0", "image_0_uid", "image_1_uid", "best_image_uid", "has_label"]
 
 
 def make(maker: RecordMaker, **values: Any) -> Record | None:
     defaults = {"caption": "a cat", "label_0": 1.0, "image_0_uid": "a", "image_1_uid": "b"}
-    row = {**defaults, "best_image_uid": None, **values}
+    row = {**defaults, "best_image_uid": None, "has_label": True, **values}
     return maker.make(Row(0, 7, row), "x.parquet row 7")
 
 
@@ -47,6 +47,9 @@ def test_a_label_says_how_the_first_image_did(label, winner):
         ({"label_0": None}, UNLABELLED),
         ({"label_0": float("nan")}, UNLABELLED),
         ({"label_0": ""}, UNLABELLED),
+        ({"has_label": False}, UNLABELLED),
+        ({"has_label": "False", "label_0": "0"}, UNLABELLED),
+        ({"has_label": None}, UNLABELLED),
         ({"label_0": 1, "best_image_uid": "b"}, CONTRADICTORY),
         ({"caption": ""}, NO_CAPTION),
         ({"caption": " \n"}, NO_CAPTION),
@@ -72,6 +75,17 @@ def test_a_label_that_is_no_number():
         make(paired(), label_0="left")
 
 
+@pytest.mark.parametrize("judged", [True, 1, 1.0, "true", "True", "1"])
+def test_a_row_that_was_judged(judged):
+    assert make(paired(), has_label=judged)
+    assert make(paired(has_label=None), has_label=False)
+
+
+def test_whether_a_row_was_judged_is_true_or_false():
+    with pytest.raises(DataError, match=r"x\.parquet row 7: has_label is 'maybe', neither true"):
+        make(paired(), has_label="maybe")
+
+
 def test_best_image_is_looked_at_only_where_it_says_something():
     maker = paired()
     assert make(maker, best_image_uid="a") and make(maker, best_image_uid="tie")
@@ -80,7 +94,7 @@ def test_best_image_is_looked_at_only_where_it_says_something():
 
 
 def test_optional_columns_are_read_where_they_are():
-    assert paired().columns == [*COLUMNS[:2], "best_image_uid", *COLUMNS[2:4]]
+    assert paired().columns == [*COLUMNS[:2], "has_label", "best_image_uid", *COLUMNS[2:4]]
     assert RecordMaker(Paired(path="p"), ["caption", "label_0"], ()).columns == COLUMNS[:2]
     with_scores = Paired(path="p", label=None, scores=("s", "t"))
     assert RecordMaker(with_scores, ["caption"], ()).columns == ["caption", "s", "t"]
