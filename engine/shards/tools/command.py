@@ -18,7 +18,7 @@ from ...errors import EXIT_DATA, EXIT_OK, CdpoError
 from ...reporting.console import Terminal
 from ..manifest import load_manifest
 from .check import PROBLEMS_PER_SHARD, WORKERS, check_set
-from .merge import merge_sets
+from .merge import merge_sets, partial_folder
 from .show import show
 from .survey import PAIRS_PER_TIER, survey
 
@@ -142,6 +142,8 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _merge(options: argparse.Namespace, terminal: Terminal) -> int:
     total = sum(load_manifest(path).num_pairs for path in options.paths)
+    if (partial := partial_folder(options.into)).exists():
+        terminal.warn(f"{partial} was left by a merge that was killed: it is begun anew there")
     with terminal.progress("merge", total, unit="pairs") as progress:
         manifest, is_new = merge_sets(
             options.paths,

@@ -68,8 +68,9 @@ def merge_sets(
     there was anything to do.
 
     Shards hold at most ``pairs_per_shard`` pairs, by default as many as the largest that went in.
-    The folder ``into`` appears when it is whole: until then the shards lie in ``into.partial``, and
-    a merge that was killed starts over. ``on_pairs`` is told of pairs as they are written. Memory:
+    The folder ``into`` appears when it is whole: until then the shards lie in ``into.partial``,
+    which goes when the merge fails; one that was killed leaves it, and the next starts over in it.
+    ``on_pairs`` is told of pairs as they are written. Memory:
     32 bytes a pair, and the indexes of all shards.
 
     Raises DataError when the sets do not belong together, a pair is in two of them, a shard is bad
@@ -87,7 +88,7 @@ def merge_sets(
     lanes = sets[0].manifest.lanes
     plans = [plan_shards(t.tier, len(t.ids), lanes, pairs_per_shard) for t in tiers]
     seed = min(s.manifest.seed for s in sets)
-    with _partial_folder(into) as folder:
+    with _writing(into) as folder:
         entries = []
         for plan, pairs in zip(plans, tiers, strict=True):
             entries += _write_tier(folder, plan, pairs, sets, seed, on_pairs)
@@ -225,13 +226,19 @@ def _read(places: np.ndarray, sets: Sequence[_Set]) -> Iterator[PairSample]:
         yield one.readers.read(one.manifest.shards[shard], sample)
 
 
+def partial_folder(into: str | Path) -> Path:
+    """Where a set that is to be ``into`` lies until it is whole."""
+    into = Path(into)
+    return into.with_name(into.name + ".partial")
+
+
 @contextmanager
-def _partial_folder(into: Path) -> Iterator[Path]:
+def _writing(into: Path) -> Iterator[Path]:
     """A folder to write in, which becomes ``into`` when the block ends well.
 
     What a killed merge left in it goes; anything else in it is refused.
     """
-    folder = into.with_name(into.name + ".partial")
+    folder = partial_folder(into)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -240,8 +247,13 @@ def _partial_folder(into: Path) -> Iterator[Path]:
     try:
         _lock(lock, folder)
         _clear(folder)
-        yield folder
-        os.rename(folder, into)
+        try:
+            yield folder
+            os.rename(folder, into)
+        except BaseException:
+            _clear(folder)
+            folder.rmdir()
+            raise
         fsync_folder(into.parent)
     finally:
         os.close(lock)

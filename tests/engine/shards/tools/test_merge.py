@@ -10,6 +10,7 @@ import pytest
 from cdpo.engine.shards import atomic
 from cdpo.engine.shards.manifest import RewardSource, Statistics, load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
+from cdpo.engine.shards.tools import merge
 from cdpo.engine.shards.tools.command import main
 from cdpo.engine.shards.writer import write_shard
 
@@ -138,7 +139,7 @@ def test_a_folder_that_is_taken(write, tmp_path, capsys):
     assert (tmp_path / "d.partial" / "thesis.tex").exists()
 
 
-def test_a_killed_merge_leaves_no_set_and_starts_over(write, tmp_path):
+def test_a_killed_merge_leaves_no_set_and_starts_over(write, tmp_path, capsys):
     a, b = write("a", [range(8)]), write("b", [range(8, 16)])
     arguments = ["merge", str(a), str(b), "--into", str(tmp_path / "c"), "--pairs-per-shard", "2"]
     killed = subprocess.run(
@@ -152,6 +153,10 @@ def test_a_killed_merge_leaves_no_set_and_starts_over(write, tmp_path):
     (tmp_path / "c.partial" / "tier-1-000099.tar").write_bytes(b"of another plan")
     (tmp_path / "c.partial" / "tier-1-000002.tar.tmp").write_bytes(b"half")
     assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert (
+        f"{tmp_path}/c.partial was left by a merge that was killed" in captured.out + captured.err
+    )
     assert contents(tmp_path / "c") == contents(a) | contents(b)
     assert len(list((tmp_path / "c").iterdir())) == 8 + 1
     assert not (tmp_path / "c.partial").exists()
@@ -168,4 +173,16 @@ def test_a_full_disk_is_one_line(write, tmp_path, capsys, monkeypatch):
     [line] = capsys.readouterr().err.splitlines()
     assert "cannot write" in line
     assert "No space left" in line
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c").exists() and not (tmp_path / "c.partial").exists()
+
+
+def test_interrupting_leaves_nothing(write, tmp_path, monkeypatch):
+    a, b = write("a", [range(4)]), write("b", [range(4, 8)])
+
+    def interrupt(name):
+        assert list((tmp_path / "c.partial").iterdir()) == []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "failpoint", interrupt)
+    assert main(["merge", str(a), str(b), "--into", str(tmp_path / "c")]) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
