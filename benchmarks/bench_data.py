@@ -7,12 +7,14 @@ writes shards of Stable Diffusion 1.5's latents (64 KiB a pair) to a temporary f
   - reading: processor time a pair, ours over the plain loop's, with the checksums of a first pass
     and without, and for several workers the wall time;
   - resuming: wall time from nothing to the first batch, at positions up to a billion steps on,
-    over that at the start;
+    over that at the start; and with shards of the default size, lanes and window on one rank, in
+    seconds: the first batch then has some two GB of shards hashed;
   - writing: processor time a pair of a prepared shard over that of webdataset's writer.
 
 All alternatives take turns in one process. Files come from the page cache: what is compared is the
 readers, not the disk. Rates are printed; the JSON and the plot hold ratios and the processor's
-name, for the rates of another machine say nothing here.
+name, for the rates of another machine say nothing here. The seconds of resuming at default sizes,
+which have a goal, are kept with them.
 """
 
 import argparse
@@ -25,17 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.writer import write_shard
 from data_plot import draw
 from data_readers import (
     BATCH,
+    PIXELS,
+    SHAPE,
     read_stream,
     read_tars,
     read_webdataset,
     samples,
     stream_of,
+    write_copies,
     write_set,
     write_webdataset,
 )
@@ -48,11 +54,15 @@ RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 PLAIN = "plain tar loop"
 POSITIONS = (0, 10, 1_000, 100_000, 10_000_000, 999_999_000)
+FULL_LANES, FULL_SHARDS, FULL_PAIRS = 8, 64, 1000  # of data.lanes, their windows, pairs_per_shard
 Row = dict[str, Any]
 
 
-def run(num_shards: int, pairs_a_shard: int, budget_s: float, workers: int) -> Row:
+def run(num_shards: int, pairs_a_shard: int, budget_s: float, workers: int, full_pairs: int) -> Row:
     """Everything that was measured, rates included."""
+    with tempfile.TemporaryDirectory() as name:
+        full = write_copies(Path(name), FULL_SHARDS, full_pairs, FULL_LANES)
+        resuming_in_full = resuming(Path(name), full, budget_s)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = write_set(folder, num_shards, pairs_a_shard)
@@ -72,6 +82,7 @@ def run(num_shards: int, pairs_a_shard: int, budget_s: float, workers: int) -> R
                 reading_by_wall(folder, manifest, workers), CpuClock(), budget_s, pairs
             ),
             "resuming": resuming(folder, manifest, budget_s),
+            "resuming_default_sizes": resuming_in_full,
             "writing": writing(folder, pairs_a_shard, budget_s),
         }
 
@@ -117,7 +128,7 @@ def resuming(folder: Path, manifest: Manifest, budget_s: float) -> Row:
     """From nothing open to the first batch in hand, by position in optimiser steps."""
 
     def resume(step: int) -> None:
-        stream = stream_of(folder, manifest, 1)
+        stream = stream_of(folder, manifest, 0)  # a worker would go on reading into the next turn
         stream.next(step, (0,))
         stream.close()
 
@@ -135,9 +146,7 @@ def resuming(folder: Path, manifest: Manifest, budget_s: float) -> Row:
 def writing(folder: Path, pairs_a_shard: int, budget_s: float) -> Row:
     """One shard, of pairs that are in memory."""
     pairs = list(samples(0, pairs_a_shard))
-    contents = Manifest.model_construct(
-        kind="latents", latent_shape=pairs[0][1].shape[1:], resolution=(1, 1)
-    ).contents
+    contents = contents_of("latents", SHAPE, PIXELS)
     runs = {
         "webdataset": partial(write_webdataset, folder, pairs),
         "ours": lambda: write_shard(folder / "ours.tar", pairs, contents),
@@ -178,14 +187,14 @@ def processor() -> str:
 def without_rates(result: Row) -> Row:
     """What may be kept of a CPU's figures."""
     tables = {"reading", "workers", "resuming", "writing"}
-    kept = {
+    kept: Row = {
         table: {
             name: {key: value for key, value in row.items() if key in ("speed", "of_start")}
             for name, row in result[table].items()
         }
         for table in tables
     }
-    return result | kept
+    return result | kept  # and the seconds of resuming at default sizes
 
 
 def show(result: Row, console: Console) -> None:
@@ -205,6 +214,10 @@ def show(result: Row, console: Console) -> None:
     table.add_row("resuming", "seconds", "over the start")
     for step, row in result["resuming"].items():
         table.add_row(f"  at step {int(step):,}", text(row["seconds"]), text(row["of_start"]))
+    table.add_section()
+    table.add_row("resuming, default sizes", "seconds", "over the start")
+    for step, row in result["resuming_default_sizes"].items():
+        table.add_row(f"  at step {int(step):,}", text(row["seconds"]), text(row["of_start"]))
     console.print(table)
 
 
@@ -218,13 +231,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=500, help="in a shard")
-    parser.add_argument("--seconds", type=float, default=15, help="for each of the four parts")
+    parser.add_argument("--seconds", type=float, default=15, help="for each of the five parts")
+    parser.add_argument(
+        "--full-pairs",
+        type=int,
+        default=FULL_PAIRS,
+        help=f"in each of the {FULL_SHARDS} shards of default size: 64 KiB a pair, on a disk",
+    )
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=RESULTS / "data_cpu.json")
     options = parser.parse_args(arguments)
     if options.shards % 2 or options.shards < 2 or options.pairs < BATCH:
         parser.error(f"--shards must be even, for the lanes, and --pairs at least {BATCH}")
-    result = run(options.shards, options.pairs, options.seconds, options.workers)
+    result = run(
+        options.shards, options.pairs, options.seconds, options.workers, options.full_pairs
+    )
     show(result, Console(width=None if sys.stdout.isatty() else 110))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = without_rates(result)

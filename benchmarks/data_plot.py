@@ -15,15 +15,17 @@ Row = dict[str, Any]
 def draw(result: Row, path: Path) -> Path:
     """Write a PNG and return its path."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure((10.5, 3.1), layout="constrained")
-        reading, workers, resuming = figure.subplots(1, 3)
+        figure = Figure((13.5, 3.1), layout="constrained")
+        reading, workers, resuming, full = figure.subplots(1, 4)
         bars(reading, result["reading"])
         reading.set_title("reading, processor time", fontsize=9, loc="left")
         bars(workers, result["workers"])
         workers.set_title("reading, wall time", fontsize=9, loc="left")
         for axes in (reading, workers):
             axes.set_xlabel("speed ÷ plain tar loop's")
-        by_position(resuming, result["resuming"])
+        by_position(resuming, result["resuming"], "of_start", "resuming: time ÷ that at the start")
+        title = "resuming, default sizes: seconds on this CPU"
+        by_position(full, result["resuming_default_sizes"], "seconds", title)
         figure.suptitle(f"Data path: {result['processor']}, {result['date'][:10]}", fontsize=10)
         figure.savefig(path, dpi=150, facecolor="white")
     return path
@@ -50,8 +52,8 @@ def bars(axes: Axes, rows: Row) -> None:
     axes.tick_params(length=0)
 
 
-def by_position(axes: Axes, rows: Row) -> None:
-    spreads = [row["of_start"] for row in rows.values()]
+def by_position(axes: Axes, rows: Row, key: str, title: str) -> None:
+    spreads = [row[key] for row in rows.values()]
     places = range(len(rows))
     middle = [spread["median"] for spread in spreads]
     below = [spread["median"] - spread["p20"] for spread in spreads]
@@ -60,7 +62,7 @@ def by_position(axes: Axes, rows: Row) -> None:
     axes.set_xticks(places, [power_of_ten(int(step)) for step in rows])
     axes.set_ylim(0, max(2.0, 1.2 * max(spread["p80"] for spread in spreads)))
     axes.set_xlabel("optimiser step resumed at")
-    axes.set_title("resuming: time ÷ that at the start", fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9, loc="left")
 
 
 def power_of_ten(step: int) -> str:

@@ -5,6 +5,7 @@ Each reader hands over every pair's record and arrays, and returns how many ther
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ import webdataset
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.keyed import content_id
 from cdpo.engine.recipe import Curriculum
+from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import (
     Manifest,
     ModelSource,
     RewardSource,
+    ShardEntry,
     VaeSource,
     save_manifest,
 )
@@ -52,21 +55,40 @@ def samples(first: int, count: int) -> Iterator[Sample]:
 
 def write_set(folder: Path, num_shards: int, pairs_a_shard: int) -> Manifest:
     """A set of one tier."""
-    source = {"path": "none", "fingerprint": "none"}
-    manifest = Manifest.model_construct(kind="latents", latent_shape=SHAPE, resolution=PIXELS)
+    contents = contents_of("latents", SHAPE, PIXELS)
     shards = tuple(
         write_shard(
             folder / f"tier-1-{index:06d}.tar",
             samples(index * pairs_a_shard, pairs_a_shard),
-            manifest.contents,
+            contents,
         )
         for index in range(num_shards)
     )
+    return save_set(folder, shards, LANES)
+
+
+def write_copies(folder: Path, num_shards: int, pairs_a_shard: int, lanes: int) -> Manifest:
+    """A set whose shards are copies of one, for what goes by their number and size: gigabytes of
+    noise would take minutes to draw.
+    """
+    first = folder / "tier-1-000000.tar"
+    entry = write_shard(first, samples(0, pairs_a_shard), contents_of("latents", SHAPE, PIXELS))
+    entries = [entry]
+    for index in range(1, num_shards):
+        name = f"tier-1-{index:06d}.tar"
+        shutil.copyfile(first, folder / name)
+        entries.append(entry.model_copy(update={"name": name}))
+    return save_set(folder, tuple(entries), lanes)
+
+
+def save_set(folder: Path, shards: tuple[ShardEntry, ...], lanes: int) -> Manifest:
+    """The manifest of shards of one tier."""
+    source = {"path": "none", "fingerprint": "none"}
     manifest = Manifest(
         created_by="bench_data",
         fingerprint="none",
         seed=0,
-        lanes=LANES,
+        lanes=lanes,
         tiers=1,
         resolution=PIXELS,
         latent_shape=SHAPE,

@@ -61,13 +61,18 @@ def test_our_shards_are_the_same_pairs_as_webdatasets(tmp_path):
 
 def test_what_is_kept_are_ratios(tmp_path, capsys):
     out = tmp_path / "data.json"
-    small = ["--shards", "2", "--pairs", "32", "--seconds", "0.01", "--out", str(out)]
+    small = ["--shards", "2", "--pairs", "32", "--seconds", "0.01", "--full-pairs", "2"]
+    small += ["--out", str(out)]
     assert bench_data.main(small) == 0
     assert "pairs a second" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 10_000
     text = out.read_text()
-    assert "per_s" not in text and "seconds" not in text
     result = json.loads(text)
+    full = result.pop("resuming_default_sizes")  # which has a goal in seconds
+    assert set(full) == {str(step) for step in bench_data.POSITIONS}
+    assert all(row["seconds"]["median"] > 0 for row in full.values())
+    text = json.dumps(result)
+    assert "per_s" not in text and "seconds" not in text
     assert result["processor"]
     assert result["reading"]["plain tar loop"]["speed"]["median"] == 1
     assert set(result["resuming"]) == {str(step) for step in bench_data.POSITIONS}
