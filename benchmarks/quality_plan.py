@@ -62,6 +62,7 @@ class Scale:
             "prepare.candidates_per_prompt": self.candidates,
             "compare.images_per_prompt": self.images_per_prompt,
             "compare.report_prompts": 6,
+            "compare.divergence_draws": 1,
             "checkpoint.every": self.steps,
             "prompts.limit": self.prompts,
         }
