@@ -7,6 +7,7 @@ any other exception is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 EXIT_OK = 0
+EXIT_DEFECT = 1
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_NUMERICS = 4
@@ -18,7 +19,9 @@ EXIT_STOPPED = 75
 class CdpoError(Exception):
     """Base of the errors that are the user's to mend: the message says what, where and the fix."""
 
-    exit_code = 1
+    exit_code = EXIT_DEFECT
+    of_all_ranks = False
+    """Whether every rank raises it now, and none need be told."""
 
 
 class RecipeError(CdpoError):

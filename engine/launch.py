@@ -7,149 +7,41 @@ A verb is written as ``main(ranks, recipe, terminal)`` and started with :func:`r
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from .errors import (
+    EXIT_DEFECT,
     EXIT_OUTSIDE,
     EXIT_STOPPED,
     CdpoError,
     OutsideError,
-    RecipeError,
     StopRequested,
 )
+from .peers import LISTEN_EVERY, Peers
+from .ranks import Ranks, local_world_size
 from .recipe import Recipe
 from .recipe_file import parse_command_line
 from .reporting.console import Terminal
+from .run_lock import RunLock, refuse_other_folder
 from .stopping import StopSignal
 
-Item = TypeVar("Item")
 SECONDS_BEFORE_SPEAKING = 3.0
-STOPPING = "cdpo/stopping"  # key in the store that all ranks share
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers. Collectives take host objects and do nothing for one rank."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-    stop: StopSignal = field(default_factory=StopSignal)
-    """Whether this rank has been asked to stop."""
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def local_size(self) -> int:
-        """Ranks on this machine."""
-        return local_world_size(self.world_size)
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank failed, so that none waits for a peer that has left."""
-        for peer_error in self.gather(error):
-            if peer_error is not None:
-                raise peer_error
-
-    def together(self, work: Callable[[], object]) -> None:
-        """Run ``work`` on every rank; where any fails with a CdpoError, all raise the first's."""
-        error: CdpoError | None = None
-        try:
-            work()
-        except CdpoError as exc:
-            error = exc
-        self.agree(error)
-
-    def on_first(self, work: Callable[[], Any]) -> Any:
-        """Run ``work`` on rank 0 alone; all ranks get its result, or raise what it raised."""
-        result: Any = None
-        error: Exception | None = None
-        if self.is_first:
-            try:
-                result = work()
-            except Exception as exc:  # whatever it is, the others must not wait for a result
-                error = exc
-        result, error = self.from_first((result, error))
-        if error is not None:
-            raise error
-        return result
-
-    def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This rank's part of some items: every world-size-th, so parts differ by at most one."""
-        return items[self.rank :: self.world_size]
-
-    def until_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, until any rank is asked to stop; between two of them is a safe point.
-
-        Whoever stops early goes where all ranks meet next, with what it has done kept there.
-        """
-        for item in items:
-            if self._why_stop():
-                return
-            yield item
-
-    def meet(self) -> None:
-        """Wait until every rank is here. Raises StopRequested on all if any was asked to stop."""
-        if reason := self.asked_to_stop():
-            raise StopRequested(
-                f"stopped on request ({reason}); the same command goes on from there"
-            )
-
-    def asked_to_stop(self) -> str:
-        """Why the ranks are to stop, or nothing; all ask together, and get the same answer."""
-        return next(filter(None, self.gather(self._why_stop())), "")
-
-    def hear_of_stop(self) -> bool:
-        """Whether any rank has been asked to stop, as far as this one knows: for waits in which it
-        meets nobody.
-        """
-        return bool(self._why_stop())
-
-    def _why_stop(self) -> str:
-        """Known without waiting for anybody: ranks leave word in the store they have in common."""
-        if self.stop.requested or self.world_size == 1:
-            return self.stop.reason
-        store = dist.distributed_c10d._get_default_store()
-        return store.get(STOPPING).decode() if store.check([STOPPING]) else ""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_verb(
@@ -163,6 +55,7 @@ def run_verb(
     """
     quieten_libraries()
     terminal = Terminal(enabled=int(os.environ.get("RANK", "0")) == 0)
+    peers = Peers(follow=leave)
     try:
         asked = parse_command_line(verb, sys.argv[1:])
         recipe = asked.recipe
@@ -171,7 +64,9 @@ def run_verb(
             return
         with (
             stop_signal(recipe.cluster.grace_seconds) as stop,
-            joined_ranks(recipe.train.threads, recipe.cluster.timeout_minutes, stop) as ranks,
+            joined_ranks(
+                recipe.train.threads, recipe.cluster.timeout_minutes, stop, peers
+            ) as ranks,
             run_lock(ranks, Path(recipe.run_dir)),
         ):
             main(ranks, recipe, terminal)
@@ -179,24 +74,20 @@ def run_verb(
         terminal.error(str(error))
         leave(error.exit_code)
     except CdpoError as error:
-        if not terminal.enabled:
-            # Mostly rank 0 fails alike and speaks for all, and the launcher ends this rank while it
-            # waits. Whoever is still here failed alone and must say so itself.
-            time.sleep(SECONDS_BEFORE_SPEAKING)
-            terminal = Terminal()
-        terminal.error(str(error))
-        leave(error.exit_code)
+        _leave_for(error, terminal, peers)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        if error.errno not in DISK_FULL:
+            _leave_with_traceback(peers)
         Terminal().error(f"no space left on the disk of {error.filename or recipe.run_dir}")
-        leave(EXIT_OUTSIDE)
+        leave(_told(EXIT_OUTSIDE, peers))
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
     except RuntimeError as error:
         if not _is_of_a_collective(error):
-            raise
+            _leave_with_traceback(peers)
         time.sleep(SECONDS_BEFORE_SPEAKING)  # a peer that failed has said why, and ends this one
+        if peers.failure is not None:
+            leave(peers.failure.code)
         rank = os.environ.get("RANK", "0")
         reason = str(error).strip().split("\n")[0]
         Terminal().error(
@@ -204,6 +95,45 @@ def run_verb(
             f"cluster.timeout_minutes={recipe.cluster.timeout_minutes:g}: {reason}"
         )
         leave(EXIT_OUTSIDE)
+    except Exception:
+        _leave_with_traceback(peers)
+
+
+def _leave_for(error: CdpoError, terminal: Terminal, peers: Peers) -> NoReturn:
+    """End with the line and the code of an error; the ranks that have not met it are told.
+
+    Mostly rank 0 fails alike and speaks for all. Another rank gives it the time to do so before it
+    leaves, at which the launcher ends the rest; and speaks itself if nobody has.
+    """
+    if error.of_all_ranks:
+        if not terminal.enabled:
+            time.sleep(LISTEN_EVERY)
+        terminal.error(str(error))
+        leave(error.exit_code)
+    first = peers.tell(error.exit_code)
+    if terminal.enabled:
+        terminal.error(str(error))
+        # Long enough to be heard: the store, which rank 0 keeps, ends with it.
+        time.sleep(0 if os.environ.get("WORLD_SIZE", "1") == "1" else 3 * LISTEN_EVERY)
+    else:
+        time.sleep(SECONDS_BEFORE_SPEAKING)
+        if first.rank != 0:
+            Terminal().error(str(error))
+    leave(first.code)
+
+
+def _told(code: int, peers: Peers) -> int:
+    """Tell the other ranks of a failure; the code that all end with."""
+    first = peers.tell(code)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        time.sleep(3 * LISTEN_EVERY)
+    return first.code
+
+
+def _leave_with_traceback(peers: Peers) -> NoReturn:
+    """A defect of ours: its traceback is what there is to say."""
+    traceback.print_exc()
+    leave(_told(EXIT_DEFECT, peers))
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
@@ -226,7 +156,7 @@ def stop_signal(grace: float) -> StopSignal:
     return StopSignal(grace, overdue, watch_parent="LOCAL_RANK" in os.environ)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Exit at once: an orderly teardown would wait in collectives for peers that have failed."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -235,7 +165,10 @@ def leave(code: int) -> None:
 
 @contextmanager
 def joined_ranks(
-    threads: int = 0, timeout_minutes: float = 30.0, stop: StopSignal | None = None
+    threads: int = 0,
+    timeout_minutes: float = 30.0,
+    stop: StopSignal | None = None,
+    peers: Peers | None = None,
 ) -> Iterator[Ranks]:
     """Join the process group the launcher describes, or make a group of one.
 
@@ -261,20 +194,17 @@ def joined_ranks(
             os.environ.setdefault(name, value)
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-    stop = stop or StopSignal()
-    store = dist.distributed_c10d._get_default_store()
-    stop.announce_by(lambda reason: store.set(STOPPING, reason))
+    stop, peers = stop or StopSignal(), peers or Peers()
+    peers.join(rank, world_size, dist.distributed_c10d._get_default_store())
+    stop.announce_by(peers.ask_to_stop)
     try:
         yield Ranks(rank, world_size, local_rank, device, stop)
     finally:
         # On an error peers may be waiting in a collective; tearing down would join them.
         if sys.exc_info()[0] is None:
+            peers.close()
+            dist.barrier()  # the store goes with rank 0, and the others may still be listening
             dist.destroy_process_group()
-
-
-def local_world_size(world_size: int) -> int:
-    """Ranks on this machine, as the launcher says; all of them where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
 
 
 def bound_waits(timeout_minutes: float) -> None:
@@ -301,29 +231,24 @@ def _group_of_one() -> dict[str, str]:
 
 @contextmanager
 def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for the life of the process: two runs in it would destroy each other."""
-    handle = None
+    """Hold the run folder for the life of the process: two runs in it would destroy each other.
 
-    def take() -> None:
-        nonlocal handle
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            handle = open(run_dir / ".lock", "w")  # noqa: SIM115 (held, not scoped)
-        except OSError as error:
-            raise RecipeError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(
-                f"run_dir {run_dir} is in use by another process: wait for it, or give another"
-            ) from None
+    RecipeError, on all ranks, if another holds it or if some rank sees another folder by that name.
+    """
+    lock: RunLock | None = None
 
-    ranks.on_first(take)
+    def take() -> str:
+        nonlocal lock
+        lock = RunLock(run_dir)
+        return lock.owner
+
+    owner = ranks.on_first(take)
+    ranks.together(lambda: refuse_other_folder(run_dir, owner))
     try:
         yield
     finally:
-        if handle is not None:
-            handle.close()
+        if lock is not None:
+            lock.release()
 
 
 def quieten_libraries() -> None:

@@ -70,10 +70,25 @@ def _stretch(fragment: Fragment, first: int, count: int) -> slice:
     return slice(start, start + count)
 
 
+@dataclass
+class DividedAnew:
+    """The state of this rank, read and not yet taken."""
+
+    parts: list[_Part]
+    scaler: dict[str, Any]
+    counters: dict[str, int]
+
+    def take(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Make it the state of ``engine``. The ranks meet here."""
+        _set(engine, self.parts, self.scaler)
+        for name in COUNTERS:
+            setattr(engine, name, self.counters[name])
+
+
 def read_divided_anew(
     engine: deepspeed.DeepSpeedEngine, folder: Path, own: Layout, saved_ranks: int
-) -> None:
-    """Set the state of ``engine`` from the partitions of ``saved_ranks`` ranks in ``folder``.
+) -> DividedAnew:
+    """The state of this rank from the partitions of ``saved_ranks`` ranks in ``folder``.
 
     Raises OSError, RuntimeError, ValueError (something is missing or does not fit), KeyError.
     """
@@ -96,9 +111,7 @@ def read_divided_anew(
     for name, count in filled.items():
         if count != own.fragments[name].numel:
             raise ValueError(f"{count} of {own.fragments[name].numel} elements of {name} are in it")
-    _set(engine, parts, scaler)
-    for name in COUNTERS:
-        setattr(engine, name, layouts[0].counters[name])
+    return DividedAnew(parts, scaler, layouts[0].counters)
 
 
 def _check_names(own: Layout, layouts: list[Layout]) -> None:

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -76,8 +75,8 @@ class StopSignal:
         self.reason = self.reason or reason
 
     def announce_by(self, announce: Callable[[str], object]) -> None:
-        """Pass the reason of a request on by ``announce``, from the watching thread: the main one
-        may be waiting for ranks that know of nothing.
+        """Pass the reason of a request on by ``announce``, from a thread of its own: the main one
+        may be waiting for ranks that know of nothing, and the watching one has a deadline to keep.
         """
         self._announce = announce
 
@@ -101,8 +100,7 @@ class StopSignal:
                 deadline = time.monotonic() + self.grace
             if self.requested and not announced and self._announce is not None:
                 announced = True
-                with suppress(RuntimeError):  # the store has gone, and the others with it
-                    self._announce(self.reason)
+                threading.Thread(target=self._announce, args=(self.reason,), daemon=True).start()
             if deadline is not None and time.monotonic() > deadline:
                 self._overdue(self.reason)
                 return

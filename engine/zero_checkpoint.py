@@ -5,6 +5,7 @@ Beside every partition lies a table of what is where in it (:mod:`.zero_layout`)
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .resharding import load_data, read_divided_anew
 from .zero_layout import Layout, layout_of, layout_path, load_layout
 
 TAG = "deepspeed"
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError)
 
 
 class _Guard:
@@ -87,35 +89,56 @@ def read_partitions(
     Where nothing but the step has changed DeepSpeed reads its own files, which is exact to the last
     bit of every later loss; otherwise the partitions are divided anew. Returns a line about that.
 
-    Raises OSError, RuntimeError, ValueError or KeyError if the checkpoint cannot be read.
+    Raises OSError, RuntimeError, ValueError or KeyError, on all ranks and before any state has
+    changed, if the checkpoint cannot be read.
     """
-    if not (folder / TAG).is_dir():
-        # DeepSpeed would say nothing and start afresh; a resume that found nothing is an error.
-        raise ValueError("DeepSpeed has saved nothing in it")
     own = layout_of(engine)
-    saved = load_layout(folder / TAG, 0) if layout_path(folder / TAG, 0).exists() else None
+    saved = ranks.on_first(lambda: _layout_of_first(folder / TAG))
     if own is None or saved is None:
+        if own is not None or saved is not None:
+            raise ValueError(
+                "it was written under another optimiser of DeepSpeed's: keep data_types and the "
+                "ZeRO stage in its JSON as they were"
+            )
         if saved_ranks != ranks.world_size:
             raise ValueError(
                 f"{saved_ranks} ranks wrote it without the table that others would need, now there "
                 f"are {ranks.world_size}: resume with as many"
             )
-        _read_own(engine, folder)
-        return None
-    if _are_divided_alike(own, folder / TAG, ranks, saved_ranks):
-        _read_own(engine, folder)
-        return None
-    read_divided_anew(engine, folder / TAG, own, saved_ranks)
-    return (
-        f"{folder.name} was written by {saved_ranks} x ZeRO-{saved.stage}: divided anew for "
-        f"{ranks.world_size} x ZeRO-{own.stage}"
-    )
+    elif not _are_divided_alike(own, folder / TAG, ranks, saved_ranks):
+        read = partial(read_divided_anew, engine, folder / TAG, own, saved_ranks)
+        ranks.together(read, UNREADABLE).take(engine)
+        return (
+            f"{folder.name} was written by {saved_ranks} x ZeRO-{saved.stage}: divided anew for "
+            f"{ranks.world_size} x ZeRO-{own.stage}"
+        )
+    ranks.together(partial(_look_into_own, folder / TAG, ranks.rank), UNREADABLE)
+    _read_own(engine, folder)
+    return None
+
+
+def _layout_of_first(folder: Path) -> Layout | None:
+    """The table that rank 0 wrote, None where it wrote none."""
+    if not folder.is_dir():
+        # DeepSpeed would say nothing and start afresh; a resume that found nothing is an error.
+        raise ValueError("DeepSpeed has saved nothing in it")
+    return load_layout(folder, 0) if layout_path(folder, 0).exists() else None
 
 
 def _are_divided_alike(own: Layout, folder: Path, ranks: Ranks, saved_ranks: int) -> bool:
     if saved_ranks != ranks.world_size:
         return False
-    return all(ranks.gather(own.divides_like(load_layout(folder, ranks.rank))))
+    saved = ranks.together(partial(load_layout, folder, ranks.rank), UNREADABLE)
+    return all(ranks.gather(own.divides_like(saved)))
+
+
+def _look_into_own(folder: Path, rank: int) -> None:
+    """Raise what DeepSpeed would meet when it reads this rank's files: there, ranks wait for each
+    other. The tensors are mapped, not read.
+    """
+    for path in folder.glob("*.pt"):
+        if "pp_rank_" not in path.name or f"pp_rank_{rank}_" in path.name:
+            load_data(path, map_location="cpu", mmap=True)
 
 
 def _read_own(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:

@@ -10,10 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from cdpo.engine.stopping import StopSignal
 from launching import Outcome, World, losses
 
 STOPPED = 75
@@ -152,6 +154,14 @@ def test_the_grace_time_ends_a_process_that_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=60)[0] == "overdue SIGTERM\n"
     assert process.returncode == STOPPED
+
+
+def test_a_store_that_does_not_answer_takes_no_grace_time() -> None:
+    late = threading.Event()
+    with StopSignal(grace=0.1, overdue=lambda reason: late.set()) as stop:
+        stop.announce_by(lambda reason: threading.Event().wait())
+        stop.request("a test")
+        assert late.wait(30)
 
 
 def wait_for(path: Path, content: str) -> None:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import ROOT, losses
+from launching import ROOT, World, losses
 from shard_server import serving
 
 pytestmark = pytest.mark.slow
-JUMP_CLOCK = ROOT / "tests" / "workers" / "jump_clock.py"
+WORKERS = ROOT / "tests" / "workers"
 YEAR = 365 * 24 * 3600
+SECONDS = 200
 
 
-@pytest.mark.parametrize("jump", [YEAR, -YEAR], ids=["forward", "back"])
-def test_the_clock_jumps(faults, tmp_path: Path, jump: int) -> None:
-    """In the middle of a run, otherwise on each rank; and before the resume all files are dated
-    anew, the older checkpoint as the newer one. Waits are measured by a clock that does not jump,
-    and what is newest goes by step.
+def test_the_clock_jumps(faults, tmp_path: Path) -> None:
+    """In the middle of a run, forward on one rank and back on the other; and before the resume all
+    files are dated anew, the older checkpoint as the newer one. Waits are measured by a clock that
+    does not jump, and what is newest goes by step.
     """
     run = tmp_path / "run"
     with serving(faults.world.shards, chunk=512) as web:
         mine = (f"data.path={web.url}", f"data.cache={tmp_path / 'cache'}")
-        env = {"JUMP": str(jump)}
-        faults.train(run, *mine, "train.steps=4", script=JUMP_CLOCK, env=env).succeeded()
+        env, script = {"JUMP": str(YEAR)}, WORKERS / "jump_clock.py"
+        faults.train(run, *mine, "train.steps=4", script=script, env=env).succeeded()
         paths = sorted(path for path in run.rglob("*") if not path.is_symlink())
         for age, path in enumerate(paths):
             os.utime(path, (10**9 - age, 10**9 - age))
@@ -33,12 +37,45 @@ def test_the_clock_jumps(faults, tmp_path: Path, jump: int) -> None:
     assert losses(run) == faults.uninterrupted
 
 
-def test_two_runs_in_one_folder(faults, refused, tmp_path: Path) -> None:
-    """The second is refused, on all its ranks; the first is not disturbed."""
-    run = tmp_path / "run"
-    run.mkdir()
-    with open(run / ".lock", "w") as lock:  # what a run holds as long as it lives
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(faults.train(run), 2, str(run), "in use by another process")
-        refused(faults.prepare(run), 2, str(run), "in use by another process")
-    assert [path.name for path in run.iterdir()] == [".lock"]
+def second_run(world: World, run: Path) -> tuple[list[int], str]:
+    """Exit codes and output of another run of two ranks, the first rank's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "engine/train.py", "--recipe", str(world.recipe), f"run_dir={run}"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    output = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    return [process.returncode for process in processes], output[0]
+
+
+def test_two_runs_in_one_folder(faults, tmp_path: Path) -> None:
+    """The second is refused, on all its ranks; the first, in the middle of its third step, is not
+    disturbed.
+    """
+    run, waits, go = tmp_path / "run", tmp_path / "waits", tmp_path / "go"
+    env, script = {"WAITS": str(waits), "GO": str(go)}, WORKERS / "wait_at_step_3.py"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(faults.train, run, script=script, env=env)
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not waits.exists() and not first.done() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            codes, output = second_run(faults.world, run)
+        finally:
+            go.touch()
+        first.result().succeeded()
+    assert codes == [2, 2], output
+    assert f"error: run_dir {run} is in use by another process (" in output.replace("\n", " ")
+    assert "Traceback" not in output
+    assert losses(run) == faults.uninterrupted

@@ -63,3 +63,10 @@ def test_in_prepare(faults, refused: Callable[..., str], disk: Path) -> None:
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (run / "shards", faults.world.shards)
     )
     assert made == whole
+
+
+def test_in_prepare_for_one_rank_alone(faults, tmp_path: Path) -> None:
+    """The other is told, and does not go on with its share for hours to wait in vain."""
+    outcome = faults.prepare(tmp_path / "run", failpoint="shard.write@2:enospc/rank1")
+    assert outcome.codes == [3, 3], outcome.text
+    assert "No space left on device" in outcome.output[1] and "Traceback" not in outcome.text

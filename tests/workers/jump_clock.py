@@ -1,5 +1,5 @@
 """Trains as the entry script does, while the clock jumps: `JUMP` seconds from step 3 on, and on
-rank 1 twice as far. Only Python's own clock jumps; that of the system is everybody's.
+rank 1 twice as far the other way. Only Python's own clock jumps; that of the system is everybody's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from cdpo.engine import train, trainer
 from cdpo.engine.launch import run_verb
 
-JUMP = int(os.environ["JUMP"]) * (1 + int(os.environ["RANK"]))
+JUMP = int(os.environ["JUMP"]) * (-2 if os.environ["RANK"] == "1" else 1)
 steps_begun = 0
 real_time, real_time_ns = time.time, time.time_ns
 take_step = trainer.Trainer._take_step

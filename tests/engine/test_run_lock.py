@@ -1,0 +1,55 @@
+"""One run in a folder, and the same folder for all ranks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cdpo.engine import run_lock
+from cdpo.engine.errors import RecipeError
+from cdpo.engine.run_lock import RunLock, refuse_other_folder
+
+
+def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    with pytest.raises(RecipeError, match=rf"in use by another process \({os.getpid()} on .*\)"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()
+
+
+def test_it_ends_with_the_process(tmp_path: Path) -> None:
+    take = (
+        "import os, pathlib, signal; from cdpo.engine.run_lock import RunLock; "
+        f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", take]).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    RunLock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RecipeError, match="cannot be locked .Function not implemented"):
+        RunLock(tmp_path)
+
+
+def test_ranks_on_another_machine_s_disk_are_refused(tmp_path: Path, monkeypatch) -> None:
+    """Its parts of the checkpoints would be missing there: better said before hours of work."""
+    monkeypatch.setattr(run_lock, "SECONDS_TO_APPEAR", 0.2)
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    lock = RunLock(shared)
+    refuse_other_folder(shared, lock.owner)
+    for make in (lambda: None, other.mkdir, lambda: (other / ".lock").write_text("of old")):
+        make()
+        with pytest.raises(RecipeError, match="is another folder than on .* machines share"):
+            refuse_other_folder(other, lock.owner)
+    lock.release()
