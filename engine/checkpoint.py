@@ -29,7 +29,7 @@ from .checkpoint_files import (
     check_file,
     read_manifest,
     sync_and_describe,
-    sync_folder,
+    sync_path,
     write_manifest,
     write_synced,
 )
@@ -137,7 +137,7 @@ class CheckpointStore:
             write_manifest(temporary, manifest)
             failpoint("checkpoint.manifest")
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
-                sync_folder(folder)
+                sync_path(folder)
             failpoint("checkpoint.before_rename")
             shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
             if final.exists():  # damaged, or of the same step before further batches were skipped
@@ -145,7 +145,7 @@ class CheckpointStore:
                 failpoint("checkpoint.replacing")
             temporary.rename(final)
             for folder in (self.folder, self.folder.parent):
-                sync_folder(folder)
+                sync_path(folder)
             failpoint("checkpoint.after_rename")
         except OSError as exc:
             raise self._cannot_write(temporary, exc) from None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from .backbones import Backbone
-from .checkpoint_files import MANIFEST
+from .checkpoint_files import MANIFEST, sync_path
 from .errors import DataError
 from .export_formats import (
     FOLDERS,
@@ -161,12 +160,12 @@ class Exports:
     def _put_in_place(self, made: Path) -> None:
         for target in self.folders:
             source = made / target.relative_to(self.run_dir)
-            for path in source.rglob("*.safetensors"):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            for path in (source, *source.rglob("*")):
+                sync_path(path)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
+            sync_path(target.parent)
         shutil.rmtree(made)
 
     def _put_stamp(self, checkpoint: Path) -> None:

@@ -114,7 +114,10 @@ class MetricsFile:
             return
         kept = [line for line in self._lines() if line["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
         os.replace(temporary, self.path)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
