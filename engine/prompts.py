@@ -45,14 +45,15 @@ def _read(spec: Prompts, side: str) -> list[str]:
     """The prompts of `train` or `heldout` in their order, each once."""
     value = getattr(spec, side)
     if isinstance(value, str):
-        return _distinct(prompts_in(value, spec.column), f"prompts: {value} holds no prompt")
+        return _some(prompts_in(value, spec.column), f"prompts: {value} holds no prompt")
     if isinstance(value, Templates):
-        return _distinct(_filled_in(value, spec.column, f"prompts.{side}"), "")
+        return list(dict.fromkeys(_filled_in(value, spec.column, f"prompts.{side}")))
     return []
 
 
-def _distinct(prompts: Iterable[str], otherwise: str) -> list[str]:
-    found = list(dict.fromkeys(prompts))
+def _some(texts: Iterable[str], otherwise: str) -> list[str]:
+    """The texts, each once; DataError saying ``otherwise`` where there is none."""
+    found = list(dict.fromkeys(texts))
     if not found:
         raise DataError(otherwise)
     return found
@@ -77,8 +78,8 @@ def _filled_in(spec: Templates, column: str, key: str) -> Iterator[str]:
 
 def _entries(value: str | Sequence[str], column: str, key: str) -> list[str]:
     if isinstance(value, str):
-        return _distinct(prompts_in(value, column), f"{key}: {value} holds no entry")
-    return _distinct(filter(None, map(str.strip, value)), f"{key}: the list is empty")
+        return _some(prompts_in(value, column), f"{key}: {value} holds no entry")
+    return _some(filter(None, map(str.strip, value)), f"{key}: the list is empty")
 
 
 def _products(template: str, lists: dict[str, list[str]], key: str) -> Iterator[str]:

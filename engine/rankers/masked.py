@@ -70,7 +70,7 @@ class MaskedRanker:
         ]
 
     def rank(self, images: CandidateSet, prompts: Sequence[str]) -> dict[str, RankedPrompt]:
-        shares = np.repeat(np.float32(self.spec.fractions), self.pairs_per_tier)
+        shares = np.repeat(np.asarray(self.spec.fractions, np.float32), self.pairs_per_tier)
         scores = np.concatenate([np.zeros(self.num_winners, np.float32), -shares])
         eligible = self.num_winners * len(self.spec.fractions)
         ranked = {}

@@ -169,7 +169,7 @@ def test_a_column_that_is_not_text(tmp_path, kind, row):
         (b"{", ":2 is not JSON: "),
         (b"[" * 100_000, ":2 is not JSON: "),
         (b'["a"]', ":2 is not an object such as {'prompt': ...}"),
-        (b'{"promt": "b"}', ":2 has no column prompt; it has promt"),
+        (b'{"text": "b"}', ":2 has no column prompt; it has text"),
         (b"\xff", ":2 is not JSON: "),
         (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', ":2 is longer than 1 MiB"),
     ],
