@@ -76,7 +76,7 @@ class ModelReward(NetworkReward):
     """What every reward has whose weights are a model of transformers."""
 
     path: str
-    """Folder or hub id of the model."""
+    """Folder or hub id of the model; of `hps` and `image_reward` the checkpoint as a local file."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for a run others should repeat."""
 
@@ -110,7 +110,7 @@ class HpsSpec(NetworkReward):
     """The checkpoint as a local file, `HPS_v2.1_compressed.pt` or the same tensors as
     .safetensors."""
     tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """Folder or hub id of CLIP's tokenizer."""
+    """Folder or hub id of the tokenizer: CLIP's for `hps`, BERT's for `image_reward`."""
 
 
 class AestheticSpec(ModelReward):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .candidates import CandidateSet
+from .errors import DataError
 from .failpoints import failpoint
 from .kept_tables import KeptTables, Tables
 from .launch import Ranks
@@ -84,6 +85,11 @@ class SideScoring:
         self.ranks.meet()
         found = {prompt: row for part in self.ranks.gather(own) for prompt, row in part.items()}
         whole = np.stack([found[prompt] for prompt in self.prompts])
+        if what == "scores" and not np.isfinite(whole).any():
+            raise DataError(
+                f"the reward {made_of['reward']} could score none of {whole.size} images, for the "
+                "reasons above"
+            )
         tables = {name: whole[:, index] for index, name in enumerate(self.sides)}
         self.ranks.on_first(lambda: self._kept.write(subject, made_of, tables))
         return tables

@@ -53,7 +53,8 @@ class RewardRanker:
 
     @cached_property
     def _reward(self) -> RewardModel:
-        return load_reward(self.recipe.reward, self.ranks.device)
+        cache = Path(self.recipe.run_dir) / "score_cache"
+        return load_reward(self.recipe.reward, self.ranks.device, cache)
 
     def _ranked(self, prompt: str, scores: np.ndarray) -> RankedPrompt:
         outcome = form_pairs(prompt, scores, self.recipe.curriculum, self.recipe.seed)

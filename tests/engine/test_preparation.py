@@ -84,9 +84,7 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put a fake in the place of the recipe's reward."""
 
     def put(of_prompt: Callable[[str, np.ndarray], object]) -> None:
-        monkeypatch.setattr(
-            reward_ranker, "load_reward", lambda spec, device: FakeReward(of_prompt)
-        )
+        monkeypatch.setattr(reward_ranker, "load_reward", lambda *_: FakeReward(of_prompt))
 
     return put
 
@@ -189,7 +187,10 @@ def test_the_statistics_add_up(plain):
 def test_what_else_is_left_behind(plain):
     """No temporary files, no latents that only the shards needed."""
     names = {path.name for path in plain.iterdir()}
-    assert names == {"candidates", "contact_sheet.png", "recipe.yaml", "scores.parquet", "shards"}
+    assert names == {
+        *("candidates", "contact_sheet.png", "recipe.yaml", "score_cache", "scores.parquet"),
+        "shards",
+    }
     assert not list(plain.rglob("*.tmp"))
     with Image.open(plain / "contact_sheet.png") as sheet:
         sheet.load()

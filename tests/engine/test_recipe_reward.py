@@ -1,0 +1,162 @@
+"""Rewards in recipes: a `type` chooses, keys of other types are refused, old recipes stay valid."""
+
+import json
+
+import pytest
+from cdpo.engine.errors import RecipeError
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe_reward import ClipScoreSpec, WeightedSpec
+
+BASE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"train": "t"}}
+TYPES = (
+    "clip_score, pick_score, hps, aesthetic, image_reward, caption_similarity, "
+    "jpeg_compressibility, jpeg_incompressibility, colorfulness"
+)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(reward: object, *overrides: str, judge: object = None) -> Recipe:
+        path = tmp_path / "r.yaml"
+        values = BASE | {"reward": reward, "compare": {"judge": judge}}
+        path.write_text(json.dumps(values))  # which is YAML
+        recipe = load_recipe(path, overrides)
+        save_resolved(recipe, tmp_path / "resolved.yaml")
+        assert load_recipe(tmp_path / "resolved.yaml") == recipe
+        return recipe
+
+    return load
+
+
+@pytest.fixture
+def problems(load):
+    def problems(reward: object, *overrides: str, judge: object = None) -> list[str]:
+        with pytest.raises(RecipeError) as caught:
+            load(reward, *overrides, judge=judge)
+        return [line.partition(": ")[2] for line in str(caught.value).splitlines()]
+
+    return problems
+
+
+def test_a_reward_without_a_type_is_a_clip_score(load):
+    recipe = load({"path": "a/b", "batch_size": 3}, judge={"path": "c"})
+    assert recipe.reward == ClipScoreSpec(path="a/b", batch_size=3)
+    assert recipe.compare.judge == ClipScoreSpec(path="c")
+
+
+def test_what_decides_the_scores_is_the_identity_and_old_ones_stay(load):
+    """Sets made before there were other types have the hash of type and path alone."""
+    plain = load({"path": "a"}).reward
+    assert plain.identity() == {"type": "clip_score", "path": "a"}
+    assert plain.settings() == ""
+    assert load({"path": "a", "batch_size": 1}).reward.identity() == plain.identity()
+    half = load({"path": "a", "precision": "bf16"}).reward
+    assert half.identity() == plain.identity() | {"precision": "bf16"}
+    moved = load({"path": "b", "precision": "bf16", "revision": "main"}).reward
+    assert half.settings() == moved.settings() != ""
+
+
+@pytest.mark.parametrize(
+    ("reward", "label"),
+    [
+        ({"path": "a"}, "clip_score a"),
+        ({"type": "pick_score", "path": "a", "processor": "b"}, "pick_score a"),
+        ({"type": "hps", "path": "a.pt"}, "hps a.pt"),
+        ({"type": "aesthetic", "head": "h.pth"}, "aesthetic openai/clip-vit-large-patch14"),
+        ({"type": "image_reward", "path": "a.pt"}, "image_reward a.pt"),
+        (
+            {"type": "caption_similarity", "path": "a", "sentence_model": "b"},
+            "caption_similarity a",
+        ),
+        ({"type": "jpeg_compressibility"}, "jpeg_compressibility"),
+        ({"type": "jpeg_incompressibility"}, "jpeg_incompressibility"),
+        ({"type": "colorfulness"}, "colorfulness"),
+        ({"type": "python", "function": "a.b:c"}, "python a.b:c"),
+        (
+            {"type": "vote", "rewards": [{"reward": {"path": "a"}}, {"reward": {"path": "b"}}]},
+            "vote 1 x (clip_score a) + 1 x (clip_score b)",
+        ),
+    ],
+)
+def test_every_type_has_a_label(load, reward, label):
+    assert load(reward, judge=reward).reward.label == label
+
+
+def test_keys_inside_a_list_keep_their_places_in_messages(problems):
+    rewards = [
+        {"reward": {"pth": "x", "path": "y"}, "weight": "a"},
+        {"reward": {"type": "vote"}},
+        {"reward": {"type": "colorfulness", "path": "x"}, "wieght": 3},
+        {"weight": 1.0},
+    ]
+    assert problems({"type": "weighted", "rewards": rewards}) == [
+        "reward.rewards[0].reward.pth: unknown key; did you mean reward.rewards[].reward.path?",
+        "reward.rewards[0].weight: 'a' should be a valid number",
+        f"reward.rewards[1].reward.type: 'vote' should be {TYPES} or python",
+        "reward.rewards[2].reward.path: 'x' has no place here: the key goes with another type of "
+        "its section",
+        "reward.rewards[2].wieght: unknown key; did you mean reward.rewards[].weight?",
+        "reward.rewards[3].reward: missing: Any reward but `weighted` and `vote`.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        ({"type": "beauty"}, f"reward.type: 'beauty' should be {TYPES}, python, weighted or vote"),
+        ({}, "reward.path: missing: Folder or hub id of the model"),
+        ({"type": "hps"}, "reward.path: missing: Folder or hub id of the model; of `hps` and"),
+        ({"type": "hps", "path": "a", "revision": "b"}, "reward.revision: 'b' has no place here"),
+        ("clip_score", "reward: 'clip_score' should be a section, with keys of its own below it"),
+        ({"type": "weighted", "rewards": []}, "reward: rewards: give at least one, with a weight"),
+        (
+            {"type": "vote", "rewards": [{"reward": {"path": "a"}, "weight": 0}]},
+            "reward: rewards: give at least one, with a weight that is not 0",
+        ),
+        ({"path": "a", "precision": "fp8"}, "reward.precision: 'fp8' should be 'fp32', 'bf16' or"),
+        *(
+            (
+                {"type": "python", "function": text},
+                f"reward.function: {text!r} should be package.module:function",
+            )
+            for text in ("os.system", "import os", "a:b:c", "a.:b", "os:system('ls')", ":f")
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_what_would_be_right(problems, reward, expected):
+    [line] = problems(reward)
+    assert line.startswith(expected)
+
+
+def test_a_judge_is_told_what_is_wrong_as_a_reward_is(problems):
+    assert problems({"path": "a"}, judge={"type": "python", "path": "x"}) == [
+        "compare.judge.function: missing: `package.module:function`, importable as any installed "
+        "module is; called with a list of PIL images and a list of prompts, it returns one number "
+        "an image. Code itself has no place here.",
+        "compare.judge.path: 'x' has no place here: the key goes with another type of its section",
+    ]
+
+
+def test_overrides_choose_and_change_a_reward_but_not_what_is_in_a_list(load, problems):
+    recipe = load({"path": "a"}, "compare.judge.type=colorfulness", "reward.precision=bf16")
+    assert recipe.compare.judge is not None and recipe.compare.judge.type == "colorfulness"
+    assert recipe.reward.precision == "bf16"
+    [line] = problems({"path": "a"}, "reward.rewards[].weight=3")
+    assert line == "what is inside a list is written in the file"
+
+
+def test_help_shows_the_keys_of_every_type_and_none_twice():
+    shown = describe_schema()
+    for key in ("reward.sentence_model", "reward.rewards", "compare.judge.function"):
+        assert f"\n  {key} = " in shown
+    assert "[]." not in shown
+
+
+def test_parts_of_a_sum_are_part_of_its_identity():
+    def of(*weights: float) -> WeightedSpec:
+        parts = [{"reward": {"path": "a"}, "weight": weight} for weight in weights]
+        return WeightedSpec.model_validate({"rewards": parts})
+
+    assert of(1, 2).identity() == of(1, 2).identity() != of(2, 1).identity()
+    assert of(1.0).identity()["rewards"] == [{"type": "clip_score", "path": "a", "weight": 1.0}]
