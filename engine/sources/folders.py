@@ -85,7 +85,9 @@ class FolderReader:
         data = load_file(Path(path))
         if isinstance(data, UnreadableImage):
             raise DataError(f"caption of {name}: {data}")
+        if len(data) > MAX_CAPTION_BYTES:
+            return ""  # no caption: the row is left out and counted
         try:
-            return data[:MAX_CAPTION_BYTES].decode("utf-8-sig")
+            return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None

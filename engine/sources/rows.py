@@ -90,7 +90,7 @@ def load_file(path: Path) -> bytes | UnreadableImage:
                 return UnreadableImage(f"{path}: is not a file")
             if status.st_size > MAX_IMAGE_BYTES:
                 return UnreadableImage(f"{path}: {too_large(status.st_size)}")
-            return os.pread(descriptor, MAX_IMAGE_BYTES, 0)
+            return os.pread(descriptor, status.st_size, 0)
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError

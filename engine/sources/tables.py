@@ -25,7 +25,10 @@ from .rows import (
     too_large,
 )
 
-IMAGES_AT_ONCE = 16  # rows of images read together from a table: bounds memory
+# Parquet is read a row at a time: a few kilobytes may say that all rows of a group have one value
+# of gigabytes, which is there as often as rows are read together.
+AT_ONCE = 1
+MAX_ROW_BYTES = 2**20  # of a row without its images
 STREAM_BUFFER = 2**20  # bytes read at once from a column of a row group
 
 
@@ -49,14 +52,24 @@ class ParquetReader:
             as_paths = all(_is_text(schema.field(name).type) for name in self.images)
             self._check_types(file, schema)
             wanted = [*columns, *(self.images if as_paths else ())]
-            first = 0
+            number, found = 0, list[Row]()
             for group in range(table.num_row_groups):
-                for batch in table.iter_batches(ROWS_AT_ONCE, [group], wanted):
-                    yield [
-                        Row(group, first + index, values, self._paths(values) if as_paths else ())
-                        for index, values in enumerate(batch.to_pylist())
-                    ]
-                    first += len(batch)
+                for batch in table.iter_batches(AT_ONCE, [group], wanted):
+                    if batch.nbytes > MAX_ROW_BYTES:
+                        raise DataError(
+                            f"{self.describe(file, number)}: holds {batch.nbytes} bytes beside its "
+                            f"images, at most {MAX_ROW_BYTES} are taken"
+                        )
+                    [values] = batch.to_pylist()
+                    paths = self._paths(values) if as_paths else ()
+                    found.append(Row(group, number, values, paths))
+                    number += 1
+                    if len(found) == ROWS_AT_ONCE:
+                        yield found
+                        found = []
+                if found:
+                    yield found
+                    found = []
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         if places and places[0].paths:
@@ -66,14 +79,13 @@ class ParquetReader:
         place = next(wanted, None)
         with self._opened(file) as table:
             first = sum(table.metadata.row_group(before).num_rows for before in range(group))
-            for batch in table.iter_batches(IMAGES_AT_ONCE, [group], list(self.images)):
-                while place is not None and place.number < first + len(batch):
-                    row = place.number - first
-                    yield tuple(_cell(batch.column(name)[row]) for name in self.images)
+            for batch in table.iter_batches(AT_ONCE, [group], list(self.images)):
+                if place is not None and place.number == first:
+                    yield tuple(_cell(batch.column(name)[0]) for name in self.images)
                     place = next(wanted, None)
                 if place is None:
                     return
-                first += len(batch)
+                first += 1
 
     def describe(self, file: int, number: int) -> str:
         return describe_row(self.files, file, number)

@@ -18,7 +18,8 @@ from cdpo.engine.recipe_source import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index
 from cdpo.engine.sources.loading import load_records
-from cdpo.engine.sources.rows import RowReader, UnreadableImage
+from cdpo.engine.sources.records import NO_CAPTION
+from cdpo.engine.sources.rows import Place, RowReader, UnreadableImage
 
 ROWS = [preferences.judged(number) for number in range(40)]
 DECIDED = [row for row in ROWS if row.label_0 != 0.5]
@@ -273,6 +274,14 @@ def test_a_missing_caption_is_named(tmp_path):
     assert "caption of 0003" in text and "No such file" in text
 
 
+def test_a_caption_that_is_a_book_is_left_out(tmp_path):
+    preferences.write_folder(tmp_path / "data", DECIDED)
+    caption = sorted((tmp_path / "data" / "caption").iterdir())[0]
+    caption.write_text("é" * 40_000)
+    _, index = opened(tmp_path / "index", Paired(path=str(tmp_path / "data"), **WINNER_LOSER))
+    assert index.facts.left_out == {NO_CAPTION: 1}
+
+
 def test_paths_that_are_no_files_are_unreadable_and_nothing_waits(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     lines = ["image,caption", "pipe,x", "absent.png,x", ".,x", ",x"]
@@ -282,3 +291,33 @@ def test_paths_that_are_no_files_are_unreadable_and_nothing_waits(tmp_path):
     assert all(isinstance(images[0], UnreadableImage) for _, _, images in found)
     assert problems[0].endswith("pipe: is not a file")
     assert "No such file" in problems[1]
+
+
+def test_a_value_that_all_rows_share_is_not_read_once_a_row(tmp_path):
+    """Parquet of some kilobytes, whose rows would take gigabytes if they were read together."""
+    large, rows, small = 8 << 20, 300, pa.array(["a cat"] * 300)
+    indices = pa.array([0] * rows, pa.int32())
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+
+    def written(name: str, **columns: pa.Array) -> Ranked:
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table(columns), path, compression="zstd", store_schema=False)
+        assert path.stat().st_size < 50_000
+        return Ranked(path=str(path), score=None)
+
+    pixels = pa.DictionaryArray.from_arrays(indices, pa.array([bytes(large)]))
+    words = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * large]))
+    images = written("images", caption=small, image=pixels)
+    captions = written("captions", caption=words, image=pa.array([b"y"] * rows))
+    del pixels, words
+    pa.set_memory_pool(pool)
+    try:
+        reader = open_source(images)
+        [first, *_] = reader.rows(0, ["caption"])
+        places = [Place(row.number, (), ()) for row in first[:20]]
+        assert sum(len(image) == large for [image] in reader.load(0, 0, places)) == len(places)
+        with pytest.raises(DataError, match=r"captions\.parquet row 0: holds 8388\d+ bytes"):
+            read(tmp_path / "other", captions)
+    finally:
+        pa.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 5 * large
