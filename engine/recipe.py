@@ -17,7 +17,7 @@ from .recipe_cluster import Cluster
 from .recipe_compare import Compare
 from .recipe_data import Data
 from .recipe_prompts import Prompts
-from .recipe_reward import Reward
+from .recipe_reward import Reward, check_reward
 from .recipe_source import Generate, Source, check_source
 from .recipe_types import (
     Fraction,
@@ -337,6 +337,7 @@ class Recipe(Section):
             self.prompts.train,
             self.prompts.heldout,
         )
+        check_reward(self.reward, self.prepare.source)
         check_exports(self.adapter, self.export)
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from .recipe_source import Source
 from .recipe_types import PositiveInt, Section
 
 
@@ -285,3 +286,16 @@ Reward = Annotated[
     Field(discriminator="type"),
     BeforeValidator(_clip_score_unless_told),
 ]
+
+
+def check_reward(reward: Reward, source: Source) -> None:
+    """ValueError where the reward cannot score what `prepare` reads."""
+    unscored = (source.type == "paired" and source.scores is None) or (
+        source.type == "ranked" and source.score is None
+    )
+    if unscored and isinstance(reward, CombinedReward):
+        raise ValueError(
+            f"reward.type={reward.type} compares the images of a prompt with each other, and a "
+            f"data set ({source.type}) is scored as it is read, a few images at a time: use a "
+            "single reward, or scores that come with the data"
+        )

@@ -38,10 +38,12 @@ def read_clip(
     return model, read_tokenizer(what, kind, beside, of), images
 
 
-def read_tokenizer(what: str, kind: str, path: str, revision: str | None = None) -> Any:
+def read_tokenizer(
+    what: str, kind: str, path: str, revision: str | None = None, subfolder: str = ""
+) -> Any:
     """A tokenizer with a vocabulary. OutsideError as :func:`read_clip`."""
     with reading(what, kind):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("it has no vocabulary")
     return tokenizer

@@ -10,6 +10,7 @@ With rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image::
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..recipe_reward import ColorfulnessSpec
 class Colorfulness:
     """Needs no weights; the prompt does not count."""
 
-    fingerprint = "colorfulness 1"
+    fingerprint = hashlib.sha256(b"colorfulness 1").hexdigest()
 
     def __init__(self, spec: ColorfulnessSpec, device: torch.device) -> None:
         del spec, device

@@ -99,10 +99,9 @@ class ScoredCall:
         prompts: Sequence[str],
         places: Sequence[int],
         names: Sequence[str],
-    ) -> np.ndarray | None:
+    ) -> np.ndarray:
         alone = [self._batch(images, prompts, [place], names) for place in places]
-        if any(score is None for score in alone):
-            return None
+        # None never comes back for a single image: too little memory for that is an error.
         return np.concatenate([score for score in alone if score is not None])
 
     def _halve(self, tried: int, error: Exception) -> None:

@@ -44,7 +44,7 @@ class SentenceModel:
             missing = [key for key in report["missing_keys"] if "pooler" not in key]
             if missing:
                 raise ValueError(f"its weights lack {min(missing)}")
-        self.tokenizer = read_tokenizer(what, kind, f"{path}/{own}".rstrip("/"))
+        self.tokenizer = read_tokenizer(what, kind, path, subfolder=own)
         longest = getattr(self.model.config, "max_position_embeddings", 512)
         self.max_length = settings.get("max_seq_length") or longest
         self.model.requires_grad_(False).eval().to(device)

@@ -153,6 +153,19 @@ def test_help_shows_the_keys_of_every_type_and_none_twice():
     assert "[]." not in shown
 
 
+@pytest.mark.parametrize("kind", ["weighted", "vote"])
+def test_scores_relative_to_a_prompt_are_not_for_data_read_in_batches(load, problems, kind):
+    reward = {"type": kind, "rewards": [{"reward": {"path": "a"}}]}
+    pairs = ["prepare.source.type=paired", "prepare.source.path=p"]
+    pairs += ["curriculum.difficulty=score_gap"]
+    [line] = problems(reward, *pairs)
+    assert line.startswith(f"reward.type={kind} compares the images of a prompt with each other")
+    load(reward, *pairs, "prepare.source.scores=[a, b]")
+    ranked = ["prepare.source.type=ranked", "prepare.source.path=p"]
+    load(reward, *ranked)
+    assert len(problems(reward, *ranked, "prepare.source.score=null")) == 1
+
+
 def test_parts_of_a_sum_are_part_of_its_identity():
     def of(*weights: float) -> WeightedSpec:
         parts = [{"reward": {"path": "a"}, "weight": weight} for weight in weights]

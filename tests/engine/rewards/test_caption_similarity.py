@@ -1,6 +1,7 @@
 """What a captioner sees against the prompt: tiny models of both kinds, and a real Sentence-BERT."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,21 @@ def test_pooling_is_that_of_the_folder(kind, tmp_path):
         pooled = {"cls_token": states[0], "mean_tokens": states.mean(0)}
         expected = pooled.get(kind, states.max(0).values)
         torch.testing.assert_close(found[row], F.normalize(expected, dim=-1), rtol=0, atol=1e-6)
+
+
+def test_an_older_folder_keeps_its_transformer_in_a_folder_of_its_own(sentences, tmp_path):
+    folder = shutil.copytree(sentences, tmp_path / "older")
+    inner = folder / "0_Transformer"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if path.is_file() and path.name != "modules.json":
+            path.rename(inner / path.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = inner.name
+    (folder / "modules.json").write_text(json.dumps(modules))
+    older, newer = (SentenceModel(str(path), CPU) for path in (folder, sentences))
+    assert older.fingerprint == newer.fingerprint
+    torch.testing.assert_close(older.embed(PROMPTS), newer.embed(PROMPTS))
 
 
 def test_the_real_sentence_bert():

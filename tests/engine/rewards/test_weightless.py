@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import sys
 
 import numpy as np
@@ -61,6 +62,14 @@ def test_jpeg_sizes_are_those_of_files(tmp_path):
     buffer = io.BytesIO()
     images[0].convert("RGBA").save(buffer, "PNG")  # a mode that JPEG does not know
     assert score(JpegIncompressibilitySpec(), [Image.open(buffer)])[0] == found[0]
+
+
+def test_fingerprints_tell_rewards_apart_by_their_first_letters():
+    """Which are all that goes into the source of scores and the name of a cache."""
+    specs = (ColorfulnessSpec(), JpegSpec(), JpegIncompressibilitySpec())
+    found = [load_reward(spec, CPU).fingerprint for spec in specs]
+    assert all(re.fullmatch("[0-9a-f]{64}", fingerprint) for fingerprint in found)
+    assert len({fingerprint[:16] for fingerprint in found}) == 3
 
 
 @pytest.fixture
