@@ -1,8 +1,11 @@
 """Rewards in recipes: a `type` chooses, keys of other types are refused, old recipes stay valid."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from cdpo.engine.errors import RecipeError
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
@@ -87,7 +90,7 @@ def test_keys_inside_a_list_keep_their_places_in_messages(problems):
     rewards = [
         {"reward": {"pth": "x", "path": "y"}, "weight": "a"},
         {"reward": {"type": "vote"}},
-        {"reward": {"type": "colorfulness", "path": "x"}, "wieght": 3},
+        {"reward": {"type": "colorfulness", "path": "x"}, "weights": 3},
         {"weight": 1.0},
     ]
     assert problems({"type": "weighted", "rewards": rewards}) == [
@@ -96,7 +99,7 @@ def test_keys_inside_a_list_keep_their_places_in_messages(problems):
         f"reward.rewards[1].reward.type: 'vote' should be {TYPES} or python",
         "reward.rewards[2].reward.path: 'x' has no place here: the key goes with another type of "
         "its section",
-        "reward.rewards[2].wieght: unknown key; did you mean reward.rewards[].weight?",
+        "reward.rewards[2].weights: unknown key; did you mean reward.rewards[].weight?",
         "reward.rewards[3].reward: missing: Any reward but `weighted` and `vote`.",
     ]
 
@@ -173,3 +176,18 @@ def test_parts_of_a_sum_are_part_of_its_identity():
 
     assert of(1, 2).identity() == of(1, 2).identity() != of(2, 1).identity()
     assert of(1.0).identity()["rewards"] == [{"type": "clip_score", "path": "a", "weight": 1.0}]
+
+
+def test_the_examples_of_the_documentation_are_valid_and_name_every_type(load):
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    rewards = [load(example["reward"]).reward for example in examples if "reward" in example]
+    assert {reward.type for reward in rewards} == {
+        *(TYPES.split(", ")),
+        "python",
+        "weighted",
+        "vote",
+    }
+    for reward in rewards:
+        for key in type(reward).model_fields:
+            assert f"`{key}`" in text

@@ -3,8 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from cdpo.engine.curriculum.pairs import form_pairs
 from cdpo.engine.keyed import content_id
+from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Curriculum
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,61 @@ def test_rank_gap_ignores_monotone_changes_of_the_reward(scores, curriculum):
     still = len(set(stretched.astype(np.float32)[np.isfinite(stretched)].tolist()))
     if distinct == still:  # otherwise float32 made a new tie
         assert shape(scores) == shape(stretched.astype(np.float32))
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA, st.data())
+def test_by_rank_only_the_order_of_scores_counts(scores, curriculum, data):
+    """Any strictly increasing change of the values, drawn value by value, forms the same pairs."""
+    by_rank = curriculum.model_copy(update={"difficulty": "rank_gap", "min_score_gap": 0.0})
+    values = sorted(set(scores[np.isfinite(scores)].tolist()))
+    steps = data.draw(
+        st.lists(st.integers(1, 1000), min_size=len(values), max_size=len(values)), label="steps"
+    )
+    changed = dict(zip(values, np.cumsum(steps) - 500.0, strict=True))
+    other = [changed[value] if np.isfinite(value) else value for value in scores.tolist()]
+
+    def formed(of):
+        pairs = form_pairs("a dog", np.asarray(of, np.float32), by_rank, 7).pairs
+        return [(p.pair_id, p.tier, p.winner_rank, p.loser_rank) for p in pairs]
+
+    assert formed(scores) == formed(other)
+
+
+@settings(deadline=None)
+@given(SCORES, CURRICULA)
+def test_ties_are_never_paired(scores, curriculum):
+    doubled = np.concatenate([scores, scores])  # every candidate ties with its copy
+    unlimited = curriculum.model_copy(update={"pairs_per_prompt_per_tier": 10**6})
+    formed = form_pairs("a dog", doubled, unlimited, 0)
+    found = {(pair.winner, pair.loser) for pair in formed.pairs}
+    assert all(doubled[winner] > doubled[loser] for winner, loser in found)
+    half = len(scores)
+    first = {pair for pair in found if max(pair) < half}
+    assert {(winner % half, loser % half) for winner, loser in found} == first  # copies do alike
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(max_size=4), SCORES, max_size=6),
+    CURRICULA,
+    st.integers(1, 5),
+    st.randoms(use_true_random=False),
+)
+def test_neither_order_of_prompts_nor_number_of_ranks_counts(
+    scores, curriculum, world_size, chance
+):
+    """Ranks that share the prompts in any order form, together, what one rank forms."""
+    alone = {p: form_pairs(p, values, curriculum, 3).pairs for p, values in scores.items()}
+    prompts = list(scores)
+    chance.shuffle(prompts)
+    together = {}
+    for rank in range(world_size):
+        ranks = Ranks(rank, world_size, 0, torch.device("cpu"))
+        for prompt in ranks.share(prompts):
+            assert prompt not in together
+            together[prompt] = form_pairs(prompt, scores[prompt], curriculum, 3).pairs
+    assert together == alone
 
 
 @pytest.mark.parametrize("num_ranked", [2, 10, 13])
