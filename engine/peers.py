@@ -47,7 +47,8 @@ class Peers:
     def join(self, rank: int, world_size: int, store: dist.Store) -> None:
         """Listen from now on."""
         if world_size > 1:
-            self._rank, self._store = rank, store.clone()
+            self._rank = rank
+            self._store = store.clone()  # type: ignore[attr-defined] (their stubs lack it)
             self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
             self._thread.start()
 
@@ -79,9 +80,11 @@ class Peers:
                 if self._store.check([FAILED]):
                     self.failure = _failure(self._store.get(FAILED))
                     break
-        of_another = self.failure is not None and self.failure.rank != self._rank
-        if of_another and not self._closing.wait(SECONDS_TO_FOLLOW):
-            self._follow(self.failure.code)
+        failure = self.failure
+        if failure is None or failure.rank == self._rank:
+            return
+        if not self._closing.wait(SECONDS_TO_FOLLOW):
+            self._follow(failure.code)
 
 
 def _failure(text: bytes) -> Failure:

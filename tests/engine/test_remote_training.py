@@ -96,7 +96,7 @@ def test_one_shard_that_cannot_be_had_ends_both_ranks_alike(
     outcome = train("data.fetch.stall=0.5", "data.fetch.retries=1", ranks=2)
     assert outcome.codes == [code, code], outcome.text
     assert "Traceback" not in outcome.text
-    line = next(line for line in outcome.output[1].splitlines() if line.startswith("error:"))
+    line = next(line for line in outcome.output[0].splitlines() if line.startswith("error:"))
     assert [text for text in [f"{web.url}/{bad}", *texts] if text not in line] == []
 
 
