@@ -20,7 +20,7 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
 
     Blank lines and empty cells are no prompts. DataError names file, line or row, and column.
     """
-    kind = Path(path).suffix
+    kind = Path(path).suffix.lower()
     if kind == ".jsonl":
         cells = _json_lines(path, column)
     elif kind in (".parquet", ".csv", ".tsv"):

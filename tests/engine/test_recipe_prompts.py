@@ -1,0 +1,119 @@
+"""`prompts` of a recipe: the forms of its values, by file and override, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cdpo.engine.errors import RecipeError
+from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe_prompts import Prompts, Split, Templates
+
+ANIMALS = {"templates": ["a {x}"], "lists": {"x": ["dog", "cat"]}}
+
+
+def write(folder: Path, prompts: dict[str, Any]) -> Path:
+    minimal = {"run_dir": "runs/x", "model": {"path": "m"}, "reward": {"path": "r"}}
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump({"prompts": prompts, **minimal}))
+    return path
+
+
+def load(folder: Path, prompts: dict[str, Any], *overrides: str) -> Prompts:
+    return load_recipe(write(folder, prompts), overrides).prompts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"train": "t"}, Prompts(train="t")),
+        (
+            {"train": ANIMALS, "heldout": {"count": 3}},
+            Prompts(
+                train=Templates(templates=("a {x}",), lists={"x": ("dog", "cat")}),
+                heldout=Split(count=3),
+            ),
+        ),
+        (
+            {"train": "t.csv", "column": "c", "heldout": {**ANIMALS, "lists": {"x": "x.txt"}}},
+            Prompts(
+                train="t.csv",
+                column="c",
+                heldout=Templates(templates=("a {x}",), lists={"x": "x.txt"}),
+            ),
+        ),
+    ],
+)
+def test_forms_are_told_apart_by_their_keys_and_read_back_from_a_run_folder(
+    tmp_path, prompts, expected
+):
+    recipe = load_recipe(write(tmp_path, prompts))
+    assert recipe.prompts == expected
+    save_resolved(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_overrides_change_a_part_or_the_form(tmp_path):
+    assert load(tmp_path, {"train": ANIMALS}, "prompts.train=t.txt").train == "t.txt"
+    assert load(tmp_path, {"train": "t"}, "prompts.heldout.fraction=0.5").heldout == Split(
+        fraction=0.5
+    )
+    assert load(tmp_path, {"train": "t"}, "prompts.heldout={count: 3}").heldout == Split(count=3)
+    photo = load(tmp_path, {"train": ANIMALS}, "prompts.train.templates=['a photo of a {x}']").train
+    assert photo == Templates(templates=("a photo of a {x}",), lists={"x": ("dog", "cat")})
+    other = load(tmp_path, {"train": ANIMALS}, "prompts.train.lists={x: [cow]}").train
+    assert isinstance(other, Templates) and other.lists == {"x": ("cow",)}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"train": 5}, "prompts.train: 5 should be a valid string: put it in quotes"),
+        ({"train": ["t"]}, 'prompts.train: ["t"] should be a valid string'),
+        ({"train": {}}, "prompts.train.templates: missing: Prompts with names of lists"),
+        (
+            {"train": {**ANIMALS, "fraction": 0.5}},
+            "prompts.train.fraction: unknown key; did you mean ",
+        ),
+        ({"train": {**ANIMALS, "list": 1}}, "prompts.train.list: unknown key; did you mean "),
+        ({"train": {"templates": []}}, "prompts.train.templates: []: Tuple should have at least 1"),
+        ({"train": {"templates": ["a {x}"]}}, "templates name {x}, which lists lacks: add it"),
+        (
+            {"train": {"templates": ["a"], "lists": {"y": ["b"]}}},
+            "prompts.train: lists.y is named by no template: remove it, or use it",
+        ),
+        (
+            {"train": {"templates": ["a {x}"], "lists": {"x": [1]}}},
+            "prompts.train.lists.x: [1] should be a file, or a list of texts",
+        ),
+        (
+            {"train": {"templates": ["a {x.y}"], "lists": {}}},
+            "prompts.train.templates: template 'a {x.y}': only names of lists stand in braces",
+        ),
+        (
+            {"train": {"templates": ["a }"], "lists": {}}},
+            "template 'a }': Single '}' encountered in format string; a brace that is meant",
+        ),
+        ({"heldout": {"count": 3}}, "heldout is split off train, which is not given"),
+        ({"train": "t", "heldout": {"fraction": 1}}, "heldout.fraction: 1 should be less than 1"),
+        ({"train": "t", "heldout": {"count": 0}}, "heldout.count: 0 should be greater than or"),
+        (
+            {"train": "t", "heldout": {"count": 1, "fraction": 0.5}},
+            "prompts.heldout: give either fraction or count, e.g. fraction: 0.2",
+        ),
+        ({"train": "t", "heldout": {"count": 1, "seed": 2}}, "prompts.heldout.seed: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, prompts, expected):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, prompts)
+    [line] = str(caught.value).splitlines()
+    assert expected in line
+
+
+def test_help_lists_the_keys_of_every_form():
+    shown = describe_schema()
+    for key in ("train", "train.templates", "train.lists", "heldout.fraction", "heldout.count"):
+        assert f"\n  prompts.{key} = " in shown
