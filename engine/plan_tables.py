@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .curriculum.pacing import stage_tiers
+from .growth import growth_rows
 from .plan import Plan, make_plan
 from .plan_memory import Row, total
 from .recipe import Recipe
@@ -40,6 +42,7 @@ def _print_header(
             f"{batches.micro_batch}",
         ),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
+        *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
     ]
     terminal.header(f"dry run  {recipe.run_dir}  computed, not measured", rows)
 
