@@ -1,4 +1,4 @@
-"""`prompts` of a recipe: the forms of its values, by file and override, and what is wrong with it."""
+"""`prompts` of a recipe: forms of its values, in files and overrides, and what is wrong there."""
 
 from __future__ import annotations
 
