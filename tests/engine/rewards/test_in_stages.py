@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +14,18 @@ import tiny
 import torch
 import webdataset
 import yaml
+from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.errors import DataError
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe_reward import PythonSpec
 from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.colorfulness import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest
+from cdpo.engine.side_scoring import SideScoring
 from PIL import Image
 
 Prepare = Callable[..., tuple[Recipe, RewardSource]]
@@ -168,3 +172,41 @@ def test_scores_are_kept_when_another_reward_came_between(prepare, tmp_path, mon
         "cdpo.engine.rewards.colorfulness.colorfulness", lambda _: pytest.fail("scored again")
     )
     prepare({"type": "colorfulness"})
+
+
+def test_a_reward_that_scores_none_of_the_images_ends_a_comparison(
+    function, tmp_path, ranks, capsys
+):
+    sides = {}
+    for number, name in enumerate(("base", "tuned")):
+        sides[name] = CandidateSet(tmp_path / name, {"count": 2, "of": name})
+        sides[name].write("house", files.pictures(2, seed=number))
+    spec = PythonSpec.model_validate(function("def score(images, prompts):\n    return 1 / 0\n"))
+    scoring = SideScoring(tmp_path / "scores", ranks, sides, ["house"])
+    with pytest.raises(DataError, match="could score none of 4 images, for the reasons above"):
+        scoring.scores(spec, load_reward(spec, ranks.device))
+    said = capsys.readouterr().err
+    assert said.count("which is left out") == 4
+    assert not list((tmp_path / "scores").rglob("*.safetensors")), "kept, and so never tried again"
+
+
+def test_votes_compare_base_and_tuned_images_of_a_prompt(world, tmp_path):
+    """Scored apart, each side of a relative reward would have the same mean: 1/2."""
+    run = tmp_path / "run"
+    world.train(run, "train.optimizer.lr=0.02").succeeded()
+    values = yaml.safe_load(world.recipe.read_text())
+    parts = [{"reward": {"type": "colorfulness"}}, {"reward": values["reward"]}]
+    values["reward"] = {"type": "vote", "rewards": parts}
+    values["compare"]["judge"] = {"type": "colorfulness"}
+    recipe = tiny.write_recipe(tmp_path / "vote.yaml", values)
+    overrides = [f"run_dir={run}", "compare.divergence_draws=0"]
+    outcome = world.server.run("compare", recipe, overrides).succeeded()
+    assert "vote 1 x (colorfulness) + 1 x (clip_score" in " ".join(outcome.text.split())
+    results = json.loads((run / "compare" / "results.json").read_text())
+    by_name = {
+        scorer["scorer"]: scorer for part in results["prompt_sets"] for scorer in part["scorers"]
+    }
+    votes = by_name["reward"]
+    both = np.concatenate([votes["base_scores"], votes["tuned_scores"]], axis=1)
+    np.testing.assert_allclose(both.mean(1), 0.5, atol=1e-6)  # of all images of a prompt
+    assert np.abs(np.mean(votes["base_scores"], axis=1) - 0.5).max() > 0.05
