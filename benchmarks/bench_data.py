@@ -9,7 +9,9 @@ writes shards of Stable Diffusion 1.5's latents (64 KiB a pair) to a temporary f
   - resuming: wall time from nothing to the first batch, at positions up to a billion steps on,
     over that at the start; and with shards of the default size, lanes and window on one rank, in
     seconds: the first batch then has some two GB of shards hashed;
-  - writing: processor time a pair of a prepared shard over that of webdataset's writer.
+  - writing: processor time a pair of a prepared shard over that of webdataset's writer;
+  - importing: processor time a pair of a Parquet file of pictures with the small world's VAE, over
+    that of a bare loop.
 
 All alternatives take turns in one process. Files come from the page cache: what is compared is the
 readers, not the disk. Rates are printed; the JSON and the plot hold ratios and the processor's
@@ -31,6 +33,7 @@ from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.writer import write_shard
+from data_import import importers
 from data_plot import draw
 from data_readers import (
     BATCH,
@@ -58,10 +61,11 @@ FULL_LANES, FULL_SHARDS, FULL_PAIRS = 8, 64, 1000  # of data.lanes, their window
 Row = dict[str, Any]
 
 
-def run(num_shards: int, pairs_a_shard: int, budget_s: float, workers: int, full_pairs: int) -> Row:
+def run(options: argparse.Namespace) -> Row:
     """Everything that was measured, rates included."""
+    num_shards, pairs_a_shard, budget_s = options.shards, options.pairs, options.seconds
     with tempfile.TemporaryDirectory() as name:
-        full = write_copies(Path(name), FULL_SHARDS, full_pairs, FULL_LANES)
+        full = write_copies(Path(name), FULL_SHARDS, options.full_pairs, FULL_LANES)
         resuming_in_full = resuming(Path(name), full, budget_s)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -79,11 +83,12 @@ def run(num_shards: int, pairs_a_shard: int, budget_s: float, workers: int, full
                 reading_by_processor(folder, manifest), StepClock(CPU), budget_s, pairs
             ),
             "workers": compare(
-                reading_by_wall(folder, manifest, workers), CpuClock(), budget_s, pairs
+                reading_by_wall(folder, manifest, options.workers), CpuClock(), budget_s, pairs
             ),
             "resuming": resuming(folder, manifest, budget_s),
             "resuming_default_sizes": resuming_in_full,
             "writing": writing(folder, pairs_a_shard, budget_s),
+            "importing": importing(folder, options.import_pairs, budget_s),
         }
 
 
@@ -110,15 +115,15 @@ def reading_by_wall(folder: Path, manifest: Manifest, workers: int) -> Row:
     return found
 
 
-def compare(runs: Row, clock: Any, budget_s: float, pairs: int) -> Row:
-    """Rates, and times over the plain loop's of the same round, inverted: 2 is twice as fast."""
+def compare(runs: Row, clock: Any, budget_s: float, pairs: int, plain: str = PLAIN) -> Row:
+    """Rates, and times over ``plain``'s of the same round, inverted: 2 is twice as fast."""
     times = take_turns(
         {name: partial(identity, work) for name, work in runs.items()}, clock, budget_s
     )
     return {
         name: {
             "pairs_per_s": Spread.of([1e3 * pairs / ms for ms in taken.device])._asdict(),
-            "speed": over(times[PLAIN], taken),
+            "speed": over(times[plain], taken),
         }
         for name, taken in times.items()
     }
@@ -151,16 +156,13 @@ def writing(folder: Path, pairs_a_shard: int, budget_s: float) -> Row:
         "webdataset": partial(write_webdataset, folder, pairs),
         "ours": lambda: write_shard(folder / "ours.tar", pairs, contents),
     }
-    times = take_turns(
-        {name: partial(identity, work) for name, work in runs.items()}, StepClock(CPU), budget_s
-    )
-    return {
-        name: {
-            "pairs_per_s": Spread.of([1e3 * len(pairs) / ms for ms in taken.device])._asdict(),
-            "speed": over(times["webdataset"], taken),
-        }
-        for name, taken in times.items()
-    }
+    return compare(runs, StepClock(CPU), budget_s, len(pairs), "webdataset")
+
+
+def importing(folder: Path, rows: int, budget_s: float) -> Row:
+    """A table of pictures, from nothing to shards."""
+    with importers(folder, rows) as runs:
+        return compare(runs, StepClock(CPU), budget_s, rows, "bare loop")
 
 
 def identity(work: Any) -> Any:
@@ -186,7 +188,7 @@ def processor() -> str:
 
 def without_rates(result: Row) -> Row:
     """What may be kept of a CPU's figures."""
-    tables = {"reading", "workers", "resuming", "writing"}
+    tables = {"reading", "workers", "resuming", "writing", "importing"}
     kept: Row = {
         table: {
             name: {key: value for key, value in row.items() if key in ("speed", "of_start")}
@@ -205,6 +207,7 @@ def show(result: Row, console: Console) -> None:
         ("reading", "pairs a second of processor time", f"over the {PLAIN}"),
         ("workers", "pairs a second of wall time", f"over the {PLAIN}"),
         ("writing", "pairs a second of processor time", "over webdataset"),
+        ("importing", "pairs a second of processor time", "over a bare loop"),
     ):
         table.add_section()
         table.add_row(part, unit, against)
@@ -231,21 +234,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=500, help="in a shard")
-    parser.add_argument("--seconds", type=float, default=15, help="for each of the five parts")
+    parser.add_argument("--seconds", type=float, default=15, help="for each of the six parts")
     parser.add_argument(
         "--full-pairs",
         type=int,
         default=FULL_PAIRS,
         help=f"in each of the {FULL_SHARDS} shards of default size: 64 KiB a pair, on a disk",
     )
+    parser.add_argument("--import-pairs", type=int, default=64, help="in the table of pictures")
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=RESULTS / "data_cpu.json")
     options = parser.parse_args(arguments)
     if options.shards % 2 or options.shards < 2 or options.pairs < BATCH:
         parser.error(f"--shards must be even, for the lanes, and --pairs at least {BATCH}")
-    result = run(
-        options.shards, options.pairs, options.seconds, options.workers, options.full_pairs
-    )
+    result = run(options)
     show(result, Console(width=None if sys.stdout.isatty() else 110))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = without_rates(result)

@@ -5,6 +5,7 @@ import statistics
 import time
 
 import bench_data
+import data_import
 import data_readers
 import numpy as np
 import pytest
@@ -59,9 +60,30 @@ def test_our_shards_are_the_same_pairs_as_webdatasets(tmp_path):
         assert np.array_equal(sample["latents.npy"], latents)
 
 
+def test_importing_and_the_bare_loop_make_the_same_pairs(tmp_path):
+    """As far as two ways of making a picture smaller give the same one."""
+    with data_import.importers(tmp_path, 8) as runs:
+        assert {name: run() for name, run in runs.items()} == {"bare loop": 8, "ours": 8}
+
+    def pairs(*tars):
+        found = {}
+        for sample in webdataset.WebDataset(
+            [str(tar) for tar in tars], shardshuffle=False
+        ).decode():
+            found[sample["json"]["prompt"]] = sample["latents.npy"].astype(np.float32)
+        return found
+
+    bare = pairs(tmp_path / "plain.tar")
+    ours = pairs(*(tmp_path / "run" / "shards").glob("tier-*.tar"))
+    assert bare.keys() == ours.keys() and len(ours) == 8
+    for prompt, latents in bare.items():
+        assert np.abs(latents - ours[prompt]).max() < 0.1 * np.abs(latents).max()
+
+
 def test_what_is_kept_are_ratios(tmp_path, capsys):
     out = tmp_path / "data.json"
     small = ["--shards", "2", "--pairs", "32", "--seconds", "0.01", "--full-pairs", "2"]
+    small += ["--import-pairs", "8"]
     small += ["--out", str(out)]
     assert bench_data.main(small) == 0
     assert "pairs a second" in capsys.readouterr().out
@@ -77,3 +99,4 @@ def test_what_is_kept_are_ratios(tmp_path, capsys):
     assert result["reading"]["plain tar loop"]["speed"]["median"] == 1
     assert set(result["resuming"]) == {str(step) for step in bench_data.POSITIONS}
     assert result["writing"]["ours"]["speed"]["median"] > 0
+    assert result["importing"]["ours"]["speed"]["median"] > 0
