@@ -83,7 +83,9 @@ def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:
     try:
         own = load_recipe(resolved)
     except RecipeError as error:
-        raise RecipeError(f"{key}: its recipe.yaml cannot be taken: {error}") from None
+        first, *others = str(error).splitlines()
+        more = f" (and {len(others)} more)" if others else ""
+        raise RecipeError(f"{key}: its recipe.yaml cannot be taken: {first}{more}") from None
     _refuse_other_model(key, recipe.model, own.model)
     if recipe.compare.weights == "ema" and own.adapter.ema is None:
         raise DataError(

@@ -44,6 +44,7 @@ NAMES = (
     "shard.write",
     "cache.fill",
     "merge.shard",
+    "compare.diverged",
     "compare.scored",
 )
 

@@ -18,6 +18,7 @@ from .wording import outcome
 
 _OUTCOMES = {"better": "winner", "worse": "loser", "unclear": "muted"}
 _DASHED = (0, (4, 3))
+_LONGEST = 22  # characters of a name: more would leave no room for the chart
 
 
 def drift_chart(
@@ -62,7 +63,7 @@ def _draw_drift(
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.tick_params(length=0)
     axes.set_xlabel("KL proxy (root scale)")
-    axes.set_ylabel(f"{result.scorer}, minus base", parse_math=False)
+    axes.set_ylabel(f"{_short(result.scorer)}, minus base", parse_math=False)
 
 
 def _root(values: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) ->
     known = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     for index, (name, x, y, color) in enumerate(sorted(known, key=lambda point: point[1])):
         axes.annotate(
-            name,
+            _short(name),
             (x, y),
             xytext=(6, 5 if index % 2 else -12),
             textcoords="offset points",
@@ -117,9 +118,13 @@ def _draw_diversity(diversity: Diversity, figure: Figure) -> None:
             [estimate.mean], [place], xerr=_reach(estimate), color=COLORS["ink"], elinewidth=1.2
         )
     axes.axvline(estimates[0].mean, color=COLORS["muted"], linewidth=0.9, linestyle=_DASHED)
-    axes.set_yticks(places, names, parse_math=False)
+    axes.set_yticks(places, [_short(name) for name in names], parse_math=False)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("mean cosine distance of a prompt's images")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from cdpo.engine.reporting.report_data import (
+    Diversity,
     PromptSample,
     PromptSet,
     ReportData,
+    RunFacts,
     ScorerResult,
+    SharedSeed,
     WorstLoss,
 )
-from cdpo.engine.reporting.stats import worst_pairs
+from cdpo.engine.reporting.stats import mean_estimate, worst_pairs
 from PIL import Image, ImageDraw
 
 HOSTILE = (
@@ -100,6 +103,65 @@ def make_report(
         recipe="seed: 0\nnote: " + "long " * 100 + HOSTILE,
         facts=[("torch", "2.13.0"), ("device", HOSTILE)],
     )
+
+
+def make_methods(
+    reward: float = 0.03, judge: float = 0.0, distance: float = 0.3, size: int = 32
+) -> ReportData:
+    """Two runs: `plain $x$` is like base, the other, of a hostile name, is shifted as asked: its
+    scores by ``reward`` and ``judge``, the distance of its images from base's 0.3 to ``distance``.
+    """
+    generator = np.random.default_rng(2)
+    prompts = [HOSTILE, f"a {LONG_WORD}", *(f"prompt {i}" for i in range(18))]
+    names, sets = ("plain $x$", HOSTILE), []
+    for name in ("training", "held-out"):
+        base = generator.normal(0.28, 0.05, (20, 3))
+        noise = generator.normal(0, 0.01, (2, *base.shape))
+        scorers = [
+            ScorerResult.from_scores(
+                scorer,
+                f"clip_score models/{scorer}",
+                base,
+                {names[0]: base + noise[0], names[1]: base + noise[1] + shift},
+                resamples=300,
+            )
+            for scorer, shift in (("judge", judge), ("reward", reward))
+        ]
+        sides = dict(zip(("base", *names), (0.3, 0.3, distance), strict=True))
+        spread = {side: mean + generator.normal(0, 0.02, 20) for side, mean in sides.items()}
+        rows = [
+            SharedSeed(p, {s: draw_picture(size, i) for s in sides}, dict.fromkeys(sides, 0.5))
+            for i, p in enumerate(prompts[:4])
+        ]
+        drift = {run: mean_estimate(generator.uniform(0, 0.1, (20, 3)), 300) for run in names}
+        sets.append(
+            PromptSet(
+                name,
+                prompts,
+                scorers,
+                rows=rows,
+                diversity=Diversity.from_distances("judge", spread, 300),
+                divergence=drift,
+            )
+        )
+    worst = [WorstLoss(HOSTILE, "training", draw_picture(size), draw_picture(size), 1, 0, HOSTILE)]
+    return ReportData(
+        title="methods",
+        prompt_sets=sets,
+        worst=worst,
+        recipe="seed: 0",
+        notes=[f"Left out: {HOSTILE}"],
+        runs=[
+            RunFacts(name, f"runs/{name}", {"objective.beta": 5000.0, "curriculum.order": "random"})
+            for name in names
+        ],
+        tuned_name=names[0],
+    )
+
+
+@pytest.fixture
+def methods() -> Callable[..., ReportData]:
+    return make_methods
 
 
 @pytest.fixture

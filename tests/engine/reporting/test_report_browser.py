@@ -113,6 +113,14 @@ def test_layout_images_and_injection(
 
 
 @needs_chromium
+def test_layout_of_several_runs(tmp_path: Path, methods: Callable[..., ReportData]) -> None:
+    for view in browse(render_report(methods(distance=0.1)), tmp_path):
+        assert view["images"] == 2 * 4 * 3 + 2 and view["broken"] == 0
+        assert view["wide"] == [] and not view["scrolls"]
+        assert view["title"].startswith("methods: base against plain") and view["scripts"] == 0
+
+
+@needs_chromium
 def test_the_probe_would_notice(tmp_path: Path) -> None:
     page = (
         "<html><head><title>ok</title></head><body><div style='width: 900px'>wide</div>"

@@ -11,9 +11,13 @@ from cdpo.engine.reporting.stats import (
     num_dropped,
     paired_difference,
     paired_summary,
+    win_matrix,
     win_rate,
     worst_pairs,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 
 def test_difference_agrees_with_the_normal_interval_of_prompt_means() -> None:
@@ -95,3 +99,35 @@ def test_shapes_are_checked() -> None:
         paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"\(prompts, images\)"):
         mean_estimate(np.zeros(3))
+
+
+# Few values, so that ties are common; NaN where a scorer failed.
+SCORES = st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan])
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, (3, 4, 2), elements=SCORES))
+def test_win_rates_are_antisymmetric(tables: np.ndarray) -> None:
+    """What a model wins, ties half, is what the other loses; means are those of plain counting."""
+    matrix = win_matrix(list(tables), resamples=50, seed=1)
+    for i, row in enumerate(matrix):
+        for j, cell in enumerate(row):
+            other = matrix[j][i]
+            for one, two in ((cell.mean, other.mean), (cell.low, other.high)):
+                assert one + two == pytest.approx(1) or (math.isnan(one) and math.isnan(two))
+            pairs = [
+                (a > b) + (a == b) / 2
+                for a, b in zip(tables[i].flat, tables[j].flat, strict=True)
+                if not (math.isnan(a) or math.isnan(b))
+            ]
+            counted = float(np.mean(pairs)) if pairs else math.nan
+            assert cell.mean == pytest.approx(0.5 if i == j else counted, nan_ok=True)
+            assert not cell.low > cell.high
+
+
+def test_kept_draws_are_those_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large comparisons draw in blocks, small ones once for all estimates: the same numbers."""
+    values = np.random.default_rng(2).normal(size=(30, 2))
+    kept = mean_estimate(values, resamples=500, seed=7)
+    monkeypatch.setattr("cdpo.engine.reporting.stats._CHUNK_ELEMENTS", 30 * 100)
+    assert mean_estimate(values, resamples=500, seed=7) == kept

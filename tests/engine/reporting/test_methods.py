@@ -1,0 +1,173 @@
+"""Several runs in one report: tables, charts, findings, words and results.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cdpo.engine.reporting import wording
+from cdpo.engine.reporting.findings import findings
+from cdpo.engine.reporting.method_charts import diversity_chart, drift_chart
+from cdpo.engine.reporting.method_panels import method_tables, win_tables
+from cdpo.engine.reporting.report import render_report
+from cdpo.engine.reporting.report_data import ReportData
+from cdpo.engine.reporting.results import save_results
+from cdpo.engine.reporting.stats import Estimate
+
+Methods = Callable[..., ReportData]
+
+
+def test_parts_in_order_and_escaped(methods: Methods, hostile: str) -> None:
+    html = render_report(methods(distance=0.1))
+    assert re.findall(r"<h2>(.*?)</h2>", html) == [
+        "Methods",
+        "Drift and diversity",
+        "Win rates",
+        "Training prompts",
+        "Held-out prompts",
+        "Worst losses",
+        "Runs",
+    ]
+    assert hostile not in html and "<script" not in html and "&lt;script&gt;" in html
+    assert html.count("<svg") == 2 * 3  # a chart a scorer and one of diversity, a prompt set
+    assert html.count('<p class="finding">') == 2
+    assert 'alt="plain $x$ image for: prompt 0"' in html
+
+
+def test_one_run_shows_the_same_charts(report: Methods, methods: Methods, hostile: str) -> None:
+    data, sets = report(), methods().prompt_sets
+    diversity = sets[0].diversity
+    assert diversity is not None
+    renamed = replace(
+        diversity,
+        estimates={"base": diversity.estimates["base"], "tuned": diversity.estimates[hostile]},
+        changes={"tuned": diversity.changes[hostile]},
+    )
+    measured = replace(data.prompt_sets[0], diversity=renamed, divergence={"tuned": SOME})
+    html = render_report(replace(data, prompt_sets=[measured, data.prompt_sets[1]]))
+    assert "Drift and diversity" in html and "<h2>Scores</h2>" in html
+    assert "<h2>Methods</h2>" not in html and "<h2>Win rates</h2>" not in html
+
+
+SOME = Estimate(0.02, 0.01, 0.04)
+
+
+def test_charts_are_whole_and_name_every_model(methods: Methods, hostile: str) -> None:
+    training = methods().prompt_sets[0]
+    assert training.diversity is not None
+    for svg in (
+        drift_chart(training, training.scorers[0], "base"),
+        diversity_chart(training.diversity),
+    ):
+        text = "".join(ElementTree.fromstring(svg).itertext())
+        assert all(name in text for name in ("base", "plain $x$", hostile[:21] + "…"))
+
+
+def test_a_chart_without_intervals(methods: Methods, hostile: str) -> None:
+    nothing = Estimate(float("nan"), float("nan"), float("nan"))
+    point = Estimate(0.1, float("nan"), float("nan"))
+    training = replace(methods().prompt_sets[0], divergence={hostile: nothing, "plain $x$": point})
+    assert drift_chart(training, training.scorers[0], "base").startswith(b"<svg")
+
+
+def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> None:
+    data = methods(judge=-0.05)
+    training, *_ = method_tables(data)
+    assert [row["name"] for row in training["rows"]] == ["base", "plain $x$", hostile]
+    judge, reward = training["rows"][2]["cells"]
+    assert (judge["outcome"], reward["outcome"]) == ("worse", "better")
+    wins = win_tables(data)[0]
+    cell, mirrored = wins["rows"][0][2], wins["rows"][2][0]
+    assert (cell["side"], mirrored["side"]) == ("above", "below")
+    assert float(cell["share"][:-1]) + float(mirrored["share"][:-1]) == pytest.approx(100, abs=0.11)
+
+
+def test_the_terminal_has_a_row_a_method(methods: Methods, hostile: str) -> None:
+    data = methods()
+    rows = wording.summary_rows(data)
+    assert [row[:2] for row in rows[:3]] == [
+        ("training", "base"),
+        ("training", "plain $x$"),
+        ("training", hostile),
+    ]
+    assert {len(row) for row in rows} == {len(wording.table_columns(data))}
+
+
+@pytest.mark.parametrize(
+    ("shifts", "kinds"),
+    [
+        ({}, set()),
+        ({"distance": 0.26}, set()),  # 13 % less
+        ({"distance": 0.2}, {"collapse"}),
+        ({"distance": 0.5}, set()),
+        ({"reward": 0.05, "judge": -0.05}, {"reward hacking"}),
+        ({"reward": -0.05, "judge": -0.05}, set()),  # worse all round is no hacking
+        ({"reward": 0.05, "judge": 0.05}, set()),
+    ],
+)
+def test_findings(methods: Methods, hostile: str, shifts: dict[str, float], kinds: set) -> None:
+    found = findings(methods(**shifts))
+    assert {finding.kind for finding in found} == kinds
+    assert {finding.run for finding in found} <= {hostile}
+
+
+def test_a_fall_within_its_interval_is_no_collapse(methods: Methods, hostile: str) -> None:
+    data = methods(distance=0.1)
+    training = data.prompt_sets[0]
+    assert training.diversity is not None
+    wide = {**training.diversity.changes, hostile: Estimate(-0.2, -0.5, 0.1)}
+    unsure = replace(training, diversity=replace(training.diversity, changes=wide))
+    assert findings(replace(data, prompt_sets=[unsure])) == []
+
+
+def test_unlearning_is_told_of_its_run(methods: Methods) -> None:
+    data = methods()
+    runs = [data.runs[0], replace(data.runs[1], both_errors_rose=True)]
+    [finding] = findings(replace(data, runs=runs))
+    assert finding.kind == "unlearning" and finding.run == data.runs[1].name
+
+
+def test_the_verdict_names_who_is_first(methods: Methods, hostile: str) -> None:
+    better = wording.verdict(methods(judge=0.05))
+    assert better.startswith(f"The judge puts {hostile} first on training prompts: +0.0")
+    assert better.endswith("clearly better than base: 1 of 2 runs.")
+    worse = wording.verdict(methods(judge=-0.05))
+    assert "none of 2 runs clearly better than base" in worse and "plain $x$ comes first" in worse
+
+
+def test_results_of_several_runs(methods: Methods, hostile: str, tmp_path: Path) -> None:
+    data = methods(distance=0.1)
+    save_results(tmp_path / "results.json", data)
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["format"] == 2
+    assert [run["name"] for run in results["runs"]] == ["plain $x$", hostile]
+    assert results["runs"][0]["method"] == {"objective.beta": 5000, "curriculum.order": "random"}
+    assert [finding["kind"] for finding in results["findings"]] == ["collapse", "collapse"]
+    training, result = results["prompt_sets"][0], data.prompt_sets[0].scorers[1]
+    reward = training["scorers"][1]
+    assert "tuned_mean" not in reward and "tuned_scores" not in reward
+    base, tuned = np.array(reward["base_scores"]), np.array(reward["runs"][1]["scores"])
+    assert reward["base_mean"]["mean"] == pytest.approx(base.mean())
+    assert reward["runs"][1]["difference"]["mean"] == pytest.approx((tuned - base).mean())
+    matrix = reward["win_rates"]["matrix"]
+    assert reward["win_rates"]["models"] == ["base", "plain $x$", hostile]
+    assert matrix[2][0] == pytest.approx(asdict(result.summaries[hostile].win_rate))
+    diversity = training["diversity"]
+    assert diversity["embedder"] == "judge" and diversity["runs"][1]["change"]["high"] < 0
+    assert training["divergence"]["runs"][1]["name"] == hostile
+
+
+def test_results_of_one_run_keep_the_keys_of_format_1(report: Methods, tmp_path: Path) -> None:
+    save_results(tmp_path / "results.json", report())
+    results = json.loads((tmp_path / "results.json").read_text())
+    scorer = results["prompt_sets"][0]["scorers"][0]
+    [run] = scorer["runs"]
+    assert run["name"] == "tuned" and run["mean"] == scorer["tuned_mean"]
+    assert run["scores"] == scorer["tuned_scores"] and run["win_rate"] == scorer["win_rate"]
+    assert results["prompt_sets"][0]["diversity"] is None

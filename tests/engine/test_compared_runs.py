@@ -1,0 +1,148 @@
+"""Which runs are compared, and which are refused, in one line that says what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cdpo.engine.compared_runs import read_runs
+from cdpo.engine.errors import CdpoError
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe_file import load_recipe, save_resolved
+from safetensors.numpy import save_file
+
+LORA = "lora/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def finished(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
+    """Writes a folder such as a finished run leaves, with what `compare` looks at."""
+
+    def write(name: str, *overrides: str, weights: float = 1.0) -> Path:
+        recipe = tiny_recipe(*overrides, run=name)
+        folder = Path(recipe.run_dir)
+        for kind in ("", "ema/") if recipe.adapter.ema else ("",):
+            (folder / kind / LORA).parent.mkdir(parents=True)
+            save_file({"w": np.full(2, weights)}, folder / kind / LORA)
+        save_resolved(recipe, folder / "recipe.yaml")
+        return folder
+
+    return write
+
+
+def test_exactly_the_listed_runs(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
+    one = finished("one", "objective.beta=50.0")
+    two = finished("two", "curriculum.order=random", weights=2.0)
+    recipe = tiny_recipe(f"compare.runs={{DPO++: {two}, beta 50: {one}}}", run="compared")
+    found = read_runs(recipe)
+    assert [(run.name, run.folder) for run in found] == [("DPO++", two), ("beta 50", one)]
+    assert found[0].weights != found[1].weights
+    facts = found[1].facts()
+    assert facts.method["objective.beta"] == 50 and facts.run_dir == str(one)
+    assert facts.method["curriculum.order"] == "easy_to_hard" and not facts.both_errors_rose
+
+
+def test_a_run_that_was_moved_is_taken_from_where_it_lies(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
+    moved = finished("one").rename(finished("two").parent / "moved")
+    [run] = read_runs(tiny_recipe(f"compare.runs={{a: {moved}}}"))
+    assert run.recipe.run_dir == str(moved)
+
+
+def test_without_a_list_the_own_run(finished: Callable[..., Path]) -> None:
+    folder = finished("own")
+    [run] = read_runs(load_recipe(folder / "recipe.yaml"))
+    assert run.name == "tuned" and run.folder == folder
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(CdpoError) as error:
+        read_runs(recipe)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refusals_name_the_run_and_the_remedy(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    here = tiny_recipe(run="here")
+    folder = finished("run")
+
+    def compare(*overrides: str, path: Path = folder) -> Recipe:
+        return tiny_recipe(f"compare.runs={{a: {path}}}", *overrides, run="here")
+
+    nowhere = refusal(compare(path=tmp_path / "nowhere"))
+    assert "compare.runs.a=" in nowhere and "holds no recipe.yaml" in nowhere
+    ema = refusal(compare("compare.weights=ema"))
+    assert "keeps no moving average" in ema and "compare.weights=last" in ema
+    other = refusal(compare("model.resolution=[32, 32]"))
+    assert "model.resolution is [16, 16], here it is [32, 32]" in other
+    other = refusal(compare("model.path=hub/model"))
+    assert f"model.path is {here.model.path}, here it is hub/model" in other
+    (folder / "recipe.yaml").write_text("seed: 1")
+    damaged = refusal(compare())
+    assert "its recipe.yaml cannot be taken" in damaged and damaged.endswith("(and 3 more)")
+
+
+def test_an_unfinished_run_is_refused(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
+    folder = finished("run")
+    (folder / LORA).unlink()
+    (folder / "lora").rmdir()
+    assert "run train first" in refusal(tiny_recipe(f"compare.runs={{a: {folder}}}"))
+
+
+def test_the_same_folder_written_otherwise_is_the_same_model(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
+    folder = finished("run")
+    path = Path(tiny_recipe().model.path)
+    here = tiny_recipe(f"compare.runs={{a: {folder}}}", f"model.path={path.parent}/./sd/../sd")
+    assert len(read_runs(here)) == 1
+
+
+def test_an_average_is_taken_of_runs_that_have_one(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
+    folder = finished("run", "adapter.ema=0.9")
+    # The recipe that compares trains nothing, and needs no average of its own.
+    [run] = read_runs(tiny_recipe(f"compare.runs={{a: {folder}}}", "compare.weights=ema"))
+    assert run.recipe.compare.weights == "ema"
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ("{<b>: x}", "is no name for a run"),
+        ("{a/b: x}", "is no name for a run"),
+        ("{../up: x}", "dots are for the command line"),
+        ("{' a': x}", "is no name for a run"),
+        (f"{{{'a' * 41}: x}}", "1 to 40 letters"),
+        ("{base: x}", "cannot be called 'base'"),
+        ("{Scores: x}", "cannot be called 'Scores'"),
+        ("{a: x, A: y}", "differ in case alone"),
+        ("{a: 3}", "compare.runs"),
+        ("[a]", "compare.runs"),
+    ],
+)
+def test_names_are_short_and_plain(
+    tiny_recipe: Callable[..., Recipe], runs: str, said: str
+) -> None:
+    with pytest.raises(CdpoError, match=".") as error:
+        tiny_recipe(f"compare.runs={runs}")
+    assert said in str(error.value)
+
+
+def test_runs_survive_being_saved(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe: Any = tiny_recipe("compare.runs={50: runs/a, DPO++: runs/b}")
+    save_resolved(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again.compare.runs == {"50": "runs/a", "DPO++": "runs/b"}
+    assert list(again.compare.runs) == list(recipe.compare.runs)
