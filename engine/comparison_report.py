@@ -193,16 +193,18 @@ class ComparisonReport:
         )
 
     def _worst(self, sets: Sequence[PromptSet]) -> list[WorstLoss]:
-        """The image pairs that any run lost by most, in the eyes of the first scorer."""
+        """The image pairs that were lost by most, in the eyes of the first scorer, by the run that
+        it puts first: those of a run that has collapsed would fill the page.
+        """
         found = []
         for prompt_set in sets:
-            scorer = prompt_set.scorers[0]
-            for run, scores in scorer.scores.items():
-                for row, image in worst_pairs(scorer.base_scores, scores, WORST_SHOWN):
-                    loss = float(scores[row, image] - scorer.base_scores[row, image])
-                    found.append((loss, prompt_set, run, row, image))
-        found.sort(key=lambda one: one[0])
-        return [self._loss(*place) for _, *place in found[:WORST_SHOWN]]
+            scorer, run = prompt_set.scorers[0], wording.best_run(prompt_set)
+            base, scores = scorer.base_scores, scorer.scores[run]
+            found += [
+                self._loss(prompt_set, run, row, image)
+                for row, image in worst_pairs(base, scores, WORST_SHOWN)
+            ]
+        return sorted(found, key=lambda loss: loss.tuned_score - loss.base_score)[:WORST_SHOWN]
 
     def _loss(self, prompt_set: PromptSet, run: str, row: int, image: int) -> WorstLoss:
         prompt, scorer = prompt_set.prompts[row], prompt_set.scorers[0]

@@ -106,12 +106,15 @@ def drift_panels(data: ReportData) -> list[dict[str, Any]]:
         on = f"{prompt_set.name} prompts"
         for result in prompt_set.scorers if prompt_set.divergence else ():
             svg = drift_chart(prompt_set, result, data.base_name)
-            panels.append({"title": f"{result.scorer} against KL proxy", "note": on, "svg": svg})
+            panels.append(_panel(f"{result.scorer} against KL proxy", on, svg))
         if prompt_set.diversity is not None:
-            svg = diversity_chart(prompt_set.diversity)
-            panels.append({"title": "Diversity", "note": on, "svg": svg})
+            panels.append(_panel("Diversity", on, diversity_chart(prompt_set.diversity)))
+    return panels
+
+
+def _panel(title: str, note: str, svg: bytes) -> dict[str, Any]:
     # Our own drawing: matplotlib escapes the names that stand in it.
-    return [panel | {"svg": Markup(panel["svg"].decode())} for panel in panels]
+    return {"title": title, "note": note, "svg": Markup(svg.decode())}
 
 
 def shared_seed_grids(data: ReportData) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def test_an_average_is_taken_of_runs_that_have_one(
 def test_names_are_short_and_plain(
     tiny_recipe: Callable[..., Recipe], runs: str, said: str
 ) -> None:
-    with pytest.raises(CdpoError, match=".") as error:
+    with pytest.raises(CdpoError) as error:
         tiny_recipe(f"compare.runs={runs}")
     assert said in str(error.value)
 
