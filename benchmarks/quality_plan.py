@@ -87,14 +87,14 @@ class Group:
     seed: int
     methods: Mapping[str, Changes]
     variant: str = ""
-    """What makes the pairs others than the default's, such as ``M=24``; empty: nothing."""
+    """What makes the pairs others than the default's, such as ``M 24``; empty: nothing."""
     preparing: Changes = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """A folder's name; groups of equal names are the same."""
         parts = [self.model, self.reward, f"seed{self.seed}"]
-        return "-".join([*parts, self.variant] if self.variant else parts).replace("=", "")
+        return "-".join([*parts, self.variant] if self.variant else parts).replace(" ", "")
 
     def folder(self, work: Path) -> Path:
         """Where its runs lie."""
@@ -126,10 +126,10 @@ def ablation_groups(seeds: list[int], scale: Scale) -> Iterator[Group]:
     K and beta leave the pairs as they are; B and M make others.
     """
     share = scale.steps_per_tier
-    pacing = {f"K={k}": {"curriculum.steps_per_tier": k} for k in (share // 3, 2 * share // 3)}
-    betas = {f"beta={b}": {"objective.beta": float(b)} for b in (500, 2000, 20_000)}
-    pairs = {f"B={b}": {"curriculum.tiers": b} for b in (3, 7)}
-    images = {f"M={m}": {"prepare.candidates_per_prompt": m} for m in (6, 24)}
+    pacing = {f"K {k}": {"curriculum.steps_per_tier": k} for k in (share // 3, 2 * share // 3)}
+    betas = {f"beta {b}": {"objective.beta": float(b)} for b in (500, 2000, 20_000)}
+    pairs = {f"B {b}": {"curriculum.tiers": b} for b in (3, 7)}
+    images = {f"M {m}": {"prepare.candidates_per_prompt": m} for m in (6, 24)}
     for seed in seeds:
         yield Group("sd", "clip", seed, pacing | betas, variant="K-beta")
         for name, changes in (pairs | images).items():

@@ -95,7 +95,7 @@ def _ablations(
             continue
         if group in ablations:
             for method in group.methods:
-                knob, _, value = method.partition("=")
+                knob, _, value = method.partition(" ")
                 found.setdefault((knob, float(value), method), {})[group.seed] = result
         elif (group.model, group.reward) == ("sd", "clip"):
             for knob, value in defaults.items():

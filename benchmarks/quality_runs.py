@@ -53,7 +53,7 @@ def results_path(group: Group, work: Path) -> Path:
 
 def run_name(method: str) -> str:
     """A folder's name for a method."""
-    return method.replace(" ", "_").replace("=", "")
+    return method.replace(" ", "_")
 
 
 def _share(common: Path, link: Path) -> None:
