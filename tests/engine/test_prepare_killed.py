@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine.shards.manifest import load_manifest
-from launching import ForkServer
+from launching import World
 
 KILLED = -9
 
@@ -22,18 +22,18 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_in_every_phase(server: ForkServer, tiny_world: Path, tmp_path: Path):
-    """The same recipe goes on after each SIGKILL, and ends with the shards of an unbroken run."""
-    recipe = tiny_world / "recipe.yaml"
+def test_two_ranks_killed_in_every_phase(world: World, tmp_path: Path):
+    """The same recipe goes on after each SIGKILL, and ends with the shards of an unbroken run of
+    one rank.
+    """
 
     def prepare(run: str, failpoint: str = "") -> list[int]:
-        mine = [f"run_dir={tmp_path / run}"]
-        outcome = server.run("prepare", recipe, mine, ranks=2, env={"CDPO_FAILPOINT": failpoint})
+        mine, env = [f"run_dir={tmp_path / run}"], {"CDPO_FAILPOINT": failpoint}
+        outcome = world.server.run("prepare", world.recipe, mine, ranks=2, env=env)
         assert failpoint or set(outcome.codes) == {0}, outcome.text
         return outcome.codes
 
-    prepare("whole")
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    whole, run = world.folder / "run", tmp_path / "run"
     kept: dict[str, tuple[int, int]] = {}
     for failpoint in (
         "prepare.candidates@1:kill/rank1",

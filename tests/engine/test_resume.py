@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import Outcome, World, losses, metrics
@@ -14,43 +15,52 @@ KILLED = -9
 
 @pytest.fixture(scope="module")
 def uninterrupted(world: World) -> list[float]:
+    """With pictures; the runs of this file draw none, which leaves the losses alone."""
     world.train(world.folder / "whole").succeeded()
     return losses(world.folder / "whole")
 
 
-@pytest.mark.parametrize("step", range(1, 7))
-def test_killed_at_any_step(
-    world: World, uninterrupted: list[float], tmp_path: Path, step: int
-) -> None:
+def train(world: World, run: Path, *overrides: str, **options: Any) -> Outcome:
+    return world.train(run, "train.sample_every=0", *overrides, **options)
+
+
+def test_killed_before_every_step(world: World, uninterrupted: list[float], tmp_path: Path) -> None:
+    """One run with a checkpoint every second step, killed before steps 1 to 6, in turn."""
     run = tmp_path / "run"
-    assert world.train(run, failpoint=f"train.step@{step}:kill").code == KILLED
-    outcome = world.train(run).succeeded()
+    for passage in (1, 2, 3, 2, 3, 2):  # counted from the last checkpoint
+        assert train(world, run, failpoint=f"train.step@{passage}:kill").code == KILLED
+    assert newest(run).name == "step-00000004"
+    assert "resumed" in train(world, run).succeeded().text
     assert losses(run) == uninterrupted
-    assert ("resumed" in outcome.text) == (step > 2)  # the first checkpoint is that of step 2
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "checkpoint.write@2",
-        "checkpoint.written@2",
-        "checkpoint.synced@9",
-        "checkpoint.hashed@2",
-        "checkpoint.manifest@2",
-        "checkpoint.before_rename@2",
-        "checkpoint.after_rename@2",
-        "checkpoint.latest@2",
-        "checkpoint.before_prune@2",
-        "checkpoint.pruned",
-        "train.loss@7",
-    ],
-)
+PLACES = {  # and the newest checkpoint that a kill there leaves
+    "checkpoint.write": 1,
+    "checkpoint.written": 1,
+    "checkpoint.synced@4": 1,
+    "checkpoint.hashed": 1,
+    "checkpoint.manifest": 1,
+    "checkpoint.before_rename": 1,
+    "checkpoint.after_rename": 2,
+    "checkpoint.latest": 3,
+    "checkpoint.before_prune": 4,
+    "checkpoint.pruned": 5,
+    "train.loss": 5,
+}
+
+
+@pytest.mark.timeout(600)  # a dozen runs, one after another
 def test_killed_inside_a_checkpoint_or_a_step(
-    world: World, uninterrupted: list[float], tmp_path: Path, place: str
+    world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
+    """One run, with a checkpoint every step, killed at each place in the next one it comes to."""
     run = tmp_path / "run"
-    assert world.train(run, failpoint=f"{place}:kill").code == KILLED
-    world.train(run).succeeded()
+    train(world, run, "checkpoint.every=1", "train.steps=1").succeeded()
+    for place, step in PLACES.items():
+        outcome = train(world, run, "checkpoint.every=1", failpoint=f"{place}:kill")
+        assert outcome.code == KILLED, place
+        assert newest(run).name == f"step-{step:08d}", place
+    train(world, run, "checkpoint.every=1").succeeded()
     assert losses(run) == uninterrupted
 
 
@@ -65,18 +75,18 @@ def test_killed_inside_a_checkpoint_or_a_step(
 )
 def test_one_of_two_ranks_killed(world: World, tmp_path: Path, zero: int, place: str) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    world.train(whole, ranks=2, zero=zero).succeeded()
-    assert KILLED in world.train(run, ranks=2, zero=zero, failpoint=place).codes
-    world.train(run, ranks=2, zero=zero).succeeded()
+    train(world, whole, ranks=2, zero=zero).succeeded()
+    assert KILLED in train(world, run, ranks=2, zero=zero, failpoint=place).codes
+    train(world, run, ranks=2, zero=zero).succeeded()
     assert losses(run) == losses(whole)
 
 
 def test_a_skip_survives_a_resume(world: World, tmp_path: Path) -> None:
     """The batch after a skipped one is drawn from further on, also when a resume lies between."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    world.train(whole, failpoint="train.loss@3:nan").succeeded()
-    world.train(run, "train.steps=4", failpoint="train.loss@3:nan").succeeded()
-    world.train(run).succeeded()
+    train(world, whole, failpoint="train.loss@3:nan").succeeded()
+    train(world, run, "train.steps=4", failpoint="train.loss@3:nan").succeeded()
+    train(world, run).succeeded()
     assert losses(run) == losses(whole)
     assert [row["skipped"] for row in metrics(run)] == [0, 1, 1, 1, 1, 1]
 
@@ -85,16 +95,16 @@ def test_a_request_to_stop_leaves_a_checkpoint(
     world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    outcome = world.train(run, failpoint="train.step@3:term")
+    outcome = train(world, run, failpoint="train.step@3:term")
     assert outcome.code == 75 and "stopped on request after step 3" in outcome.text
     assert newest(run).name == "step-00000003"
-    world.train(run).succeeded()
+    train(world, run).succeeded()
     assert losses(run) == uninterrupted
 
 
 @pytest.mark.slow
 def test_one_rank_asked_to_stop_stops_all(world: World, tmp_path: Path) -> None:
-    outcome = world.train(tmp_path / "run", ranks=2, failpoint="train.step@3:term/rank1")
+    outcome = train(world, tmp_path / "run", ranks=2, failpoint="train.step@3:term/rank1")
     assert outcome.codes == [75, 75], outcome.text
 
 
@@ -102,17 +112,17 @@ def test_a_full_disk_spares_the_previous_checkpoint(
     world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    outcome = world.train(run, failpoint="checkpoint.write@2:enospc")
+    outcome = train(world, run, failpoint="checkpoint.write@2:enospc")
     refused(outcome, 5, "step-00000004 cannot be written: No space left on device")
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
-    world.train(run).succeeded()
+    train(world, run).succeeded()
     assert losses(run) == uninterrupted
 
 
 @pytest.mark.slow
 def test_a_full_disk_on_one_rank_is_agreed_on(world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    outcome = world.train(run, ranks=2, failpoint="checkpoint.write@2:enospc/rank1")
+    outcome = train(world, run, ranks=2, failpoint="checkpoint.write@2:enospc/rank1")
     assert outcome.codes == [5, 5], outcome.text
     assert newest(run).name == "step-00000002"
 
@@ -121,12 +131,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    world.train(run, "train.steps=4").succeeded()
+    train(world, run, "train.steps=4").succeeded()
     target = next((newest(run) / "deepspeed").glob("*optim_states.pt"))
     content = bytearray(target.read_bytes())
     content[len(content) // 2] ^= 1
     target.write_bytes(content)
-    world.train(run).succeeded()
+    train(world, run).succeeded()
     assert losses(run) == uninterrupted
 
 
@@ -134,44 +144,44 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(
     world: World, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    world.train(run, "train.steps=4").succeeded()
+    train(world, run, "train.steps=4").succeeded()
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / "MANIFEST.json").unlink()
-    refused(world.train(run), 5, "none of the checkpoints")
+    refused(train(world, run), 5, "none of the checkpoints")
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(
     world: World, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    world.train(run, "train.steps=4").succeeded()
-    outcome = world.train(run, "objective.beta=2000", "train.global_batch=4")
+    train(world, run, "train.steps=4").succeeded()
+    outcome = train(world, run, "objective.beta=2000", "train.global_batch=4")
     refused(outcome, 5, "objective.beta", "5000", "2000", "train.global_batch")
 
 
 def test_a_checkpoint_of_other_shards_is_refused(world: World, tmp_path: Path) -> None:
     run, shards = tmp_path / "run", tmp_path / "shards"
-    world.train(run, "train.steps=4").succeeded()
+    train(world, run, "train.steps=4").succeeded()
     shutil.copytree(world.shards, shards)
     manifest = json.loads((shards / "manifest.json").read_text())
     manifest["seed"] += 1
     (shards / "manifest.json").write_text(json.dumps(manifest))
-    refused(world.train(run, f"data.path={shards}"), 5, "other shards")
+    refused(train(world, run, f"data.path={shards}"), 5, "other shards")
 
 
 def test_a_finished_run_can_be_extended(
     world: World, uninterrupted: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    world.train(run, "train.steps=4").succeeded()
+    train(world, run, "train.steps=4").succeeded()
     assert losses(run) == uninterrupted[:4]
-    world.train(run).succeeded()
+    train(world, run).succeeded()
     assert losses(run) == uninterrupted
 
 
 def test_checkpoints_rotate(world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    world.train(run, "checkpoint.every=1", "checkpoint.keep=3").succeeded()
+    train(world, run, "checkpoint.every=1", "checkpoint.keep=3").succeeded()
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert kept == ["step-00000004", "step-00000005", "step-00000006"]
     assert (run / "checkpoints" / "latest").read_text().strip() == kept[-1]
@@ -192,9 +202,9 @@ def refused(outcome: Outcome, code: int, *texts: str) -> None:
 def test_bad_batches_are_not_met_again_after_a_stop(world: World, tmp_path: Path) -> None:
     """A run that stopped over bad batches at a checkpointed step remembers that it skipped them."""
     run = tmp_path / "run"
-    outcome = world.train(run, "train.max_skipped=2", failpoint="train.loss@5+:nan")
+    outcome = train(world, run, "train.max_skipped=2", failpoint="train.loss@5+:nan")
     refused(outcome, 4, "2 batches in a row")
-    world.train(run).succeeded()
+    train(world, run).succeeded()
     assert [row["skipped"] for row in metrics(run)] == [0, 0, 2, 2, 2, 2]
 
 
@@ -206,9 +216,9 @@ def test_killed_while_a_checkpoint_replaces_one_of_the_same_step(
     once = ("train.max_skipped=2", "checkpoint.every=4", "checkpoint.keep=1")
     # Two bad batches after step 4 save its state again, which now knows of the skips.
     places = "train.loss@9+:nan,checkpoint.replacing:kill"
-    assert world.train(run, *once, failpoint=places).code == KILLED
+    assert train(world, run, *once, failpoint=places).code == KILLED
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert names == {"step-00000004.old", "step-00000004.tmp", "latest"}
-    assert "resumed" in world.train(run, *once).succeeded().text
+    assert "resumed" in train(world, run, *once).succeeded().text
     assert losses(run) == uninterrupted
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000006", "latest"}
