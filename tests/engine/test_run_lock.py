@@ -38,7 +38,7 @@ def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeyp
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(RecipeError, match="cannot be locked .Function not implemented"):
+    with pytest.raises(RecipeError, match=r"cannot be locked .Function not implemented"):
         RunLock(tmp_path)
 
 
@@ -50,6 +50,6 @@ def test_ranks_on_another_machine_s_disk_are_refused(tmp_path: Path, monkeypatch
     refuse_other_folder(shared, lock.owner)
     for make in (lambda: None, other.mkdir, lambda: (other / ".lock").write_text("of old")):
         make()
-        with pytest.raises(RecipeError, match="is another folder than on .* machines share"):
+        with pytest.raises(RecipeError, match=r"is another folder than on .* machines share"):
             refuse_other_folder(other, lock.owner)
     lock.release()
