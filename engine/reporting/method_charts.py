@@ -18,6 +18,7 @@ from .wording import outcome
 
 _OUTCOMES = {"better": "winner", "worse": "loser", "unclear": "muted"}
 _DASHED = (0, (4, 3))
+_HEIGHTS = (-12, 5, -22, 15)  # of names above their points, in font points
 _LONGEST = 22  # characters of a name: more would leave no room for the chart
 
 
@@ -92,13 +93,13 @@ def _reach(estimate: Estimate) -> list[list[float]] | None:
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names beside the points, in turns above and below, so that neighbours do not collide."""
+    """Names beside the points, at heights that take turns, so that neighbours do not collide."""
     known = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     for index, (name, x, y, color) in enumerate(sorted(known, key=lambda point: point[1])):
         axes.annotate(
             _short(name),
             (x, y),
-            xytext=(6, 5 if index % 2 else -12),
+            xytext=(6, _HEIGHTS[index % len(_HEIGHTS)]),
             textcoords="offset points",
             fontsize=8,
             color=COLORS[color],
