@@ -48,7 +48,7 @@ class Peers:
         """Listen from now on."""
         if world_size > 1:
             self._rank = rank
-            self._store = store.clone()  # type: ignore[attr-defined] (their stubs lack it)
+            self._store = store.clone()  # type: ignore[attr-defined]  # their stubs lack it
             self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
             self._thread.start()
 
