@@ -40,6 +40,8 @@ FINE_TUNING: dict[str, Changes] = {
 }
 DEFAULT = "Curriculum-DPO"
 """The method whose knobs the ablations turn, one at a time."""
+PLAIN = "DPO"
+"""What a curriculum is held against."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Scale:
             "K": self.steps_per_tier,
             "M": self.candidates,
             "beta": recipe.objective.beta,
+            f"{PLAIN}-beta": recipe.objective.beta,
         }
 
 
@@ -123,15 +126,18 @@ def main_groups(models: list[str], rewards: list[str], seeds: list[int]) -> Iter
 def ablation_groups(seeds: list[int], scale: Scale) -> Iterator[Group]:
     """B, K, M and beta, one at a time, with the diffusion model and the CLIP reward.
 
-    K and beta leave the pairs as they are; B and M make others.
+    K and beta leave the pairs as they are; B and M make others. Beta is varied for plain DPO too,
+    so that the two can be compared at equal distance from the base.
     """
     share = scale.steps_per_tier
     pacing = {f"K {k}": {"curriculum.steps_per_tier": k} for k in (share // 3, 2 * share // 3)}
     betas = {f"beta {b}": {"objective.beta": float(b)} for b in (500, 2000, 20_000)}
+    plain = {f"{PLAIN}-{name}": METHODS[PLAIN] | changes for name, changes in betas.items()}
     pairs = {f"B {b}": {"curriculum.tiers": b} for b in (3, 7)}
     images = {f"M {m}": {"prepare.candidates_per_prompt": m} for m in (6, 24)}
     for seed in seeds:
         yield Group("sd", "clip", seed, pacing | betas, variant="K-beta")
+        yield Group("sd", "clip", seed, plain, variant=f"{PLAIN}-beta")
         for name, changes in (pairs | images).items():
             yield Group("sd", "clip", seed, {name: {}}, variant=name, preparing=changes)
 

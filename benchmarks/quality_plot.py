@@ -9,7 +9,7 @@ import matplotlib
 from bench_plots import COLORS, STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from quality_plan import METHODS
+from quality_plan import DEFAULT, METHODS, PLAIN
 
 Row = dict[str, Any]
 PROMPTS = {"training": COLORS["ours"], "held-out": COLORS["eager"]}
@@ -22,6 +22,7 @@ PANELS = (
 )
 MODELS = {"sd": "diffusion", "lcm": "LCM, one step"}
 KNOBS = {"B": "tiers B", "K": "steps a tier K", "M": "candidates M", "beta": "β"}
+PATHS = {"beta": (DEFAULT, COLORS["ours"]), f"{PLAIN}-beta": (PLAIN, COLORS["eager"])}
 
 
 def draw(result: Row, out: Path) -> list[Path]:
@@ -57,7 +58,7 @@ def methods(rows: list[Row]) -> Figure:
             axes.set_title(f"{MODELS[model]}: {scorer}, ranked by {reward}", fontsize=9, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("tuned − base")
-    grid[0][0].legend(fontsize=8, loc="best")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
@@ -77,30 +78,43 @@ def is_gain(row: Row, prompts: str) -> bool:
 
 
 def ablations(rows: list[Row]) -> Figure:
-    """A panel a knob; training prompts."""
+    """A panel a knob, and the gain of two methods by how far they went; training prompts."""
+    rows = [row for row in rows if row["prompts"] == "training"]
     knobs = [knob for knob in KNOBS if any(row["knob"] == knob for row in rows)]
-    figure = Figure((2.9 * len(knobs) + 0.6, 2.6), layout="constrained")
-    for axes, knob in zip(
-        figure.subplots(1, len(knobs), squeeze=False, sharey=True)[0], knobs, strict=True
-    ):
+    figure = Figure((2.6 * (len(knobs) + 1) + 0.6, 2.7), layout="constrained")
+    *panels, last = figure.subplots(1, len(knobs) + 1, squeeze=False, sharey=True)[0]
+    for axes, knob in zip(panels, knobs, strict=True):
         for scorer, color in SCORERS.items():
-            own = [
-                row
-                for row in rows
-                if (row["knob"], row["scorer"], row["prompts"]) == (knob, scorer, "training")
-            ]
-            own.sort(key=lambda row: row["value"])
+            own = in_order(rows, knob, scorer)
             places = [float(row["value"]) for row in own]
             bars(axes, places, [row["over_base"] for row in own], color, scorer, vertical=True)
-        axes.axhline(0, color="#6e7782", linewidth=0.8)
-        axes.set_xscale("log")
         ticks = sorted({float(row["value"]) for row in rows if row["knob"] == knob})
+        axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(KNOBS[knob], fontsize=9, loc="left")
-    figure.axes[0].set_ylabel("tuned − base, training prompts")
-    figure.axes[0].legend(fontsize=8, loc="best")
+    by_distance(last, rows)
+    for axes in (*panels, last):
+        axes.axhline(0, color="#6e7782", linewidth=0.8)
+    panels[0].set_ylabel("tuned − base, training prompts")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
+
+
+def in_order(rows: list[Row], knob: str, scorer: str) -> list[Row]:
+    found = [row for row in rows if (row["knob"], row["scorer"]) == (knob, scorer)]
+    return sorted(found, key=lambda row: float(row["value"]))
+
+
+def by_distance(axes: Axes, rows: list[Row]) -> None:
+    """A smaller beta goes further from the base: which method gains more at the same distance?"""
+    for knob, (label, color) in PATHS.items():
+        own = in_order(rows, knob, "judge")
+        places = [float(row["divergence"]) for row in own]
+        bars(axes, places, [row["over_base"] for row in own], color, label, vertical=True)
+    axes.set_xscale("log")
+    axes.set_title("judge by KL proxy, over β", fontsize=9, loc="left")
+    axes.legend(fontsize=8, loc="best")
 
 
 def bars(

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from cdpo.engine.reporting.stats import mean_estimate, paired_difference, win_rate
 from numpy.typing import NDArray
-from quality_plan import DEFAULT, METHODS, Group
+from quality_plan import DEFAULT, METHODS, PLAIN, Group
 from quality_runs import results_path
 
 Row = dict[str, Any]
 Results = Mapping[int, Row]  # results.json of a group, by seed
 Scores = NDArray[np.float64]
-BASE, PLAIN = "base", "DPO"
+BASE = "base"
 SCORERS = ("judge", "reward")
 
 
@@ -99,7 +99,8 @@ def _ablations(
                 found.setdefault((knob, float(value), method), {})[group.seed] = result
         elif (group.model, group.reward) == ("sd", "clip"):
             for knob, value in defaults.items():
-                found.setdefault((knob, float(value), DEFAULT), {})[group.seed] = result
+                method = PLAIN if knob.startswith(PLAIN) else DEFAULT
+                found.setdefault((knob, float(value), method), {})[group.seed] = result
     for (knob, number, method), results in sorted(found.items()):
         for prompts, scorer in _places(results):
             row = _of_method(results, prompts, scorer, method)
