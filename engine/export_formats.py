@@ -44,7 +44,9 @@ def save_for_diffusers(
         type(pipeline).save_lora_weights(
             folder / FOLDERS["diffusers"],
             unet_lora_layers=state,
-            unet_lora_adapter_metadata=policy.peft_config["default"].to_dict(),
+            # Dropout is of training: who loads an adapter gets its layers in training mode.
+            unet_lora_adapter_metadata=policy.peft_config["default"].to_dict()
+            | {"lora_dropout": 0.0},
         )
 
 

@@ -72,6 +72,7 @@ class LatentDiffusion:
     def load_adapter(self, folder: Path) -> None:
         """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""
         self.pipeline.load_lora_weights(folder)
+        self.denoiser.eval()  # peft's new layers are in training mode, with the adapter's dropout
 
     def load_denoiser(self, folder: Path) -> None:
         """Take the UNet of another pipeline folder, in the precision of this one."""

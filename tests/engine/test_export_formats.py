@@ -26,6 +26,7 @@ SPECS = {
     "attention": Adapter(rank=2, alpha=0.5),
     "rslora": Adapter(rank=4, alpha=3.0, targets="lcm", rslora=True),
     "dora": Adapter(rank=2, alpha=3.0, targets="lcm", dora=True),
+    "dropout": Adapter(rank=2, alpha=3.0, dropout=0.5),
 }
 
 
@@ -46,7 +47,7 @@ def tune(backbone: LatentDiffusion, spec: Adapter) -> ModelMixin:
             parameter.data.normal_(0, 0.3, generator=generator)
         if "magnitude" in name:
             parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
-    return policy
+    return policy.eval()
 
 
 @pytest.mark.parametrize("name", SPECS)
