@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import OutsideError
+from ..errors import CdpoError, OutsideError
 from ..recipe import Model
-
-# What diffusers, transformers and safetensors raise over damaged or incomplete folders.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 
 
 @contextmanager
 def reading(what: str, kind: str) -> Iterator[None]:
-    """Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it."""
+    """Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it.
+
+    Over damaged files that may be anything: tokenizers raises plain Exception, torch AssertionError,
+    and a processor that needs a package ImportError.
+    """
     try:
         yield
-    except _UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
+    except CdpoError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise OutsideError(f"{what} is no {kind}: {reason}") from None
 
 

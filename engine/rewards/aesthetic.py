@@ -20,13 +20,7 @@ from ..recipe_reward import AestheticSpec
 from .clip_model import ClipModel, read_clip
 from .tensor_files import read_tensors, take
 
-LAYERS = (
-    0,
-    2,
-    4,
-    6,
-    7,
-)  # places of the linear layers; the others are dropout, which has no tensors
+LAYERS = (0, 2, 4, 6, 7)  # places of the linear layers; dropout, without tensors, has the others
 
 
 class Aesthetic:
@@ -64,6 +58,8 @@ def linear_layers(
     for place in places:
         weight = take(tensors, f"{prefix}{place}.weight")
         bias = take(tensors, f"{prefix}{place}.bias")
+        if weight.dim() != 2:
+            raise ValueError(f"{prefix}{place}.weight is no matrix")
         layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
         layers.append(layer)

@@ -16,6 +16,7 @@ from cdpo.engine.rewards.sentence_model import SentenceModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
+    AutoProcessor,
     BlipForConditionalGeneration,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -247,3 +248,17 @@ def test_another_captioner_is_one_line_that_names_it(path, sentences, tiny_world
         load_reward(CaptionSimilaritySpec(path=folder, sentence_model=str(sentences)), CPU)
     assert str(caught.value).startswith(f"reward at {folder} is no image-to-text model: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_processor_that_needs_a_package_is_one_line_that_says_so(
+    captioner, sentences, monkeypatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("\nSmolVLMProcessor requires num2words.\nInstall it with pip.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    spec = CaptionSimilaritySpec(path=str(captioner), sentence_model=str(sentences))
+    with pytest.raises(OutsideError) as caught:
+        load_reward(spec, CPU)
+    reason = "is no image-to-text model: SmolVLMProcessor requires num2words."
+    assert str(caught.value) == f"reward at {captioner} {reason}"
