@@ -7,6 +7,7 @@ side fitted to 224 pixels, black bars beside what is not square.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,8 @@ class Hps:
         square = {"height": self.size, "width": self.size}
         processor = CLIPImageProcessorPil(size=square, crop_size=square)
         self.clip = ClipModel(model, tokenizer, processor, device, spec.precision)
-        self.fingerprint = self.clip.fingerprint
+        # Not the weights' alone: a clip_score of them sees other pixels.
+        self.fingerprint = hashlib.sha256(f"hps {self.clip.fingerprint}".encode()).hexdigest()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return self.clip.cosines([self._fitted(i) for i in images], prompts).cpu().numpy()

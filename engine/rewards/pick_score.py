@@ -6,6 +6,7 @@ two images of a prompt. Its published weights are a `CLIPModel` in transformers'
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,9 @@ class PickScore:
         what = f"reward at {spec.path}"
         parts = read_clip(what, "CLIP model", spec.path, spec.revision, spec.processor)
         self.clip = ClipModel(*parts, device, spec.precision)
-        self.fingerprint = self.clip.fingerprint
+        # Not the weights' alone: a clip_score of the same folder has other scores.
+        own = f"pick_score {self.clip.fingerprint}"
+        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         scale = self.clip.model.logit_scale.exp()

@@ -4,6 +4,8 @@ Each oracle is the model's forward written down here in plain float64 PyTorch, o
 they stand in the file: none of the names, models and processors that the rewards use.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,13 @@ import reward_files as files
 import torch
 import torch.nn.functional as F
 from cdpo.engine.errors import OutsideError
-from cdpo.engine.recipe_reward import AestheticSpec, HpsSpec, ImageRewardSpec, PickScoreSpec
+from cdpo.engine.recipe_reward import (
+    AestheticSpec,
+    ClipScoreSpec,
+    HpsSpec,
+    ImageRewardSpec,
+    PickScoreSpec,
+)
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.hps import HEADS, fitted_whole
 from PIL import Image
@@ -202,6 +210,17 @@ def test_pick_score_is_the_logit_of_the_whole_model(tokenizer, tmp_path):
     assert half.fingerprint != reward.fingerprint
 
 
+def test_the_same_weights_as_another_reward_are_another_reward(tokenizer, tmp_path):
+    """Cosine and logit of one folder: kept scores of the one are none of the other."""
+    folder, cache = tmp_path / "weights", tmp_path / "cache"
+    model = save_preference_model(folder, folder, tokenizer)
+    cosines, logits = (
+        load_reward(kind(path=str(folder)), CPU, cache).score(IMAGES, PROMPTS)
+        for kind in (ClipScoreSpec, PickScoreSpec)
+    )
+    np.testing.assert_allclose(logits, model.logit_scale.exp().item() * cosines, rtol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_aesthetic_rates_normalised_image_embeddings(suffix, tokenizer, tmp_path):
@@ -381,6 +400,10 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
         (None, "there is no such file"),
         (files.rating_tensors(9), "it rates embeddings of width 9, and those of"),
         (files.rating_tensors(16, "mlp.layers."), "it lacks layers.0.weight"),
+        (
+            files.rating_tensors(16) | {"layers.4.weight": torch.zeros(64)},
+            "layers.4.weight is no matrix",
+        ),
         (files.rating_tensors(16) | {"x": torch.zeros(1)}, "it has 11 tensors instead of 10"),
         (
             files.rating_tensors(16) | {"layers.2.weight": torch.zeros(128, 7)},
@@ -405,3 +428,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(open_clip, tmp_path, tiny_
         load_reward(HpsSpec(path=str(path), tokenizer=str(tiny_world / "reward")), CPU)
     with pytest.raises(OutsideError, match=r"reward\.tokenizer=nowhere is no CLIP tokenizer"):
         load_reward(HpsSpec(path=str(path), tokenizer="nowhere"), CPU)
+
+
+@pytest.mark.parametrize("damage", [{"model": {}}, {"added_tokens": {"a": 1}}])
+def test_a_damaged_tokenizer_is_one_line_that_names_it(damage, tokenizer, tmp_path):
+    """tokenizers raises plain Exception over the first, transformers AttributeError over the
+    second.
+    """
+    folder = tmp_path / "damaged"
+    shutil.copytree(tokenizer, folder)
+    own = json.loads((folder / "tokenizer.json").read_text()) | damage
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(OutsideError) as caught:
+        load_reward(HpsSpec(path="hps.pt", tokenizer=str(folder)), CPU)
+    assert str(caught.value).startswith(f"reward.tokenizer={folder} is no CLIP tokenizer: ")
+    assert "\n" not in str(caught.value)
