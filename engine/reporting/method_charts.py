@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .figures import COLORS, Format, render
@@ -18,8 +20,9 @@ from .wording import outcome
 
 _OUTCOMES = {"better": "winner", "worse": "loser", "unclear": "muted"}
 _DASHED = (0, (4, 3))
-_HEIGHTS = (-12, 5, -22, 15)  # of names above their points, in font points
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 _LONGEST = 22  # characters of a name: more would leave no room for the chart
+_NAMES_A_LINE = 2  # beneath a chart
 
 
 def drift_chart(
@@ -30,7 +33,9 @@ def drift_chart(
     The axis of the KL proxy is that of its root, which is a distance (as in Gao et al., arXiv
     2210.10760, figure 1).
     """
-    return render(partial(_draw_drift, prompt_set, result, base_name), (3.8, 2.6), fmt)
+    num_lines = math.ceil((1 + len(result.summaries)) / _NAMES_A_LINE)
+    size = (3.8, 2.5 + 0.2 * num_lines)
+    return render(partial(_draw_drift, prompt_set, result, base_name), size, fmt)
 
 
 def diversity_chart(diversity: Diversity, fmt: Format = "svg") -> bytes:
@@ -49,13 +54,13 @@ def _draw_drift(
         if name in prompt_set.divergence
     }
     axes.axhline(0, color=COLORS["muted"], linewidth=0.9, linestyle=_DASHED)
-    points = [(base_name, 0.0, 0.0, "ink")]
-    for name, (drift, change) in runs.items():
-        color = _OUTCOMES[outcome(change)]
-        _draw_point(axes, drift, change, COLORS[color])
-        points.append((name, drift.mean, change.mean, color))
     axes.plot([0], [0], "o", color=COLORS["ink"], markersize=5, clip_on=False, zorder=3)
-    _name_points(axes, points)
+    names = [(base_name, "o", COLORS["ink"])]
+    for (name, (drift, change)), marker in zip(runs.items(), itertools.cycle(_MARKERS)):
+        color = COLORS[_OUTCOMES[outcome(change)]]
+        _draw_point(axes, drift, change, marker, color)
+        names.append((name, marker, color))
+    _list_names(figure, names)
     axes.set_xscale("function", functions=(_root, np.square))
     reach = [b for drift, _ in runs.values() for b in (drift.mean, drift.high) if math.isfinite(b)]
     axes.set_xlim(0, 1.3 * max(reach, default=0.0) or 1.0)
@@ -71,16 +76,18 @@ def _root(values: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(values, 0))
 
 
-def _draw_point(axes: Axes, x: Estimate, y: Estimate, color: str) -> None:
+def _draw_point(axes: Axes, x: Estimate, y: Estimate, marker: str, color: str) -> None:
     axes.errorbar(
         [x.mean],
         [y.mean],
         xerr=_reach(x),
         yerr=_reach(y),
-        fmt="o",
+        fmt=marker,
         color=color,
-        markersize=5,
-        elinewidth=1.2,
+        markersize=6,
+        markeredgecolor=COLORS["rule"],
+        markeredgewidth=0.5,
+        elinewidth=0.9,
     )
 
 
@@ -92,19 +99,24 @@ def _reach(estimate: Estimate) -> list[list[float]] | None:
     return [[max(0.0, below)], [max(0.0, above)]]
 
 
-def _name_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names beside the points, at heights that take turns, so that neighbours do not collide."""
-    known = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
-    for index, (name, x, y, color) in enumerate(sorted(known, key=lambda point: point[1])):
-        axes.annotate(
-            _short(name),
-            (x, y),
-            xytext=(6, _HEIGHTS[index % len(_HEIGHTS)]),
-            textcoords="offset points",
-            fontsize=8,
-            color=COLORS[color],
-            parse_math=False,
-        )
+def _list_names(figure: Figure, names: Sequence[tuple[str, str, str]]) -> None:
+    """Names with their markers beneath the chart: runs of one base lie close together, and one that
+    went far pushes them closer, so that names beside the points would cover each other.
+    """
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=color, markersize=6)
+        for _, marker, color in names
+    ]
+    legend = figure.legend(
+        handles,
+        [_short(name) for name, _, _ in names],
+        loc="outside lower left",
+        ncols=_NAMES_A_LINE,
+        handletextpad=0.2,
+        borderpad=0,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_diversity(diversity: Diversity, figure: Figure) -> None:
@@ -124,8 +136,12 @@ def _draw_diversity(diversity: Diversity, figure: Figure) -> None:
     axes.grid(axis="y", visible=False)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.set_xlabel("mean cosine distance of a prompt's images")
+    axes.set_xlabel("cosine distance within a prompt")
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    """Names of runs begin alike and differ at their ends: what is too long goes from the middle."""
+    if len(name) <= _LONGEST:
+        return name
+    kept = _LONGEST // 2
+    return f"{name[: kept - 1]}…{name[-kept:]}"

@@ -66,7 +66,20 @@ def test_charts_are_whole_and_name_every_model(methods: Methods, hostile: str) -
         diversity_chart(training.diversity),
     ):
         text = "".join(ElementTree.fromstring(svg).itertext())
-        assert all(name in text for name in ("base", "plain $x$", hostile[:21] + "…"))
+        assert all(
+            name in text for name in ("base", "plain $x$", hostile[:10] + "…" + hostile[-11:])
+        )
+
+
+def test_long_names_that_differ_at_their_ends_are_told_apart(methods: Methods) -> None:
+    names = [f"Curriculum-DPO++ with rank 64, beta {beta}" for beta in (500, 1000)]
+    training = methods().prompt_sets[0]
+    summaries = dict(zip(names, training.scorers[0].summaries.values(), strict=True))
+    result = replace(training.scorers[0], summaries=summaries)
+    drift = dict(zip(names, training.divergence.values(), strict=True))
+    svg = drift_chart(replace(training, divergence=drift), result, "base")
+    shown = [text for text in ElementTree.fromstring(svg).itertext() if text.startswith("Curr")]
+    assert len(set(shown)) == 2 and [text[-4:] for text in shown] == [" 500", "1000"]
 
 
 def test_a_chart_without_intervals(methods: Methods, hostile: str) -> None:
