@@ -20,8 +20,8 @@ from ..recipe import Model
 def reading(what: str, kind: str) -> Iterator[None]:
     """Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it.
 
-    Over damaged files that may be anything: tokenizers raises plain Exception, torch AssertionError,
-    and a processor that needs a package ImportError.
+    Over damaged files that may be anything: tokenizers raises plain Exception, torch.load
+    AssertionError, and a processor that needs a package ImportError.
     """
     try:
         yield

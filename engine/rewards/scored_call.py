@@ -2,7 +2,8 @@
 
 Out of memory: the batch is halved, for good, and that is said. Raised over a batch: its images are
 scored one by one, and those that fail alone are named and get NaN, which stage 1 drops and counts.
-Nothing but failures from the start, or an answer of another shape or type: an error.
+Nothing but failures from the start, a device that has failed, or an answer of another shape or
+type: an error.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class ScoredCall:
             if is_out_of_memory(error):
                 self._halve(len(places), error)
                 return None
+            if isinstance(error, torch.AcceleratorError):  # stays: the next image would fail too
+                raise OutsideError(
+                    f"{self.label}: the device failed over {len(places)} images from "
+                    f"{names[places[0]]} on: {_first_line(error)}; start again"
+                ) from None
             if len(places) > 1:
                 return self._one_by_one(images, prompts, places, names)
             self._fail(names[places[0]], error)
@@ -140,13 +146,13 @@ def checked_scores(scores: object, count: int, label: str = "the reward") -> np.
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU or of the host: PyTorch has no class of its own for the latter."""
+    """Of the GPU or of the host: PyTorch has no class of its own for the latter, nor for what CUDA
+    says outside of PyTorch's allocator.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text
-    )
+    said = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def _names(prompts: Sequence[str]) -> list[str]:

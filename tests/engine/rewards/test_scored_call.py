@@ -131,7 +131,13 @@ def test_nan_stays_nan_and_is_asked_for_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(A_LOT), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError(A_LOT),
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_halves_the_batch_for_good_and_says_so(error, capsys):
     def before(reds: list[int]) -> None:
@@ -157,6 +163,23 @@ def test_out_of_memory_with_one_image_is_an_error():
         call(Red(before)).score(image_range(4), ["a"] * 4)
     assert str(caught.value).startswith("red: out of memory with one image at a time: CUDA out of")
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_has_failed_ends_the_run_and_costs_no_image_its_score():
+    """A CUDA error stays: every later call fails as well, whatever the image."""
+
+    def before(reds: list[int]) -> None:
+        if reds[-1] > 3:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nfor debugging")
+
+    scorer = Red(before)
+    with pytest.raises(OutsideError) as caught:
+        call(scorer).score(image_range(9), ["a cat"] * 9)
+    assert str(caught.value) == (
+        "red: the device failed over 4 images from candidate 4 of 'a cat' on: CUDA error: an "
+        "illegal memory access; start again"
+    )
+    assert scorer.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_other_errors_of_the_run_are_not_taken_for_those_of_an_image():
