@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ from ..recipe_reward import PythonSpec
 class PythonFunction:
     """``function(images, prompts)``, each a list, returns one floating number an image.
 
-    The fingerprint is that of the module's source: an edited function scores anew.
+    The fingerprint is that of source, of the module that is named and the one that the function is
+    of (another, where it was imported there or is wrapped): an edited function scores anew.
     """
 
     def __init__(self, spec: PythonSpec, device: torch.device) -> None:
@@ -53,9 +56,15 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def source_of(function: Callable[..., Any], name: str) -> bytes:
-    """Name and source of the function's module; the name alone where there is no source."""
+    """Name, and source of the named module and the function's own, as far as there is any."""
+    named = sys.modules[name.partition(":")[0]]
+    own = inspect.getmodule(function)
+    modules = [named] if own in (named, None) else [named, own]
+    return "\n".join([name, *map(_source, modules)]).encode()
+
+
+def _source(module: ModuleType) -> str:
     try:
-        module = inspect.getmodule(function)
-        return f"{name}\n{inspect.getsource(module) if module else ''}".encode()
+        return inspect.getsource(module)
     except (OSError, TypeError):  # built in, or compiled
-        return name.encode()
+        return ""

@@ -106,6 +106,17 @@ def test_an_edited_function_has_another_fingerprint(module):
     assert fingerprint(first, "one") != fingerprint(first.replace("0.0", "1.0"), "one")
 
 
+def test_an_edited_function_behind_a_wrapper_has_another_fingerprint(module):
+    """Of another module, and one that does not say what it wraps."""
+
+    def fingerprint(value: str) -> str:
+        body = "from functools import partial\ndef own(value, images, prompts):\n"
+        body += f"    return [value] * len(images)\nscore = partial(own, {value})\n"
+        return load_reward(PythonSpec(function=module(body)), CPU).fingerprint
+
+    assert fingerprint("0.0") == fingerprint("0.0") != fingerprint("1.0")
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
