@@ -19,7 +19,7 @@ from .errors import DataError
 from .failpoints import failpoint
 from .keyed import Stream, content_id
 from .launch import Ranks
-from .recipe import Sampler
+from .recipe import Model, Sampler
 from .reporting.console import Terminal
 from .shards.candidates import has_candidates, read_candidates, write_candidates
 
@@ -39,6 +39,12 @@ class Start:
 def whole_prompts(count: int) -> list[Start]:
     """Images of the whole prompt, each with noise of its own."""
     return [Start(str(number)) for number in range(count)]
+
+
+def drawn_by(model: Model, backbone: Backbone) -> dict[str, str]:
+    """Content hashes of what draws: the denoiser, and the VAE if it is another than its own."""
+    found = backbone.fingerprints()
+    return {"model": found["model"]} | ({"vae": found["vae"]} if model.vae is not None else {})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .adapters import twin_of
 from .backbones import Backbone, load_backbone
-from .candidates import CandidateSampler, CandidateSet
+from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .compared_runs import ComparedRun, read_runs
 from .comparison_report import Measured, write_comparison
 from .divergence import Divergence
@@ -73,7 +73,7 @@ class Comparison:
     def _inputs_hash(self) -> str:
         """Of everything the report is a function of."""
         inputs = {
-            "runs": {run.name: run.weights for run in self.runs},
+            "runs": [(run.name, run.weights) for run in self.runs],
             "seed": self.recipe.seed,
             "model": self.recipe.model.model_dump(mode="json"),
             "prompts": self.prompt_sets,
@@ -103,14 +103,14 @@ class Comparison:
     def _sample(self, measured: Measured) -> None:
         """Images of the base, then of each run, and how far each has gone from the base."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
-        fingerprint = backbone.fingerprints()["model"]
+        made_by = drawn_by(self.recipe.model, backbone)
         tune_for_sampling(self.recipe.speed, backbone)
         reference = backbone.denoiser
-        measured.images[BASE] = self._draw(backbone, BASE, {"model": fingerprint})
+        measured.images[BASE] = self._draw(backbone, BASE, made_by)
         for run in self.runs:
-            made_by = {"model": fingerprint, "adapter": run.weights}
             with tuned(backbone, reference, run, self.recipe):
-                measured.images[run.name] = self._draw(backbone, run.name, made_by)
+                made_with = made_by | {"adapter": run.weights}
+                measured.images[run.name] = self._draw(backbone, run.name, made_with)
                 if self.recipe.compare.divergence_draws:
                     base = measured.images[BASE]
                     found = self._diverge(backbone, reference, run, base)

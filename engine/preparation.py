@@ -17,7 +17,7 @@ import numpy as np
 
 from . import __version__
 from .backbones import Backbone, load_backbone
-from .candidates import CandidateSampler, CandidateSet
+from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .curriculum.pairs import Pair
 from .errors import DataError
 from .keyed import Stream
@@ -126,7 +126,7 @@ class Preparation:
         fingerprints = backbone.fingerprints()
         tune_for_sampling(self.recipe.speed, backbone)
 
-        images = self._sample(backbone, fingerprints["model"])
+        images = self._sample(backbone, drawn_by(self.recipe.model, backbone))
         ranked = self.ranker.rank(images, self.prompts)
         pairs, fills = self._fill_shards(ranked)
         latents = self._encode(backbone, fingerprints["vae"], images, pairs)
@@ -136,7 +136,7 @@ class Preparation:
 
     # Phases
 
-    def _sample(self, backbone: Backbone, made_by: str) -> CandidateSet:
+    def _sample(self, backbone: Backbone, made_by: dict[str, str]) -> CandidateSet:
         recipe = self.recipe
         sampler = CandidateSampler(
             backbone,
@@ -149,7 +149,7 @@ class Preparation:
             resolution=recipe.model.resolution,
             batch_size=recipe.prepare.batch_size,
             made_by={
-                "model": made_by,
+                **made_by,
                 "precision": recipe.prepare.precision,
                 **self.ranker.made_by,
             },

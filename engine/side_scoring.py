@@ -41,7 +41,7 @@ class SideScoring:
         self.prompts = prompts
         self._kept = KeptTables(folder)
         made_of = {name: images.fingerprint for name, images in sides.items()}
-        text = json.dumps([made_of, list(prompts)])
+        text = json.dumps([made_of, list(prompts)], sort_keys=True)
         self._images_hash = hashlib.sha256(text.encode()).hexdigest()
 
     def scores(self, spec: Reward, reward: RewardModel) -> Tables:

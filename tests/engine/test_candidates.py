@@ -9,7 +9,7 @@ import torch
 from cdpo.engine import candidates
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.candidates import CandidateSampler
+from cdpo.engine.candidates import CandidateSampler, drawn_by
 from cdpo.engine.errors import DataError
 from cdpo.engine.keyed import Stream
 from cdpo.engine.launch import Ranks
@@ -206,3 +206,18 @@ def test_images_that_have_gone_are_an_error(sampler, tmp_path):
         path.unlink()
     with pytest.raises(DataError, match="the images of 'house' have gone"):
         one.images.read("house")
+
+
+def test_images_of_another_vae_are_other_images(tiny_world: Path, tmp_path: Path) -> None:
+    """Of one denoiser: they are not to be taken for those that are already there."""
+    spec = Model(path=str(tiny_world / "sd"), resolution=(16, 16))
+    backbone = sd.load(spec, torch.device("cpu"), torch.float32)
+    vae = backbone.pipeline.vae
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.1
+    vae.save_pretrained(tmp_path / "vae")
+    other_spec = spec.model_copy(update={"vae": str(tmp_path / "vae")})
+    other = sd.load(other_spec, torch.device("cpu"), torch.float32)
+    ours, theirs = drawn_by(spec, backbone), drawn_by(other_spec, other)
+    assert ours == {"model": backbone.fingerprints()["model"]}
+    assert theirs["model"] == ours["model"] and theirs != ours

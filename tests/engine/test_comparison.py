@@ -184,6 +184,10 @@ def test_other_statistics_need_no_new_images_and_no_new_scores(
     off = compare(world, tmp_path, chosen, "compare.divergence_draws=0").succeeded()
     results = json.loads((tmp_path / "compare/results.json").read_text())
     assert results["prompt_sets"][0]["divergence"] is None and "measure" not in off.text
+    back = listed(runs, "dpo", "lora")
+    compare(world, tmp_path, back, failpoint=never).succeeded()
+    results = json.loads((tmp_path / "compare/results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["dpo", "lora"]
 
 
 def test_a_run_of_another_model_is_refused(world: World, runs: dict[str, Path]) -> None:
