@@ -1,5 +1,6 @@
 """What the sections of a recipe are made of: bounded numbers, the strictness of a section, and the
-sampler that several of them have."""
+sampler that several of them have.
+"""
 
 from __future__ import annotations
 
