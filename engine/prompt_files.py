@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .recipe_prompts import MAX_PROMPT_CHARACTERS
+from .recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from .sources.files import SourceFiles
 from .sources.tables import CsvReader, ParquetReader
 
@@ -33,6 +33,8 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
         if not isinstance(cell, str):
             raise DataError(f"prompts: {where} holds {type(cell).__name__}, not text")
         prompt = cell.strip()
+        if half := lone_surrogate(prompt):
+            raise DataError(f"prompts: {where} holds half a character, {half!r}: remove it")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise DataError(
                 f"prompts: {where} has {len(prompt)} characters; at most "

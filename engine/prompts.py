@@ -15,6 +15,7 @@ from .recipe_prompts import (
     Prompts,
     Split,
     Templates,
+    lone_surrogate,
     names_in,
     template_parts,
 )
@@ -91,6 +92,11 @@ def _products(template: str, lists: dict[str, list[str]], key: str) -> Iterator[
             raise DataError(
                 f"{key}: template {template!r} makes a prompt of {len(prompt)} characters; 1 to "
                 f"{MAX_PROMPT_CHARACTERS} are taken"
+            )
+        if half := lone_surrogate(prompt):
+            raise DataError(
+                f"{key}: template {template!r} makes a prompt with half a character, {half!r}: "
+                "remove it"
             )
         yield prompt
 

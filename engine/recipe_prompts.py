@@ -124,6 +124,11 @@ class Prompts(Section):
         return self
 
 
+def lone_surrogate(text: str) -> str | None:
+    """Half of a character, which JSON and YAML can spell and no file can hold; None without one."""
+    return next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
+
+
 def template_parts(template: str) -> list[tuple[str, str | None]]:
     """A template as literal text and the name that follows it, None at the end.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
-from ..recipe_prompts import MAX_PROMPT_CHARACTERS
+from ..recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from ..recipe_source import Imported, Paired, Ranked
 from .rows import Row
 
@@ -69,7 +69,7 @@ class RecordMaker:
         caption = row.values[self.spec.caption]
         caption = caption.strip() if isinstance(caption, str) else ""
         winner: int | str | None = 0
-        if not 0 < len(caption) <= MAX_PROMPT_CHARACTERS:
+        if not 0 < len(caption) <= MAX_PROMPT_CHARACTERS or lone_surrogate(caption):
             winner = NO_CAPTION
         elif caption in self.heldout:
             winner = HELD_OUT

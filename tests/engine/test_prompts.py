@@ -166,6 +166,7 @@ def test_a_column_that_is_not_text(tmp_path, kind, row):
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
+        (b'{"prompt": "a \\ud83d"}', ":2, column prompt, holds half a character, '\\ud83d'"),
         (b"{", ":2 is not JSON: "),
         (b"[" * 100_000, ":2 is not JSON: "),
         (b'["a"]', ":2 is not an object such as {'prompt': ...}"),
@@ -173,7 +174,7 @@ def test_a_column_that_is_not_text(tmp_path, kind, row):
         (b"\xff", ":2 is not JSON: "),
         (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', ":2 is longer than 1 MiB"),
     ],
-    ids=["half", "deep", "list", "other", "bytes", "long"],
+    ids=["letter", "half", "deep", "list", "other", "bytes", "long"],
 )
 def test_lines_of_jsonl_that_are_no_row(tmp_path, second, expected):
     path = write(tmp_path, "t.jsonl", b'{"prompt": "a"}\n' + second + b"\n")
@@ -236,6 +237,8 @@ def test_lists_that_are_empty_too_long_or_too_many(tmp_path):
             filled_in(["{a}"], a=entries)
     with pytest.raises(DataError, match=r"template '\{a\}\{a\}' makes a prompt of 2200 characters"):
         filled_in(["{a}{a}"], a=("x" * 1100,))
+    with pytest.raises(DataError, match=r"template '\{a\}!' makes a prompt with half a character"):
+        filled_in(["{a}!"], a=("b", "\ud83d"))
     digits = tuple(map(str, range(200)))
     with pytest.raises(DataError, match="its lists make 8000000 prompts; at most 1000000"):
         filled_in(["{a}{b}{c}"], a=digits, b=digits, c=digits)

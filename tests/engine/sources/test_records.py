@@ -55,6 +55,7 @@ def test_a_label_says_how_the_first_image_did(label, winner):
         ({"caption": " \n"}, NO_CAPTION),
         ({"caption": None}, NO_CAPTION),
         ({"caption": "x" * 2001}, NO_CAPTION),
+        ({"caption": "half a letter \ud83d"}, NO_CAPTION),
         ({"caption": " a dog "}, HELD_OUT),
     ],
 )
