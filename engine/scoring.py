@@ -55,9 +55,11 @@ class Scoring:
     def run(
         self, reward: RewardModel, images: CandidateSet, prompts: Sequence[str], terminal: Terminal
     ) -> dict[str, np.ndarray]:
-        """Scores of all prompts, on every rank; those already on disk are not computed again."""
+        """Scores of all prompts, on every rank; those already on disk are not computed again,
+        unless the reward failed on all images of a prompt.
+        """
         done = self.ranks.on_first(self.done)
-        missing = [prompt for prompt in prompts if prompt not in done]
+        missing = [p for p in prompts if p not in done or not np.isfinite(done[p]).any()]
         per_prompt = images.meta["count"]
         total = len(prompts) * per_prompt
         self.parts.mkdir(parents=True, exist_ok=True)

@@ -146,6 +146,15 @@ def test_a_missing_score_stays_missing(score, tmp_path):
         assert all(np.isnan(values).tolist() == [False, True, False] for values in found.values())
 
 
+def test_prompts_without_any_score_are_asked_for_again(score):
+    """What fails on all of a prompt is rarely its images: a file, a server, a key of the user's."""
+    fail = RedReward(lambda scores: np.where(scores >= 20, np.nan, scores))
+    assert np.isnan(list(score(fail).values())[2:]).all()
+    mended = RedReward()
+    assert as_lists(score(mended)) == expected()
+    assert mended.scored == [prompt for prompt in PROMPTS[2:] for _ in range(COUNT)]
+
+
 @pytest.mark.parametrize(
     ("change", "seen"),
     [
