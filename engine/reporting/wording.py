@@ -66,10 +66,13 @@ def percent_interval(estimate: Estimate) -> str:
 
 
 def sample_size(result: ScorerResult) -> str:
-    """``60 × 4``: prompts and images a prompt, and how many pairs had no score."""
+    """``60 × 4``: prompts and images a prompt, and how many pairs had no score; of several runs the
+    most that any lacks.
+    """
     num_prompts, num_images = result.base_scores.shape
     text = f"{num_prompts} × {num_images}"
-    return f"{text} (−{result.summary.num_dropped})" if result.summary.num_dropped else text
+    dropped = max(summary.num_dropped for summary in result.summaries.values())
+    return f"{text} (−{dropped})" if dropped else text
 
 
 def verdict(data: ReportData) -> str:

@@ -16,7 +16,7 @@ from cdpo.engine.reporting.findings import findings
 from cdpo.engine.reporting.method_charts import diversity_chart, drift_chart
 from cdpo.engine.reporting.method_panels import method_tables, win_tables
 from cdpo.engine.reporting.report import render_report
-from cdpo.engine.reporting.report_data import ReportData
+from cdpo.engine.reporting.report_data import ReportData, ScorerResult
 from cdpo.engine.reporting.results import save_results
 from cdpo.engine.reporting.stats import Estimate
 
@@ -99,6 +99,17 @@ def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> Non
     cell, mirrored = wins["rows"][0][2], wins["rows"][2][0]
     assert (cell["side"], mirrored["side"]) == ("above", "below")
     assert float(cell["share"][:-1]) + float(mirrored["share"][:-1]) == pytest.approx(100, abs=0.11)
+
+
+def test_a_pair_that_any_run_lacks_is_counted(methods: Methods, hostile: str) -> None:
+    training = methods().prompt_sets[0]
+    judge = training.scorers[0]
+    scores = {**judge.scores, hostile: judge.scores[hostile].copy()}
+    scores[hostile][0, :2] = np.nan
+    lacking = ScorerResult.from_scores("judge", judge.model, judge.base_scores, scores, 100)
+    sets = [replace(training, scorers=[lacking])]
+    [table] = method_tables(replace(methods(), prompt_sets=sets))
+    assert table["size"] == "20 × 3 (−2)"
 
 
 def test_the_terminal_has_a_row_a_method(methods: Methods, hostile: str) -> None:
