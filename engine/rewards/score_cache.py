@@ -12,6 +12,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -34,10 +35,11 @@ class ScoreCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._scores: dict[bytes, float] = {}
         self._file: Path | None = None
-        for path in sorted(folder.glob("*.scores")) if folder else ():
-            self._scores |= dict(_records(path))
+        paths = sorted(folder.glob("*.scores")) if folder else ()
+        kept = (record for path in paths for record in _records(path))
+        # Half of what there is room for: the first new score must not drive them out again.
+        self._scores: dict[bytes, float] = dict(islice(kept, KEPT // 2))
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._scores

@@ -214,6 +214,17 @@ def test_keys_tell_images_and_prompts_apart():
     assert score_key(one, "a") == score_key(one.copy(), "a")
 
 
+def test_a_folder_of_more_scores_than_there_is_room_for(tmp_path, monkeypatch):
+    """Half of the room is filled, and what was read stays when a score joins."""
+    keys = [bytes([number]) * 32 for number in range(20)]
+    ScoreCache(tmp_path).add(dict.fromkeys(keys, 1.0))
+    monkeypatch.setattr("cdpo.engine.rewards.score_cache.KEPT", 8)
+    cache = ScoreCache(tmp_path)
+    assert [key in cache for key in keys] == [True] * 4 + [False] * 16
+    cache.add({keys[9]: 2.0})
+    assert [key in cache for key in keys[:4]] == [True] * 4 and cache[keys[9]] == 2.0
+
+
 @pytest.mark.parametrize("damage", [1, 17, RECORD.size, RECORD.size + 3])
 def test_what_a_kill_left_half_written_is_passed_over(tmp_path, damage):
     """Cut anywhere, the whole records count; a flipped bit costs its own record."""
