@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or RESULTS / f"quality_{device.type}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    show(result, Console(width=None if sys.stdout.isatty() else 200))
+    show(result, Console(width=None if sys.stdout.isatty() else 190))
     print("\n".join(str(path) for path in (out, *draw(result, out))))
     return 0 if succeeded else 1
 

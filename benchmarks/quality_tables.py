@@ -6,45 +6,39 @@ from typing import Any
 
 from cdpo.engine.reporting.stats import Estimate
 from cdpo.engine.reporting.wording import signed_interval
-from quality_plan import METHODS
+from quality_plan import METHODS, PLAIN
 from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
 
 
+PLACE = ("model", "reward", "prompts", "scorer")
+
+
 def show(result: Row, console: Console) -> None:
-    """Both tables, and what is missing."""
+    """All tables, and what is missing."""
     if result["table"]:
-        console.print(_methods(result["table"]))
+        console.print(_gains(result["table"], "over_base", "tuned minus base", list(METHODS)))
+        others = [name for name in METHODS if name != PLAIN]
+        console.print(_gains(result["table"], "over_dpo", f"tuned minus {PLAIN}", others))
     if result["ablations"]:
         console.print(_ablations(result["ablations"]))
     if result["unfinished"]:
         console.print(f"not finished: {', '.join(result['unfinished'])}")
 
 
-def _methods(rows: list[Row]) -> Table:
-    table = Table(title="tuned minus base, and in brackets minus DPO; 95 % intervals over prompts")
-    for heading in ("model", "ranked by", "prompts", "scorer", "base", *METHODS):
+def _gains(rows: list[Row], key: str, title: str, methods: list[str]) -> Table:
+    table = Table(title=f"{title}; 95 % intervals over prompts")
+    for heading in ("model", "ranked by", "prompts", "scorer", "base", *methods):
         table.add_column(heading)
-    for row in rows:
-        if row["method"] != "base":
-            continue
-        place = [row[key] for key in ("model", "reward", "prompts", "scorer")]
-        own = {
-            other["method"]: other
-            for other in rows
-            if [other[key] for key in ("model", "reward", "prompts", "scorer")] == place
-        }
-        table.add_row(*place, f"{row['mean']['mean']:.4f}", *(_cell(own[m]) for m in METHODS))
-        if place[2:] == ["held-out", "reward"]:
+    for place in dict.fromkeys(tuple(row[part] for part in PLACE) for row in rows):
+        own = {row["method"]: row for row in rows if tuple(row[part] for part in PLACE) == place}
+        base = f"{own['base']['mean']['mean']:.4g}"
+        table.add_row(*place, base, *(_interval(own[method][key]) for method in methods))
+        if place[2:] == ("held-out", "reward"):
             table.add_section()
     return table
-
-
-def _cell(row: Row) -> str:
-    gain = _interval(row["over_base"])
-    return f"{gain}\n({_interval(row['over_dpo'])})" if "over_dpo" in row else gain
 
 
 def _interval(estimate: Row) -> str:
