@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def count_blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
 def _read_pytorch(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
+    except (UnpicklingError, EOFError) as error:
         reason = str(error).strip().split("\n")[0] or "it ends too early"
         raise ValueError(f"it is no file of tensors alone: {reason}") from None
 
