@@ -45,7 +45,7 @@ test: lint unit
 # Files of tests go to processes that compute on one thread each.
 unit: export OMP_NUM_THREADS = 1
 unit: .venv/installed-test
-	python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+	python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=20
 
 bench: .venv/installed
 	python benchmarks/compile_report.py

@@ -24,6 +24,12 @@ from launching import ForkServer, World, make_world
 CPU = torch.device("cpu")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: the last minutes then have short ones for all processes."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `sd`, `reward`, `judge`, prompt files and `recipe.yaml`: not to be written to."""

@@ -13,6 +13,7 @@ from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # 40 seconds of processor time, but every test of this folder
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.skipif(
