@@ -138,16 +138,17 @@ def test_seeds_are_added_up(tmp_path):
 
 @pytest.mark.slow
 def test_once_through_all_of_it(tmp_path):
-    """Real verbs on the small world, and a second start that finds everything done."""
+    """Real verbs on the small world; what is finished can be reported without them."""
     out, work = tmp_path / "quality.json", tmp_path / "work"
     small = "--models sd --rewards colorfulness --seeds 1 --steps 2 --steps-per-tier 1 --prompts 2"
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_quality.py"), *small.split()]
     command += ["--images", "2", "--jobs", "1", "--ablation-seeds"]
     command += ["--work", str(work), "--out", str(out)]
 
-    def run() -> str:
+    def run(*more: str) -> str:
         env = os.environ | {"DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        words = [*command, *more]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -162,6 +163,5 @@ def test_once_through_all_of_it(tmp_path):
     folder = Path(work) / "sd-colorfulness-seed1"
     trained = {path.parent.name for path in folder.glob("*/lora")}
     assert trained == {name.replace(" ", "_") for name in METHODS}
-    again = run()
+    assert "train" not in run("--report").split("tuned minus base")[0]
     assert json.loads(out.read_text())["table"] == result["table"]
-    assert "nothing to do" in (folder / "DPO" / "train.log").read_text(), again
