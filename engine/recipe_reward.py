@@ -207,7 +207,7 @@ def _clip_score_unless_told(value: object) -> object:
     return {"type": "clip_score"} | value if isinstance(value, dict) else value
 
 
-SingleReward = Annotated[
+_Single = (
     ClipScoreSpec
     | PickScoreSpec
     | HpsSpec
@@ -217,9 +217,10 @@ SingleReward = Annotated[
     | JpegSpec
     | JpegIncompressibilitySpec
     | ColorfulnessSpec
-    | PythonSpec,
-    Field(discriminator="type"),
-    BeforeValidator(_clip_score_unless_told),
+    | PythonSpec
+)
+SingleReward = Annotated[
+    _Single, Field(discriminator="type"), BeforeValidator(_clip_score_unless_told)
 ]
 
 
@@ -271,18 +272,7 @@ class VoteSpec(CombinedReward):
 
 
 Reward = Annotated[
-    ClipScoreSpec
-    | PickScoreSpec
-    | HpsSpec
-    | AestheticSpec
-    | ImageRewardSpec
-    | CaptionSimilaritySpec
-    | JpegSpec
-    | JpegIncompressibilitySpec
-    | ColorfulnessSpec
-    | PythonSpec
-    | WeightedSpec
-    | VoteSpec,
+    _Single | WeightedSpec | VoteSpec,
     Field(discriminator="type"),
     BeforeValidator(_clip_score_unless_told),
 ]
