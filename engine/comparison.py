@@ -158,17 +158,17 @@ class Comparison:
             resolution=model.resolution,
             batch_size=spec.batch_size,
         )
-        own = {}
         with self.terminal.progress(
             f"measure {run.name}", len(self.prompts), unit="prompts"
         ) as progress:
-            for prompt in ranks.until_stopped(ranks.share(self.prompts)):
-                own[prompt] = divergence.of(backbone.denoiser, prompt)
+
+            def measure(prompt: str) -> NDArray[np.float64]:
+                found = divergence.of(backbone.denoiser, prompt)
                 failpoint("compare.diverged")
                 progress.advance(min(ranks.world_size, progress.total - progress.done))
-        ranks.meet()
-        found = {prompt: row for part in ranks.gather(own) for prompt, row in part.items()}
-        errors = np.stack([found[prompt] for prompt in self.prompts])
+                return found
+
+            errors = np.stack(ranks.divided(self.prompts, measure))
         ranks.on_first(lambda: store.write(run.name, made_of, {"errors": errors}))
         return errors
 

@@ -15,6 +15,7 @@ from .peers import STOPPING
 from .stopping import StopSignal
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ class Ranks:
             raise StopRequested(
                 f"stopped on request ({reason}); the same command goes on from there"
             )
+
+    def divided(self, items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
+        """What ``work`` makes of every item, in order, on every rank, each having done a share.
+
+        Raises StopRequested on all if any was asked to stop.
+        """
+        own = [work(item) for item in self.until_stopped(self.share(items))]
+        self.meet()
+        parts = self.gather(own)
+        return [parts[at % self.world_size][at // self.world_size] for at in range(len(items))]
 
     def asked_to_stop(self) -> str:
         """Why the ranks are to stop, or nothing; all ask together, and get the same answer."""

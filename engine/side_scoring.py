@@ -79,12 +79,12 @@ class SideScoring:
         kept = self.ranks.on_first(lambda: self._kept.read(subject, made_of))
         if kept is not None:
             return {name: kept[name] for name in self.sides}
-        own = {}
-        for prompt in self.ranks.until_stopped(self.ranks.share(self.prompts)):
-            own[prompt] = work(prompt, [side.read(prompt) for side in self.sides.values()])
-        self.ranks.meet()
-        found = {prompt: row for part in self.ranks.gather(own) for prompt, row in part.items()}
-        whole = np.stack([found[prompt] for prompt in self.prompts])
+        whole = np.stack(
+            self.ranks.divided(
+                self.prompts,
+                lambda prompt: work(prompt, [side.read(prompt) for side in self.sides.values()]),
+            )
+        )
         if what == "scores" and not np.isfinite(whole).any():
             raise DataError(
                 f"the reward {made_of['reward']} could score none of {whole.size} images, for the "
