@@ -33,9 +33,9 @@ from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.writer import write_shard
-from data_import import importers
-from data_plot import draw
-from data_readers import (
+from data_bench.importing import importers
+from data_bench.plot import draw
+from data_bench.readers import (
     BATCH,
     PIXELS,
     SHAPE,
@@ -48,10 +48,10 @@ from data_readers import (
     write_set,
     write_webdataset,
 )
-from provenance import provenance
+from measuring.provenance import provenance
+from measuring.timing import CpuClock, Spread, StepClock, Times, take_turns
 from rich.console import Console
 from rich.table import Table
-from timing import CpuClock, Spread, StepClock, Times, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@
     python benchmarks/bench_kernels.py --tiny      small shapes: under a minute on a CPU
 
 Alternatives take turns in one process. Before anything is timed it is checked that they compute the
-same. Writes a JSON and, in a folder of its name, a plot a kernel. `kernel_cases.py` is the list of
+same. Writes a JSON and, in a folder of its name, a plot a kernel. `kernel_bench/cases.py` is the list of
 kernels, `kernel_results.py` tells what the JSON holds.
 """
 
@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from agreement import Function, Inputs, as_list, leaves, weights_like
-from bench_case import Case
-from bench_plots import draw_all
-from device_costs import count_launches, count_operators, peak_bytes
-from kernel_cases import cases
-from kernel_results import (
+from kernel_bench.case import Case
+from kernel_bench.cases import cases
+from kernel_bench.plots import draw_all
+from kernel_bench.results import (
     NOTES,
     OURS,
     PHASES,
@@ -32,13 +30,15 @@ from kernel_results import (
     summarise,
     table,
 )
-from provenance import ROOT, provenance, slug
+from kernel_bench.unet_layers import NETWORKS
+from measuring.agreement import Function, Inputs, as_list, leaves, weights_like
+from measuring.device_costs import count_launches, count_operators, peak_bytes
+from measuring.provenance import ROOT, provenance, slug
+from measuring.timing import Clock, Prepare, clock_of, copy_bandwidth, empty_ms, take_turns
 from rich.console import Console
 from rich.progress import track
-from timing import Clock, Prepare, clock_of, copy_bandwidth, empty_ms, take_turns
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
-from unet_layers import NETWORKS
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY_MODEL, TINY_BATCHES = "tiny@64", [2, 8]
@@ -123,7 +123,7 @@ def costs(name: str, task: Prepare, device: torch.device) -> Row:
 def run(options: argparse.Namespace, device: torch.device, console: Console) -> Row:
     """Everything that was asked for, as it goes into the JSON."""
     torch.manual_seed(0)
-    chosen = cases(options.models, options.batches, options.kernels, device.type == "cuda")
+    chosen = cases(options.models, options.batches, options.kernels)
     clock = clock_of(device)
     budget_s = TINY_BUDGET_S if options.tiny else BUDGET_S
     rows: list[Row] = []
@@ -174,7 +174,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.models = options.models or [name for name in NETWORKS if name != TINY_MODEL]
     if options.batches and min(options.batches) < 1:
         parser.error(f"--batches {min(options.batches)}: a batch has at least one pair")
-    if not cases(options.models, options.batches, options.kernels, gpu=True):
+    if not cases(options.models, options.batches, options.kernels):
         parser.error(f"--kernels {options.kernels}: no kernel's name contains this")
     return options
 

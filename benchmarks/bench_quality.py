@@ -22,12 +22,12 @@ import sys
 from pathlib import Path
 
 import torch
-from provenance import provenance
-from quality_plan import REWARDS, Group, Scale, ablation_groups, main_groups
-from quality_plot import draw
-from quality_results import collect
-from quality_runs import VerbFailedError, import_the_engine, run_group
-from quality_tables import show
+from measuring.provenance import provenance
+from quality_bench.plan import REWARDS, Group, Scale, ablation_groups, main_groups
+from quality_bench.plot import draw
+from quality_bench.results import collect
+from quality_bench.runs import VerbFailedError, import_the_engine, run_group
+from quality_bench.tables import show
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,8 +5,8 @@
     python benchmarks/bench_step.py --count     real sizes, counted and not run: needs no GPU
 
 Weights are random. Two steps at a time take turns in one process; operations and calls of networks
-are counted while they run. `our_step.py` and `straightforward_step.py` are the two steps,
-`step_results.py` tells what the JSON holds, `history.py` keeps the figures.
+are counted while they run. `step_bench/ours.py` and `straightforward.py` are the two steps,
+`step_bench/results.py` tells what the JSON holds, `step_bench/history.py` keeps the figures.
 """
 
 import argparse
@@ -19,16 +19,17 @@ from typing import NamedTuple
 
 import torch
 from cdpo.engine.errors import RecipeError
-from device_costs import peak_bytes
-from history import record
-from our_step import PRECISIONS, Knobs, OurStep
-from provenance import ROOT, provenance, slug
+from measuring.device_costs import peak_bytes
+from measuring.provenance import ROOT, provenance, slug
+from measuring.timing import StepClock, take_turns
 from rich.console import Console
 from rich.progress import track
-from step_counts import count_flops, counted_calls
-from step_models import REAL, TINY, StepModel
-from step_plot import draw
-from step_results import (
+from step_bench.counts import count_flops, counted_calls
+from step_bench.history import record
+from step_bench.models import REAL, TINY, StepModel
+from step_bench.ours import PRECISIONS, Knobs, OurStep
+from step_bench.plot import draw
+from step_bench.results import (
     NOTES,
     Row,
     calls_text,
@@ -39,9 +40,8 @@ from step_results import (
     step_row,
     steps_table,
 )
-from step_setup import Pairs, make_pairs
-from straightforward_step import StraightforwardStep, straightforward
-from timing import StepClock, take_turns
+from step_bench.setup import Pairs, make_pairs
+from step_bench.straightforward import StraightforwardStep, straightforward
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 

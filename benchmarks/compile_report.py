@@ -37,7 +37,7 @@ COLUMNS = ("registers", "spills", "stack", "shared")
 def collect_specs() -> list[CompileSpec]:
     """All specialisations of all kernel files."""
     specs: list[CompileSpec] = []
-    for module in pkgutil.iter_modules(cdpo.kernels.__path__, "cdpo.kernels."):
+    for module in pkgutil.walk_packages(cdpo.kernels.__path__, "cdpo.kernels."):
         specs += getattr(importlib.import_module(module.name), "compile_specs", list)()
     return specs
 

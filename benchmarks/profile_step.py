@@ -22,7 +22,7 @@ from cdpo.engine.phases import PHASES
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
 from cdpo.engine.reporting.console import Terminal
-from step_trace import PhaseTotals, StepTrace, read_trace
+from step_bench.trace import PhaseTotals, StepTrace, read_trace
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 

@@ -5,28 +5,27 @@ import statistics
 import time
 
 import bench_data
-import data_import
-import data_readers
 import numpy as np
 import pytest
 import webdataset
 from cdpo.engine.shards.reader import ShardReaders
+from data_bench import importing, readers
 
 
 @pytest.fixture(scope="module")
 def pair_set(tmp_path_factory):
     """640 pairs of 64 KiB in four shards."""
     folder = tmp_path_factory.mktemp("set")
-    return folder, data_readers.write_set(folder, 4, 160)
+    return folder, readers.write_set(folder, 4, 160)
 
 
 def test_every_reader_reads_every_pair(pair_set):
     folder, manifest = pair_set
-    assert data_readers.read_tars(folder, manifest) == 640
-    assert data_readers.read_webdataset(folder, manifest) == 640
-    stream = data_readers.stream_of(folder, manifest, 1)
+    assert readers.read_tars(folder, manifest) == 640
+    assert readers.read_webdataset(folder, manifest) == 640
+    stream = readers.stream_of(folder, manifest, 1)
     ids = {pair for step in range(20) for pair in stream.next(step, (0,)).pair_ids.tolist()}
-    assert len(ids) == data_readers.read_stream(stream, 640, 20) == 640
+    assert len(ids) == readers.read_stream(stream, 640, 20) == 640
     stream.close()
 
 
@@ -35,8 +34,8 @@ def test_our_reader_is_no_slower_than_a_plain_tar_loop(pair_set):
     processor time, taken in turns, so that a busy machine does not matter.
     """
     folder, manifest = pair_set
-    stream = data_readers.stream_of(folder, manifest, 0, ShardReaders(folder, manifest))
-    data_readers.read_stream(stream, 640)  # verifies
+    stream = readers.stream_of(folder, manifest, 0, ShardReaders(folder, manifest))
+    readers.read_stream(stream, 640)  # verifies
 
     def seconds(work, *args) -> float:
         start = time.process_time()
@@ -44,16 +43,15 @@ def test_our_reader_is_no_slower_than_a_plain_tar_loop(pair_set):
         return time.process_time() - start
 
     ratios = [
-        seconds(data_readers.read_tars, folder, manifest)
-        / seconds(data_readers.read_stream, stream, 640)
+        seconds(readers.read_tars, folder, manifest) / seconds(readers.read_stream, stream, 640)
         for _ in range(9)
     ]
     assert statistics.median(ratios) > 0.8, ratios
 
 
 def test_our_shards_are_the_same_pairs_as_webdatasets(tmp_path):
-    pairs = list(data_readers.samples(5, 3))
-    data_readers.write_webdataset(tmp_path, pairs)
+    pairs = list(readers.samples(5, 3))
+    readers.write_webdataset(tmp_path, pairs)
     found = webdataset.WebDataset(str(tmp_path / "plain.tar"), shardshuffle=False).decode()
     for sample, (meta, latents) in zip(found, pairs, strict=True):
         assert sample["__key__"] == f"{meta.pair_id:016x}"
@@ -62,7 +60,7 @@ def test_our_shards_are_the_same_pairs_as_webdatasets(tmp_path):
 
 def test_importing_and_the_bare_loop_make_the_same_pairs(tmp_path):
     """As far as two ways of making a picture smaller give the same one."""
-    with data_import.importers(tmp_path, 8) as runs:
+    with importing.importers(tmp_path, 8) as runs:
         assert {name: run() for name, run in runs.items()} == {"bare loop": 8, "ours": 8}
 
     def pairs(*tars):

@@ -10,9 +10,9 @@ import bench_quality
 import numpy as np
 import pytest
 from cdpo.engine.recipe import Recipe
-from quality_plan import METHODS, ROOT, Group, Scale, ablation_groups, main_groups, recipe_of
-from quality_results import collect
-from quality_runs import results_path
+from quality_bench.plan import METHODS, ROOT, Group, Scale, ablation_groups, main_groups, recipe_of
+from quality_bench.results import collect
+from quality_bench.runs import results_path
 
 SCALE = Scale()
 

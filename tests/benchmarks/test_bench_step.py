@@ -9,14 +9,14 @@ import pytest
 import torch
 from cdpo.engine import keyed
 from cdpo.kernels.dispatch import INTERPRETED
-from our_step import Knobs, OurStep
 from rich.console import Console
-from step_counts import count_flops, counted_calls
-from step_models import REAL, TINY
-from step_plot import bars_of, draw
-from step_results import calls_text, knobs_table, peak_tflops, step_row, steps_table
-from step_setup import make_pairs, trainable
-from straightforward_step import Randomness, StraightforwardStep, straightforward
+from step_bench.counts import count_flops, counted_calls
+from step_bench.models import REAL, TINY
+from step_bench.ours import Knobs, OurStep
+from step_bench.plot import bars_of, draw
+from step_bench.results import calls_text, knobs_table, peak_tflops, step_row, steps_table
+from step_bench.setup import make_pairs, trainable
+from step_bench.straightforward import Randomness, StraightforwardStep, straightforward
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the benchmark runs compiled code")
 

@@ -2,8 +2,8 @@
 
 import json
 
-import history
 import pytest
+from step_bench import history
 
 
 def spread(median: float, half: float = 0.0) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cdpo.engine.phases import PHASES
 from launching import ROOT, World
-from step_trace import KernelTotals, PhaseTotals, StepTrace, read_trace
+from step_bench.trace import KernelTotals, PhaseTotals, StepTrace, read_trace
 
 
 def profile_step(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 from cdpo.engine.phases import PHASES
-from step_trace import base_name, summarise
+from step_bench.trace import base_name, summarise
 
 Event = dict[str, object]
 

@@ -1,6 +1,6 @@
 """One plot a kernel from the JSON of `bench_kernels.py`: speed and bandwidth by batch.
 
-python benchmarks/bench_plots.py benchmarks/results/kernels_DEVICE.json
+PYTHONPATH=benchmarks python -m kernel_bench.plots benchmarks/results/kernels_DEVICE.json
 """
 
 import argparse
@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from provenance import slug
+from measuring.provenance import slug
 
 Row = dict[str, Any]
 COLORS = {"ours": "#0969da", "eager": "#d1571c", "compiled": "#1a7f38"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from quality_plan import ROOT, Changes, Group, Scale, recipe_of
+from quality_bench.plan import ROOT, Changes, Group, Scale, recipe_of
 
 
 class VerbFailedError(RuntimeError):

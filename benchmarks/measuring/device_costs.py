@@ -1,7 +1,7 @@
 """What a call costs beside time: launches and memory on a GPU, operators on a CPU."""
 
 import torch
-from timing import Prepare
+from measuring.timing import Prepare
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 from math import prod
 
-import eager_baselines as eager
 import torch
-from bench_case import BF16, DTYPE, FP32, Case, name_of
 from cdpo.kernels import (
     ConsistencyOutputs,
     SchedulePoint,
     consistency_outputs,
     consistency_solver_step,
 )
+from kernel_bench import eager_baselines as eager
+from kernel_bench.case import BF16, DTYPE, FP32, Case, name_of
+from kernel_bench.unet_layers import NETWORKS
 from torch import Tensor
-from unet_layers import NETWORKS
 
 Points = dict[str, Tensor]  # where pairs are on the schedule: now, and at the solver's earlier step
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from cdpo.engine.reporting.stats import Estimate
 from cdpo.engine.reporting.wording import signed_interval
-from quality_plan import METHODS, PLAIN
+from quality_bench.plan import METHODS, PLAIN
 from rich.console import Console
 from rich.table import Table
 

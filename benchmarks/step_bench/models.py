@@ -20,7 +20,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from provenance import ROOT
+from kernel_bench.unet_layers import SD15, SDXL, TEXT_TOKENS
+from measuring.provenance import ROOT
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -28,7 +29,6 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
-from unet_layers import SD15, SDXL, TEXT_TOKENS
 
 Config = dict[str, Any]
 # Any tokenizer does: how long a prompt's row of tokens is does not depend on its words.

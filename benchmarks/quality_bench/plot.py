@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from bench_plots import COLORS, STYLE
+from kernel_bench.plots import COLORS, STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from quality_plan import DEFAULT, METHODS, PLAIN
+from quality_bench.plan import DEFAULT, METHODS, PLAIN
 
 Row = dict[str, Any]
 PROMPTS = {"training": COLORS["ours"], "held-out": COLORS["eager"]}

@@ -5,12 +5,12 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import eager_baselines as eager
 import torch
-from bench_case import BF16, DTYPE, Case, name_of
 from cdpo.kernels import geglu, group_norm_silu
+from kernel_bench import eager_baselines as eager
+from kernel_bench.case import BF16, DTYPE, Case, name_of
+from kernel_bench.unet_layers import GegluCall, GroupNormCall, layer_calls
 from torch import Tensor
-from unet_layers import GegluCall, GroupNormCall, layer_calls
 
 
 def _layers(model: str, kind: type) -> list[tuple[Any, int]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from agreement import Function, Inputs, compare
+from measuring.agreement import Function, Inputs, compare
 
 DTYPE = torch.bfloat16  # of networks and latents; noise, targets and losses are float32
 BF16, FP32 = 2, 4  # bytes of an element
@@ -32,7 +32,6 @@ class Case:
     bytes_backward: int = 0  # 0 where nothing is differentiated
     count: int = 1  # how often a UNet's forward runs it
     others: Mapping[str, Function] = field(default_factory=dict)  # further baselines
-    needs_gpu: bool = False
     agreement: Callable[[Function, Function, Inputs], Any] = compare
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cdpo.engine.recipe_file import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     "sd": ROOT / "recipes" / "emoji_cdpo.yaml",
     "lcm": ROOT / "recipes" / "emoji_lcm_cdpo.yaml",

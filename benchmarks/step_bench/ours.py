@@ -25,8 +25,8 @@ from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.speed import choose_tuning, order_weights
 from cdpo.kernels import use as use_kernels
 from diffusers import DiffusionPipeline
-from step_models import StepModel, build, text_conditioner
-from step_setup import SEED, Pairs, Update, adapter_of, in_one_dtype, in_reach, trainable
+from step_bench.models import StepModel, build, text_conditioner
+from step_bench.setup import SEED, Pairs, Update, adapter_of, in_one_dtype, in_reach, trainable
 from torch import Tensor, nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cdpo.engine.backbones.latent_diffusion import guidance_embedding
-from step_models import StepModel, build
-from step_setup import Pairs, Update, add_adapter, trainable
+from step_bench.models import StepModel, build
+from step_bench.setup import Pairs, Update, add_adapter, trainable
 from torch import Tensor, nn
 
 SOLVER_STEPS, GUIDANCE = 50, (5.0, 15.0)

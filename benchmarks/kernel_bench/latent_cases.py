@@ -5,14 +5,13 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import eager_baselines as eager
 import torch
-from agreement import Function, Inputs, compare, compare_distributions
-from bench_case import BF16, DTYPE, FP32, Case, name_of
 from cdpo.kernels import paired_add_noise, paired_dpo_loss, philox_normal
-from single_launch_loss import single_launch_loss
+from kernel_bench import eager_baselines as eager
+from kernel_bench.case import BF16, DTYPE, FP32, Case, name_of
+from kernel_bench.unet_layers import NETWORKS
+from measuring.agreement import Function, Inputs, compare, compare_distributions
 from torch import Tensor
-from unet_layers import NETWORKS
 
 BETA, CONSISTENCY_BETA, HUBER_C = 5000.0, 200.0, 1e-3
 KEY = 32  # bytes of a pair's key
@@ -87,16 +86,6 @@ def paired_dpo_loss_cases(model: str, pairs: int) -> Iterator[Case]:
     yield case("paired_dpo_loss cached", ours=_mse_loss, eager_loss=cached, cached=True)
     yield case(
         "paired_dpo_loss pseudo_huber", ours=_huber_loss, eager_loss=huber, distance="pseudo_huber"
-    )
-    yield case(
-        "paired_dpo_loss single launch (study)",
-        ours=partial(single_launch_loss, scale=BETA / 2),
-        eager_loss=diffusion,
-        others={
-            "two launches": _mse_loss,
-            "scaled in backward": partial(single_launch_loss, scale=BETA / 2, upstream_known=False),
-        },
-        needs_gpu=True,
     )
 
 

@@ -6,10 +6,8 @@ A kernel takes part by a function that yields its cases at one model and batch, 
 
 from collections.abc import Callable, Iterator
 
-import latent_cases
-import layer_cases
-import lcm_cases
-from bench_case import Case
+from kernel_bench import latent_cases, layer_cases, lcm_cases
+from kernel_bench.case import Case
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # pairs
 LAYER_BATCHES = (1, 8, 64)  # a UNet has some twenty shapes, each compiled anew for each batch
@@ -25,15 +23,15 @@ FAMILIES: dict[Family, tuple[int, ...]] = {  # with the batches it runs at
 }
 
 
-def cases(models: list[str], batches: list[int] | None, kernels: str, gpu: bool) -> list[Case]:
-    """The cases of all kernels whose name contains `kernels`, that can run here."""
+def cases(models: list[str], batches: list[int] | None, kernels: str) -> list[Case]:
+    """The cases of all kernels whose name contains `kernels`."""
     found = [
         case
         for family, usual in FAMILIES.items()
         for model in models
         for pairs in batches or usual
         for case in family(model, pairs)
-        if kernels in case.kernel and (gpu or not case.needs_gpu)
+        if kernels in case.kernel
     ]
     names = list(dict.fromkeys(case.kernel for case in found))
     return sorted(found, key=lambda case: names.index(case.kernel))

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from cdpo.engine.reporting.stats import mean_estimate, paired_difference, win_rate
 from numpy.typing import NDArray
-from quality_plan import DEFAULT, METHODS, PLAIN, Group
-from quality_runs import results_path
+from quality_bench.plan import DEFAULT, METHODS, PLAIN, Group
+from quality_bench.runs import results_path
 
 Row = dict[str, Any]
 Results = Mapping[int, Row]  # results.json of a group, by seed

@@ -15,9 +15,9 @@ On a CPU times say nothing and are left out: counts and ratios remain.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from measuring.timing import Spread
 from rich.table import Table
-from step_counts import NOMINAL_TFLOPS
-from timing import Spread
+from step_bench.counts import NOMINAL_TFLOPS
 
 Row = dict[str, Any]
 NOTES = {

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 from typing import Any
 
+from measuring.timing import Spread, Times
 from rich.table import Table
-from timing import Spread, Times
 
 Row = dict[str, Any]
 PHASES = ("forward", "backward", "both")

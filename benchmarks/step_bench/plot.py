@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from bench_plots import COLORS, STYLE
+from kernel_bench.plots import COLORS, STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

@@ -7,7 +7,7 @@ import torch
 from cdpo.engine.adapters import add_lora
 from cdpo.engine.recipe import Adapter
 from diffusers import UNet2DConditionModel
-from step_models import StepModel
+from step_bench.models import StepModel
 from torch import Tensor, nn
 
 SEED = 3

@@ -26,7 +26,7 @@ from cdpo.engine.rewards import RewardModel
 from cdpo.engine.shards.manifest import load_manifest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIDE = 48  # pixels of a picture, which both scale to the model's 32
 
 

@@ -1,7 +1,7 @@
 """The history of the step benchmark: one row a run, a plot of it, and what fell since the last row.
 
     python benchmarks/bench_step.py --history benchmarks/results/history.jsonl    adds a row
-    python benchmarks/history.py                          draws it again, and says what fell
+    PYTHONPATH=benchmarks python -m step_bench.history         draws it again, and says what fell
 
 A row has date, commit, device, versions and the figures of each model. Rows of a CPU hold ratios
 only: a step that does more than it did shows there too.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from bench_plots import COLORS, MORE_COLORS, STYLE
+from kernel_bench.plots import COLORS, MORE_COLORS, STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from provenance import ROOT
+from measuring.provenance import ROOT
 
 Row = dict[str, Any]
 HISTORY = ROOT / "benchmarks" / "results" / "history.jsonl"
