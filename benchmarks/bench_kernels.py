@@ -4,8 +4,8 @@
     python benchmarks/bench_kernels.py --tiny      small shapes: under a minute on a CPU
 
 Alternatives take turns in one process. Before anything is timed it is checked that they compute the
-same. Writes a JSON and, in a folder of its name, a plot a kernel. `kernel_bench/cases.py` is the list of
-kernels, `kernel_results.py` tells what the JSON holds.
+same. Writes a JSON and, in a folder of its name, a plot a kernel. `kernel_bench/cases.py` is the
+list of kernels, `kernel_bench/results.py` tells what the JSON holds.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from measuring.device_costs import peak_bytes
 from measuring.provenance import ROOT, provenance, slug
 from measuring.timing import StepClock, take_turns

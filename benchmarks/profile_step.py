@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cdpo.engine.errors import CdpoError
+from cdpo.engine.basics.errors import CdpoError
+from cdpo.engine.basics.phases import PHASES
 from cdpo.engine.launch import Ranks, joined_ranks, quieten_libraries
-from cdpo.engine.phases import PHASES
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe
 from cdpo.engine.reporting.console import Terminal

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .errors import RecipeError
+from .basics.errors import RecipeError
 from .recipe import Adapter
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -1,19 +1,19 @@
 """From pairs of a shard to the batch of a training step: noise, target, captions, weights.
 
-Everything random in it is a function of the pair and its visit (see :mod:`cdpo.engine.keyed`), so a
-pair meets the same noise whatever batch, rank or restart it comes in; winner and loser share it.
+Everything random in it is a function of the pair and its visit (:mod:`cdpo.engine.basics.keyed`), so
+a pair meets the same noise whatever batch, rank or restart it comes in; winner and loser share it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import keyed
 from .backbones import DTYPES, Backbone, Framing
-from .errors import DataError
-from .keyed import Stream
+from .basics import keyed
+from .basics.errors import DataError
+from .basics.keyed import Stream
+from .basics.phases import phase
 from .objectives import TrainingBatch, min_snr_weights
-from .phases import phase
 from .recipe import Recipe
 from .shards.batch import PairBatch
 from .shards.contents import Kind

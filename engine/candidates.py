@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from . import keyed
 from .backbones import Backbone
 from .backbones.masking import PromptMask
-from .errors import DataError
-from .failpoints import failpoint
-from .keyed import Stream, content_id
+from .basics import keyed
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
+from .basics.keyed import Stream, content_id
 from .launch import Ranks
 from .recipe import Model, Sampler
 from .reporting.console import Terminal

@@ -24,19 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import (
-    FORMAT,
-    check_file,
-    read_manifest,
-    sync_and_describe,
-    sync_path,
-    write_manifest,
-    write_synced,
-)
-from .code_version import code_version
+from .basics.errors import CheckpointError, RecipeError
+from .basics.failpoints import failpoint
+from .basics.files import sync_path, write_synced
+from .basics.versions import code_version
+from .checkpoint_files import FORMAT, check_file, read_manifest, sync_and_describe, write_manifest
 from .curriculum.pacing import Cursor
-from .errors import CheckpointError, RecipeError
-from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
 from .recipe_file import diff_identity, recipe_hash, save_resolved, training_identity

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .failpoints import failpoint
+from .basics.failpoints import failpoint
+from .basics.files import write_synced
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
@@ -61,20 +62,3 @@ def sync_and_describe(path: Path) -> dict[str, Any]:
         failpoint("checkpoint.synced")
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file, down to the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_path(path: Path) -> None:
-    """Bring a file's content, or the names in a folder, down to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

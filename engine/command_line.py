@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .errors import EXIT_OK, EXIT_USAGE
+from .basics.errors import EXIT_OK, EXIT_USAGE
 
 VERBS = ("prepare", "train", "compare")
 

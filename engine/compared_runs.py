@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DataError, RecipeError
+from .basics.errors import DataError, RecipeError
 from .exports import tuned_hash
 from .recipe import Model, Recipe
 from .recipe_file import load_recipe

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from .adapters import twin_of
 from .backbones import Backbone, load_backbone
+from .basics.failpoints import failpoint
+from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .compared_runs import ComparedRun, read_runs
 from .comparison_report import Measured, write_comparison
 from .divergence import Divergence
 from .exports import load_tuned
-from .failpoints import failpoint
 from .kept_tables import KeptTables
-from .keyed import Stream
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe, Reward

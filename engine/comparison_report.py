@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from .basics.files import write_atomically
 from .candidates import CandidateSet
 from .compared_runs import ComparedRun
 from .kept_tables import Tables
@@ -19,7 +20,6 @@ from .recipe import Recipe, Reward
 from .recipe_file import save_resolved
 from .reporting import wording
 from .reporting.console import Terminal
-from .reporting.files import write_atomically
 from .reporting.findings import findings
 from .reporting.grids import image_grid
 from .reporting.report import write_report

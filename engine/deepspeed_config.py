@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError
+from .basics.errors import RecipeError
 from .recipe import Recipe
 
 # Top-level keys of DeepSpeed 0.19, which ignores all others without a word.

@@ -13,7 +13,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
 
 from .averaging import AveragingAdamW
-from .errors import RecipeError
+from .basics.errors import RecipeError
 from .recipe import Optimizer
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, Framing
 from .backbones.protocol import Conditioning
+from .basics.keyed import content_id
 from .candidates import CandidateSet
-from .keyed import content_id
 
 
 class Divergence:

@@ -27,8 +27,10 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from .backbones import Backbone
-from .checkpoint_files import MANIFEST, sync_path
-from .errors import DataError
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
+from .basics.files import sync_path, write_atomically
+from .checkpoint_files import MANIFEST
 from .export_formats import (
     FOLDERS,
     WEIGHTS,
@@ -38,10 +40,8 @@ from .export_formats import (
     save_merged,
     save_tensors,
 )
-from .failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
-from .reporting.files import write_atomically
 from .trained_weights import TrainedWeights
 
 AVERAGES = "ema"

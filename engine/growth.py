@@ -19,8 +19,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .basics.errors import RecipeError
 from .curriculum.pacing import Pacing, Stage
-from .errors import RecipeError
 from .recipe import Adapter
 
 

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .backbones import Backbone
-from .failpoints import failpoint
+from .basics.failpoints import failpoint
+from .basics.files import atomic_file
 from .import_scores import batches
 from .latents import shard_images
 from .launch import Ranks
 from .reporting.console import Terminal
-from .shards.atomic import atomic_file
 from .shards.contents import Kind
 from .sources.index import Index
 from .sources.loading import load_records

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .failpoints import failpoint
+from .basics.failpoints import failpoint
+from .basics.files import atomic_file, atomic_path
 from .launch import Ranks
 from .reporting.console import Terminal
 from .rewards import RewardModel, checked_scores
-from .shards.atomic import atomic_file, atomic_path
 from .sources.index import Index
 from .sources.loading import Loaded, load_records
 from .sources.pictures import Size

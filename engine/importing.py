@@ -19,8 +19,8 @@ import numpy as np
 
 from . import __version__
 from .backbones import Backbone, load_backbone
-from .errors import DataError
-from .failpoints import failpoint
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
 from .import_latents import PictureLatents
 from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .backbones import Backbone
 from .backbones.autoencoder import pixels_of
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
+from .basics.files import atomic_file
+from .basics.keyed import content_id
 from .candidates import CandidateSet
-from .errors import DataError
-from .failpoints import failpoint
-from .keyed import content_id
-from .shards.atomic import atomic_file
 from .shards.contents import Kind
 
 

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from .errors import (
+from .basics.errors import (
     EXIT_DEFECT,
     EXIT_OUTSIDE,
     EXIT_STOPPED,

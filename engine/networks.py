@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .adapters import add_lora, twin_of
 from .backbones import Backbone, Conditioning
+from .basics.phases import Phase, phase
 from .objectives import Loss, Networks, Objective, Predict, TrainingBatch
-from .phases import Phase, phase
 from .recipe import Recipe
 from .speed import PLAIN, Tuning, tune, tune_frozen_parts, tune_training
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from . import __version__
 from .backbones import Backbone, load_backbone
+from .basics.errors import DataError
+from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .curriculum.pairs import Pair
-from .errors import DataError
-from .keyed import Stream
 from .latents import LatentStore, PixelStore
 from .launch import Ranks
 from .prompts import read_prompts

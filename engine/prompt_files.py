@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .basics.errors import DataError
 from .recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from .sources.files import SourceFiles
 from .sources.tables import CsvReader, ParquetReader

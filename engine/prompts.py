@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-from . import keyed
-from .errors import DataError
-from .keyed import Stream, content_id
+from .basics import keyed
+from .basics.errors import DataError
+from .basics.keyed import Stream, content_id
 from .prompt_files import prompts_in
 from .recipe_prompts import (
     MAX_PROMPT_CHARACTERS,

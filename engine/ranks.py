@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import CdpoError, StopRequested
+from .basics.errors import CdpoError, StopRequested
 from .peers import STOPPING
 from .stopping import StopSignal
 

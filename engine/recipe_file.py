@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from .errors import RecipeError
+from .basics.errors import RecipeError
 from .recipe import Recipe
 from .recipe_schema import KNOBS, SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
 from .recipe_yaml import Source, dump, shown

@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from .failpoints import failpoint
+from .basics.failpoints import failpoint
 from .zero_layout import COUNTERS, Fragment, Layout, flat_tensors, load_layout
 
 # The classes in DeepSpeed's files, which are pickles: these may come out of them, others not.

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
+from .basics.files import atomic_file
+from .basics.keyed import content_id
 from .candidates import CandidateSet
-from .errors import DataError
-from .failpoints import failpoint
-from .keyed import content_id
 from .launch import Ranks
 from .reporting.console import Terminal
 from .rewards import RewardModel, checked_scores
-from .shards.atomic import atomic_file
 
 SCHEMA = pa.schema(
     [

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .basics.errors import DataError
+from .basics.failpoints import failpoint
 from .candidates import CandidateSet
-from .errors import DataError
-from .failpoints import failpoint
 from .kept_tables import KeptTables, Tables
 from .launch import Ranks
 from .recipe import Reward

@@ -23,7 +23,7 @@ from ..kernels.dispatch import INTERPRETED
 from ..kernels.fuse import fuse
 from .attention import Attend, choose_attention, use_attention
 from .backbones.protocol import Backbone
-from .errors import RecipeError
+from .basics.errors import RecipeError
 from .recipe import Speed
 
 REPEATED_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)

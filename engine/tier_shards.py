@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError, RecipeError
-from .failpoints import failpoint
+from .basics.errors import DataError, RecipeError
+from .basics.failpoints import failpoint
 from .launch import Ranks
 from .recipe import Recipe
 from .reporting.console import Terminal

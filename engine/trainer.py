@@ -15,22 +15,22 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from . import keyed
 from .backbones import Backbone, load_backbone
+from .basics import keyed
+from .basics.errors import CdpoError, NumericsError, StopRequested
+from .basics.failpoints import failpoint
+from .basics.keyed import Stream
+from .basics.phases import phase
 from .batch_maker import BatchMaker, refuse_foreign_shards
 from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
-from .errors import CdpoError, NumericsError, StopRequested
 from .exports import Exports
-from .failpoints import failpoint
 from .growth import Growth
-from .keyed import Stream
 from .launch import Ranks, bound_waits
 from .networks import build_networks
 from .objectives import Loss, build_objective
-from .phases import phase
 from .recipe import Recipe
 from .recipe_file import save_resolved
 from .reporting.console import Terminal

@@ -7,14 +7,14 @@ from pathlib import Path
 from PIL import Image
 from torch import nn
 
-from . import keyed
 from .backbones import Backbone
-from .failpoints import failpoint
-from .keyed import Stream, content_id
+from .basics import keyed
+from .basics.failpoints import failpoint
+from .basics.files import write_atomically
+from .basics.keyed import Stream, content_id
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe
-from .reporting.files import write_atomically
 from .reporting.grids import image_grid
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import tiny
 import torch
-from cdpo.engine import keyed
-from cdpo.engine.keyed import Stream, content_id
+from cdpo.engine.basics import keyed
+from cdpo.engine.basics.keyed import Stream, content_id
 from diffusers import DiffusionPipeline
 from PIL import Image
 

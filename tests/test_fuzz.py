@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import DataError, RecipeError, ShardError
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import Pair
-from cdpo.engine.errors import DataError, RecipeError
-from cdpo.engine.keyed import content_id
 from cdpo.engine.recipe_file import load_recipe, recipe_hash, save_resolved
 from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import (
@@ -24,7 +24,6 @@ from cdpo.engine.shards.manifest import (
 )
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta, sample_key
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.writer import write_shard
 from fuzzing import JSON_TOKENS, YAML_TOKENS, Edit, apply, edits, fuzz, mend_tar
 from hypothesis import given

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pacing import Pacing
-from cdpo.engine.keyed import content_id
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.lanes import LanePlan

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdpo.engine.phases import PHASES
+from cdpo.engine.basics.phases import PHASES
 
 STEP = "ProfilerStep#"
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}

@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from ..errors import NumericsError
+from ..basics.errors import NumericsError
 from .pretrained import fingerprint
 
 # Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,

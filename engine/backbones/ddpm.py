@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ...kernels import SchedulePoint, paired_add_noise
-from .. import keyed
-from ..errors import OutsideError
-from ..keyed import Stream
+from ..basics import keyed
+from ..basics.errors import OutsideError
+from ..basics.keyed import Stream
 from .protocol import Draw
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -7,7 +7,7 @@ import math
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 
-from ..errors import OutsideError
+from ..basics.errors import OutsideError
 from ..recipe import Model
 from .ddpm import PREDICTION_TYPES
 

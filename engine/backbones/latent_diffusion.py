@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from ..keyed import content_id
+from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
 from .masking import PromptMask
 from .pretrained import fingerprint

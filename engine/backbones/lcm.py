@@ -28,7 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from ..errors import OutsideError, RecipeError
+from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
 from .fitting import check_parts, unet_name

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import CdpoError, OutsideError
+from ..basics.errors import CdpoError, OutsideError
 from ..recipe import Model
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..errors import OutsideError
+from ..basics.errors import OutsideError
 from ..recipe import Model
 from .ddpm import DiscreteDDPM
 from .fitting import check_diffusion_unet, check_parts, unet_name

@@ -14,9 +14,9 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ...kernels import SchedulePoint
-from .. import keyed
-from ..errors import RecipeError
-from ..keyed import Stream
+from ..basics import keyed
+from ..basics.errors import RecipeError
+from ..basics.keyed import Stream
 from .ddpm import DiscreteDDPM
 from .protocol import Draw, SolverStep
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..keyed import Permutation, Stream, content_id
+from ..basics.keyed import Permutation, Stream, content_id
 from ..recipe import Curriculum
 from .ranking import Ranking, rank_candidates
 from .tiers import equal_width_rank_tiers, equal_width_score_tiers, quantile_tiers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import consistency_outputs, consistency_solver_step
-from ..phases import phase
+from ..basics.phases import phase
 from ..recipe import Objective as ObjectiveSpec
 from .preference import PreferenceLoss
 from .protocol import Loss, Networks, TrainingBatch

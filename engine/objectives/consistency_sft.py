@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels import consistency_outputs, consistency_solver_step
-from ..phases import phase
+from ..basics.phases import phase
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Networks, TrainingBatch
 from .sft import mean_errors

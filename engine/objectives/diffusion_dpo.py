@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..phases import phase
+from ..basics.phases import phase
 from ..recipe import Objective as ObjectiveSpec
 from .preference import PreferenceLoss
 from .protocol import Loss, Networks, TrainingBatch

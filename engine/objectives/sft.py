@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..phases import phase
+from ..basics.phases import phase
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Networks, TrainingBatch
 

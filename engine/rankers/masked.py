@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from ..basics.keyed import Permutation, Stream, content_id
 from ..candidates import CandidateSet, Start, whole_prompts
 from ..curriculum.pairs import Pair, PromptPairs
-from ..keyed import Permutation, Stream, content_id
 from ..recipe import Recipe
 from ..recipe_source import Masked
 from ..shards.manifest import RewardSource

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..basics.failpoints import failpoint
 from ..candidates import CandidateSet, Start, whole_prompts
 from ..curriculum.pairs import form_pairs
-from ..failpoints import failpoint
 from ..launch import Ranks
 from ..recipe import Recipe
 from ..reporting.console import Terminal

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..basics.files import write_atomically
 from .drawing import (
     INK,
     LOSER,
@@ -22,7 +23,6 @@ from .drawing import (
     text_block,
     wrap_text,
 )
-from .files import write_atomically
 
 _COLUMNS = 12
 _LARGEST = 128  # 50 candidates of 512 px must stay a sheet one can look at

@@ -16,10 +16,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..basics.files import write_atomically
 from . import wording
 from .curves import tier_timeline, training_panels
 from .embed import Embedded, embed
-from .files import write_atomically
 from .findings import findings
 from .method_panels import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
 from .metric_rows import both_errors_rose, spans

@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import write_atomically
+from ..basics.files import write_atomically
 from .findings import findings
 from .report_data import Diversity, PromptSet, ReportData, ScorerResult
 from .stats import Estimate

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import OutsideError
+from ..basics.errors import OutsideError
 from ..recipe_reward import PythonSpec
 
 

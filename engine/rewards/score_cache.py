@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import DataError
+from ..basics.errors import DataError
 
 KEPT = 1 << 20  # scores in memory, some 200 bytes each; an imported data set may have more
 RECORD = struct.Struct("<32sfI")

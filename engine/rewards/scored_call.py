@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import CdpoError, DataError, OutsideError
+from ..basics.errors import CdpoError, DataError, OutsideError
 from ..reporting.console import Terminal
 from .protocol import Scorer
 from .score_cache import ScoreCache, score_key

@@ -17,10 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..keyed import content_id
-from .atomic import atomic_file
+from ..basics.errors import ShardError
+from ..basics.files import atomic_file
+from ..basics.keyed import content_id
 from .sample import image_id
-from .shard_error import ShardError
 from .strict_tar import SampleIndex, index_samples, read_span
 from .writer import tar_writer
 

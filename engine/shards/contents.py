@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from .shard_error import ShardError
+from ..basics.errors import ShardError
 from .webp import MAX_HEADER, decode_webp, encode_webp
 
 Kind = Literal["latents", "moments", "raw"]

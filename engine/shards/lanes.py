@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..basics.errors import DataError, RecipeError
+from ..basics.keyed import Permutation, Stream
 from ..curriculum.pacing import Position, Stage
-from ..errors import DataError, RecipeError
-from ..keyed import Permutation, Stream
 from .manifest import Manifest, ShardEntry
 
 _WINDOW_BITS, _LANE_BITS = 32, 16

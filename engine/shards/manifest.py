@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import DataError
-from .atomic import atomic_file
+from ..basics.errors import DataError
+from ..basics.files import atomic_file
 from .contents import Contents, Kind, contents_of
 
 FORMAT_VERSION = 1  # of Manifest.format_version

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from threading import Condition, Thread
 
+from ..basics.errors import CdpoError
 from ..curriculum.pacing import Pacing
-from ..errors import CdpoError
 from .cache import CacheFull
 from .lanes import LanePlan
 from .manifest import ShardEntry

@@ -19,11 +19,11 @@ from threading import Lock
 
 import numpy as np
 
+from ..basics.errors import ShardError
 from .contents import contents_of
 from .decoding import ImageProcesses
 from .manifest import Manifest, ShardEntry
 from .sample import MAX_META_BYTES, META, PairMeta, PairSample, decode_meta
-from .shard_error import ShardError
 from .store import LocalStore, ShardStore, check_size
 from .strict_tar import SampleIndex, index_samples, read_span
 from .webp import decode_webp

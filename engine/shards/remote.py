@@ -19,7 +19,7 @@ from threading import Event, Lock, Thread
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ..errors import CdpoError, DataError, OutsideError, RecipeError
+from ..basics.errors import CdpoError, DataError, OutsideError, RecipeError
 from ..recipe_data import Fetch
 from .remote_faults import (
     BEYOND_THE_END,

@@ -10,13 +10,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
 
-from ..errors import CdpoError, RecipeError
-from ..failpoints import failpoint
+from ..basics.errors import CdpoError, RecipeError, ShardError
+from ..basics.failpoints import failpoint
 from ..recipe_data import Data
 from .cache import ShardCache
 from .manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
 from .remote import RemoteFolder, bring_text, is_remote
-from .shard_error import ShardError
 from .store import LocalStore, ShardStore
 
 ARRIVALS = 2  # a shard that arrives damaged is fetched once more

@@ -13,10 +13,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..basics.errors import ShardError
+from ..basics.keyed import content_id
 from ..curriculum.pairs import Pair
-from ..keyed import content_id
 from .contents import Contents
-from .shard_error import ShardError
 
 META = "json"
 MAX_META_BYTES = 64 * 1024

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from ..basics.errors import ShardError
 from .manifest import Manifest, ShardEntry, load_manifest
-from .shard_error import ShardError
 
 
 class ShardStore(Protocol):

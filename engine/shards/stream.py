@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from ..basics.errors import DataError
 from ..curriculum.pacing import Pacing, Position
-from ..errors import DataError
 from .batch import PairBatch
 from .lanes import LanePlan
 from .prefetch import Prefetch

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .shard_error import ShardError
+from ..basics.errors import ShardError
 
 BLOCK = 512
 _MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]{1,128})\.([A-Za-z0-9_.-]+)")

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from ..errors import DataError
-from ..failpoints import failpoint
-from ..keyed import Permutation, Stream
-from .atomic import HashingFile, atomic_file
+from ..basics.errors import DataError, ShardError
+from ..basics.failpoints import failpoint
+from ..basics.files import HashingFile, atomic_file
+from ..basics.keyed import Permutation, Stream
 from .contents import Contents
 from .manifest import ShardEntry
 from .sample import PairMeta, encode_sample, sample_key
-from .shard_error import ShardError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import DataError
+from ..basics.errors import DataError
 
 Kind = Literal["parquet", "tar", "csv", "folder"]
 TABLES: tuple[Kind, ...] = ("parquet", "tar", "csv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from .files import SourceFiles
 from .rows import ROWS_AT_ONCE, Images, Place, Row, UnreadableImage, load_file
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import DataError
-from ..keyed import content_id
+from ..basics.errors import DataError
+from ..basics.files import atomic_file, atomic_path
+from ..basics.keyed import content_id
 from ..recipe_source import Imported
-from ..shards.atomic import atomic_file, atomic_path
 from .records import Record, RecordMaker
 from .rows import Place, RowReader
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from .index import Part
 from .pictures import Picture, Size, read_picture
 from .rows import RowReader, UnreadableImage

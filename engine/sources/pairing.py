@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..basics.errors import DataError
 from ..curriculum.pairs import form_pairs
 from ..curriculum.tiers import equal_width_score_tiers, quantile_tiers
-from ..errors import DataError
 from ..recipe import Curriculum
 
 PAIR = np.dtype(

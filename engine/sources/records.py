@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from ..recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from ..recipe_source import Imported, Paired, Ranked
 from .rows import Row

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from .files import SourceFiles
 
 ROWS_AT_ONCE = 256  # rows without images, read together

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from .files import SourceFiles
 from .rows import (
     MAX_IMAGE_BYTES,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..basics.errors import DataError
 from .files import SourceFiles
 from .rows import (
     MAX_IMAGE_BYTES,

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import bench_step
 import pytest
 import torch
-from cdpo.engine import keyed
+from cdpo.engine.basics import keyed
 from cdpo.kernels.dispatch import INTERPRETED
 from rich.console import Console
 from step_bench.counts import count_flops, counted_calls

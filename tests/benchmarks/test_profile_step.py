@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cdpo.engine.phases import PHASES
+from cdpo.engine.basics.phases import PHASES
 from launching import ROOT, World
 from step_bench.trace import KernelTotals, PhaseTotals, StepTrace, read_trace
 

@@ -1,7 +1,7 @@
 """Summaries of traces against hand-made events of two steps on a GPU."""
 
 import pytest
-from cdpo.engine.phases import PHASES
+from cdpo.engine.basics.phases import PHASES
 from step_bench.trace import base_name, summarise
 
 Event = dict[str, object]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cdpo.engine.adapters import add_lora, twin_of
 from cdpo.engine.backbones import sd
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Adapter
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.attention import Attend, choose_attention, use_attention
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

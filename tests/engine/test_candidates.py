@@ -9,9 +9,9 @@ import torch
 from cdpo.engine import candidates
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.basics.errors import DataError
+from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.candidates import CandidateSampler, drawn_by
-from cdpo.engine.errors import DataError
-from cdpo.engine.keyed import Stream
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Model, Sampler
 from cdpo.engine.reporting.console import Terminal

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine import checkpoint
+from cdpo.engine.basics.errors import CheckpointError, RecipeError
 from cdpo.engine.checkpoint import CheckpointStore
 from cdpo.engine.curriculum.pacing import Cursor
-from cdpo.engine.errors import CheckpointError, RecipeError
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Recipe
 from together import on_ranks

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import CdpoError
 from cdpo.engine.compared_runs import read_runs
-from cdpo.engine.errors import CdpoError
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import load_recipe, save_resolved
 from safetensors.numpy import save_file

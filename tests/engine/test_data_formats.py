@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cdpo.engine.basics.errors import EXIT_DATA
 from cdpo.engine.batch_maker import BatchMaker
-from cdpo.engine.errors import EXIT_DATA
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.shards.manifest import load_manifest
 from launching import World, losses

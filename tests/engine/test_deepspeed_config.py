@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
-from cdpo.engine.errors import RecipeError
 from cdpo.engine.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cdpo.engine import failpoints
+from cdpo.engine.basics import failpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.adapters import add_lora
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.curriculum.pacing import Pacing
-from cdpo.engine.errors import RecipeError
 from cdpo.engine.growth import Growth, block_depths, growth_rows
 from cdpo.engine.recipe import Adapter, Curriculum
 from cdpo.engine.recipe_file import diff_identity, training_identity

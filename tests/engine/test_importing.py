@@ -18,7 +18,7 @@ import pytest
 import torch
 import webdataset
 from cdpo.engine import import_latents, import_scores, importing, tier_shards
-from cdpo.engine.errors import DataError
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.importing import Importing
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Recipe

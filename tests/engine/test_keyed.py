@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.keyed import (
+from cdpo.engine.basics.keyed import (
     Permutation,
     Stream,
     content_id,

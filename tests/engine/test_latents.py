@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
-from cdpo.engine.errors import DataError
 from cdpo.engine.latents import LatentStore
 from PIL import Image
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdpo.engine.errors import OutsideError, RecipeError
+from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.plan import Plan, make_plan
 from cdpo.engine.plan_networks import (
     SavedTensors,

@@ -15,8 +15,8 @@ import torch
 import webdataset
 from cdpo.engine import candidates, latents, preparation, tier_shards
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
-from cdpo.engine.errors import DataError
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers import reward as reward_ranker

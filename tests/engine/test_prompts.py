@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cdpo.engine.errors import DataError
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.prompt_files import MAX_LINE_BYTES
 from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Prompts

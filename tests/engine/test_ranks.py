@@ -1,7 +1,7 @@
 """What ranks do together that needs no processes."""
 
 import pytest
-from cdpo.engine.errors import StopRequested
+from cdpo.engine.basics.errors import StopRequested
 from together import ThreadRanks, on_ranks
 
 

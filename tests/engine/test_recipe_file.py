@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine import recipe_file
-from cdpo.engine.errors import EXIT_USAGE, RecipeError
+from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
 from cdpo.engine.recipe_prompts import Prompts, Split, Templates
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
 from cdpo.engine.recipe_reward import ClipScoreSpec, WeightedSpec

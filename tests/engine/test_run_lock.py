@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine import run_lock
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.run_lock import RunLock, refuse_other_folder
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdpo.engine import scoring
+from cdpo.engine.basics.errors import DataError
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.candidates import CandidateSet
-from cdpo.engine.errors import DataError
-from cdpo.engine.keyed import content_id
 from cdpo.engine.launch import Ranks
 from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.scoring import Scoring

@@ -13,7 +13,7 @@ import torch
 from cdpo.engine import speed
 from cdpo.engine.adapters import add_lora, twin_of
 from cdpo.engine.backbones import Backbone
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Adapter, Speed
 from cdpo.engine.speed import (
     choose_tuning,

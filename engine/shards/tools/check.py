@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ...basics.errors import ShardError
 from ..manifest import Manifest, ShardEntry
 from ..reader import ShardReaders
 from ..sample import sample_key
-from ..shard_error import ShardError
 from ..store import LocalStore
 
 PROBLEMS_PER_SHARD = 20

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ...errors import EXIT_DATA, EXIT_OK, CdpoError
+from ...basics.errors import EXIT_DATA, EXIT_OK, CdpoError
 from ...reporting.console import Terminal
 from ..manifest import load_manifest
 from .check import PROBLEMS_PER_SHARD, WORKERS, check_set

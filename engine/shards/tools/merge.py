@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from ... import __version__
-from ...errors import DataError, RecipeError
-from ...failpoints import failpoint
-from ..atomic import fsync_folder
+from ...basics.errors import DataError, RecipeError
+from ...basics.failpoints import failpoint
+from ...basics.files import fsync_folder
 from ..manifest import (
     FILE_NAME,
     Manifest,

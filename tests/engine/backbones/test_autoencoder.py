@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.backbones.autoencoder import Autoencoder
-from cdpo.engine.errors import NumericsError
+from cdpo.engine.basics.errors import NumericsError
 from PIL import Image
 
 

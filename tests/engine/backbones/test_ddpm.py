@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from cdpo.engine import keyed
 from cdpo.engine.backbones.ddpm import DiscreteDDPM
 from cdpo.engine.backbones.protocol import Draw
-from cdpo.engine.errors import OutsideError
-from cdpo.engine.keyed import Stream
+from cdpo.engine.basics import keyed
+from cdpo.engine.basics.errors import OutsideError
+from cdpo.engine.basics.keyed import Stream
 from diffusers import DDIMScheduler
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.backbones import load_backbone
-from cdpo.engine.errors import OutsideError
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe import Model
 from diffusers import (
     DDIMScheduler,

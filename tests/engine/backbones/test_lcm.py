@@ -8,8 +8,8 @@ import tiny
 import torch
 from cdpo.engine.backbones import load_backbone
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion, guidance_embedding
-from cdpo.engine.errors import OutsideError, RecipeError
-from cdpo.engine.keyed import content_id
+from cdpo.engine.basics.errors import OutsideError, RecipeError
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.recipe import Model
 from diffusers import (
     DDIMScheduler,

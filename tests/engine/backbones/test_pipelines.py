@@ -11,7 +11,7 @@ import tiny
 import torch
 from cdpo.engine.backbones import load_backbone
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.errors import OutsideError
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe import Model
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file

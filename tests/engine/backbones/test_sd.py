@@ -13,7 +13,7 @@ import torch
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.text import ROWS
-from cdpo.engine.errors import CdpoError, OutsideError
+from cdpo.engine.basics.errors import CdpoError, OutsideError
 from cdpo.engine.recipe import Model
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image

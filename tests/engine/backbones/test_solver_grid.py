@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cdpo.engine.backbones.solver_grid import SolverGrid
-from cdpo.engine.errors import RecipeError
+from cdpo.engine.basics.errors import RecipeError
 from diffusers import LCMScheduler
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import form_pairs
-from cdpo.engine.keyed import content_id
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Curriculum
 from hypothesis import given, settings

@@ -16,10 +16,11 @@ import pytest
 import tiny
 import torch
 import webdataset
-from cdpo.engine import candidates, keyed
+from cdpo.engine import candidates
 from cdpo.engine.backbones.masking import PromptMask
+from cdpo.engine.basics import keyed
+from cdpo.engine.basics.keyed import Stream, content_id
 from cdpo.engine.candidates import CandidateSet
-from cdpo.engine.keyed import Stream, content_id
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers.masked import MaskedRanker

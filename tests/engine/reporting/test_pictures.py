@@ -111,7 +111,7 @@ def test_contact_sheet_without_candidates_or_pairs(tmp_path: Path, picture: Pict
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    from cdpo.engine.reporting.files import write_atomically
+    from cdpo.engine.basics.files import write_atomically
 
     path = tmp_path / "x.txt"
     write_atomically(path, lambda file: file.write(b"old"))

@@ -9,7 +9,7 @@ import pytest
 import reward_files as files
 import torch
 import torch.nn.functional as F
-from cdpo.engine.errors import OutsideError
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe_reward import CaptionSimilaritySpec
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.sentence_model import SentenceModel

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.errors import OutsideError
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe_reward import ClipScoreSpec
 from cdpo.engine.rewards import RewardModel, load_reward
 from PIL import Image

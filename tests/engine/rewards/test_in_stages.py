@@ -14,8 +14,8 @@ import tiny
 import torch
 import webdataset
 import yaml
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
-from cdpo.engine.errors import DataError
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.recipe import Recipe

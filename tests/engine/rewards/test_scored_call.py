@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.errors import DataError, OutsideError
+from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.rewards.score_cache import RECORD, ScoreCache, score_key
 from cdpo.engine.rewards.scored_call import HOPELESS, NAMED, ScoredCall
 from hypothesis import given, settings

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.errors import OutsideError
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe_reward import (
     ColorfulnessSpec,
     JpegIncompressibilitySpec,

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import ShardError
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import Pair
-from cdpo.engine.keyed import content_id
 from cdpo.engine.shards.contents import ArrayContents
 from cdpo.engine.shards.manifest import (
     Manifest,
@@ -21,7 +22,6 @@ from cdpo.engine.shards.manifest import (
 )
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
 
 SHAPE = (4, 2, 2)

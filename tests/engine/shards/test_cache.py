@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cdpo.engine.errors import DataError, OutsideError
+from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.shards.cache import CacheFull, ShardCache
 
 SIZE = 1000

@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pytest
 import webdataset
+from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.shards import candidates
 from cdpo.engine.shards.candidates import (
     candidates_path,
@@ -10,7 +11,6 @@ from cdpo.engine.shards.candidates import (
     read_candidates,
     write_candidates,
 )
-from cdpo.engine.shards.shard_error import ShardError
 from PIL import Image
 
 META = {"seed": 1, "model": "abc", "sampler": {"steps": 15, "guidance": 3.0}, "size": (8, 12)}

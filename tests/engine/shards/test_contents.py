@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards import webp
@@ -16,7 +17,6 @@ from cdpo.engine.shards.contents import ArrayContents, ImageContents, contents_o
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.stream import PairStream
 from cdpo.engine.shards.webp import decode_webp, encode_webp
 from cdpo.engine.shards.writer import write_shard

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.shards.contents import ImageContents
 from cdpo.engine.shards.decoding import ImageProcesses
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.webp import encode_webp
 
 SIZE = (16, 24)

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 import numpy as np
 import pytest
-from cdpo.engine.errors import DataError, OutsideError
+from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.recipe_data import Data, Fetch
 from cdpo.engine.shards import remote
 from cdpo.engine.shards.reader import ShardReaders

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import DataError, RecipeError
 from cdpo.engine.curriculum.pacing import Pacing, Position, Stage
-from cdpo.engine.errors import DataError, RecipeError
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards.lanes import LanePlan
 from hypothesis import given, settings

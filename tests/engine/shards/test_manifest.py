@@ -2,7 +2,7 @@ import json
 import tracemalloc
 
 import pytest
-from cdpo.engine.errors import DataError
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.shards.manifest import load_manifest, manifest_hash, save_manifest
 
 

@@ -2,9 +2,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cdpo.engine.errors import EXIT_DATA, DataError
+from cdpo.engine.basics.errors import EXIT_DATA, DataError, ShardError
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.shard_error import ShardError
 
 
 @pytest.fixture

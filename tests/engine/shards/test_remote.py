@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import aiohttp
 import fsspec
 import pytest
-from cdpo.engine.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
+from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
 from cdpo.engine.recipe_data import Fetch
 from cdpo.engine.shards import remote
 from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import DataError, OutsideError, RecipeError, ShardError
 from cdpo.engine.curriculum.pacing import Pacing
-from cdpo.engine.errors import DataError, OutsideError, RecipeError
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.recipe_data import Data, Fetch
 from cdpo.engine.shards.lanes import LanePlan
@@ -17,7 +17,6 @@ from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.prefetch import Prefetch
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.remote_store import RemoteStore, default_cache, open_store
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.store import LocalStore
 from cdpo.engine.shards.stream import PairStream
 from pydantic import ValidationError

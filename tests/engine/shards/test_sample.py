@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from cdpo.engine.shards.shard_error import ShardError
+from cdpo.engine.basics.errors import ShardError
 
 
 def changed(good, position, data):

@@ -4,13 +4,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from cdpo.engine.basics.errors import DataError, ShardError
 from cdpo.engine.curriculum.pacing import Cursor, Pacing
-from cdpo.engine.errors import DataError
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.shard_error import ShardError
 from cdpo.engine.shards.stream import PairStream, WaitInterrupted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

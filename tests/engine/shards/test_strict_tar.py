@@ -2,8 +2,8 @@ import gzip
 import tarfile
 
 import pytest
+from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.shards import strict_tar
-from cdpo.engine.shards.shard_error import ShardError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -6,9 +6,8 @@ import time
 import numpy as np
 import pytest
 import webdataset
-from cdpo.engine.errors import DataError
-from cdpo.engine.shards import atomic
-from cdpo.engine.shards.shard_error import ShardError
+from cdpo.engine.basics import files
+from cdpo.engine.basics.errors import DataError, ShardError
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,7 +133,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small, tmp_path, monkeypatch
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     meta = small.meta(1, 0)
     with pytest.raises(DataError, match=r"cannot write .*a\.tar: No space left on device"):
         write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.contents)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import DataError
+from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import form_pairs
-from cdpo.engine.errors import DataError
-from cdpo.engine.keyed import content_id
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.sources import pairing
 from cdpo.engine.sources.pairing import (

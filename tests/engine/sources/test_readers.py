@@ -13,7 +13,7 @@ import preferences
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cdpo.engine.errors import DataError
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe_source import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cdpo.engine.errors import DataError
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe_source import Paired, Ranked
 from cdpo.engine.sources.records import (
     CONTRADICTORY,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from cdpo.engine.shards import atomic
+from cdpo.engine.basics import files
 from cdpo.engine.shards.manifest import RewardSource, Statistics, load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.tools import merge
@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_line(write, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert main(["merge", str(a), str(b), "--into", str(tmp_path / "c")]) == 3
     [line] = capsys.readouterr().err.splitlines()
     assert "cannot write" in line

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from . import __version__
+from .. import __version__
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft")
 
@@ -19,7 +19,7 @@ def code_version() -> dict[str, str]:
 
     A checkout between releases has edits that no version number tells of.
     """
-    engine = Path(__file__).resolve().parent
+    engine = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for folder in (engine, engine.parent / "kernels"):
         for path in sorted(folder.rglob("*.py")):

@@ -58,3 +58,18 @@ class StopRequested(CdpoError):
     """The run was asked to stop, and what it has done is committed: all ranks leave together."""
 
     exit_code = EXIT_STOPPED
+
+
+class ShardError(DataError):
+    """Something in a tar is wrong. ``key`` and ``member`` are None where they play no part."""
+
+    def __init__(
+        self, shard: str, reason: str, key: str | None = None, member: str | None = None
+    ) -> None:
+        super().__init__(shard, reason, key, member)
+        self.shard, self.reason, self.key, self.member = shard, reason, key, member
+
+    def __str__(self) -> str:
+        key = f", key {self.key}" if self.key is not None else ""
+        member = f", member {self.member}" if self.member is not None else ""
+        return f"shard {self.shard}{key}{member}: {self.reason}"

@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from ..kernels import philox_normal, philox_uint32
+from ...kernels import philox_normal, philox_uint32
 
 
 class Stream(IntEnum):

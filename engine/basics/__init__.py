@@ -1,0 +1,1 @@
+"""What everything rests on: errors, atomic files, keyed randomness, fail-points, versions."""
