@@ -1,6 +1,6 @@
 """From pairs of a shard to the batch of a training step: noise, target, captions, weights.
 
-Everything random in it is a function of the pair and its visit (:mod:`cdpo.engine.basics.keyed`), so
+Everything random is a function of the pair and its visit (:mod:`~cdpo.engine.basics.keyed`), so
 a pair meets the same noise whatever batch, rank or restart it comes in; winner and loser share it.
 """
 

@@ -32,7 +32,7 @@ from .checkpoint_files import FORMAT, check_file, read_manifest, sync_and_descri
 from .curriculum.pacing import Cursor
 from .launch import Ranks
 from .recipe import Recipe
-from .recipe_file import diff_identity, recipe_hash, save_resolved, training_identity
+from .recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
 
 _COMMITTED = re.compile(r"step-(\d+)")
 _PARTITION = re.compile(r"pp_rank_(\d+)_")

@@ -8,7 +8,7 @@ from pathlib import Path
 from .basics.errors import DataError, RecipeError
 from .exports import tuned_hash
 from .recipe import Model, Recipe
-from .recipe_file import load_recipe
+from .recipe.reading import load_recipe
 from .reporting.metric_rows import both_errors_rose
 from .reporting.report_data import TUNED, RunFacts
 from .step_metrics import MetricsFile

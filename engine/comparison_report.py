@@ -17,7 +17,7 @@ from .candidates import CandidateSet
 from .compared_runs import ComparedRun
 from .kept_tables import Tables
 from .recipe import Recipe, Reward
-from .recipe_file import save_resolved
+from .recipe.identity import save_resolved
 from .reporting import wording
 from .reporting.console import Terminal
 from .reporting.findings import findings

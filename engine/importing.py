@@ -26,9 +26,8 @@ from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet
 from .launch import Ranks
 from .prompts import read_prompts
-from .recipe import Recipe
-from .recipe_file import save_resolved
-from .recipe_source import Generate, Masked, Paired
+from .recipe import Generate, Masked, Paired, Recipe
+from .recipe.identity import save_resolved
 from .reporting.console import Terminal
 from .rewards import RewardModel, load_reward
 from .shards.contents import contents_of

@@ -35,7 +35,7 @@ from .basics.errors import (
 from .peers import LISTEN_EVERY, Peers
 from .ranks import Ranks, local_world_size
 from .recipe import Recipe
-from .recipe_file import parse_command_line
+from .recipe.command_line import parse_command_line
 from .reporting.console import Terminal
 from .run_lock import RunLock, refuse_other_folder
 from .stopping import StopSignal

@@ -26,7 +26,7 @@ from .launch import Ranks
 from .prompts import read_prompts
 from .rankers import RankedPrompt, make_ranker
 from .recipe import Recipe
-from .recipe_file import save_resolved
+from .recipe.identity import save_resolved
 from .reporting.console import Terminal
 from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .shards.contents import contents_of

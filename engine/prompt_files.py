@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .basics.errors import DataError
-from .recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
+from .recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from .sources.files import SourceFiles
 from .sources.tables import CsvReader, ParquetReader
 

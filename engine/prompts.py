@@ -10,15 +10,8 @@ from .basics import keyed
 from .basics.errors import DataError
 from .basics.keyed import Stream, content_id
 from .prompt_files import prompts_in
-from .recipe_prompts import (
-    MAX_PROMPT_CHARACTERS,
-    Prompts,
-    Split,
-    Templates,
-    lone_surrogate,
-    names_in,
-    template_parts,
-)
+from .recipe import Prompts, Split, Templates
+from .recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
 
 MAX_FILLED_IN = 1_000_000  # prompts of templates: lists multiply, and a slip is soon a billion
 

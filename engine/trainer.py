@@ -32,7 +32,7 @@ from .launch import Ranks, bound_waits
 from .networks import build_networks
 from .objectives import Loss, build_objective
 from .recipe import Recipe
-from .recipe_file import save_resolved
+from .recipe.identity import save_resolved
 from .reporting.console import Terminal
 from .run_log import RunLog
 from .shards.batch import PairBatch

@@ -10,7 +10,7 @@ import pytest
 from cdpo.engine.basics.errors import DataError, RecipeError, ShardError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import Pair
-from cdpo.engine.recipe_file import load_recipe, recipe_hash, save_resolved
+from cdpo.engine.recipe.reading import load_recipe, recipe_hash, save_resolved
 from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import (
     Manifest,

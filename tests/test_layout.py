@@ -90,7 +90,7 @@ def test_the_libraries_import_with_our_folders_first(first):
         f"import sys; sys.path.insert(0, {str(ROOT / first)!r})\n"
         "from transformers import CLIPModel, CLIPTokenizer\n"
         "from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel\n"
-        "import cdpo.engine.recipe, cdpo.kernels\n"
+        "import cdpo.engine.recipe.schema, cdpo.kernels\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240

@@ -20,7 +20,7 @@ from cdpo.engine.backbones import Backbone, load_backbone
 from cdpo.engine.importing import Importing
 from cdpo.engine.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import RewardModel
 from cdpo.engine.shards.manifest import load_manifest

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {

@@ -23,8 +23,7 @@ import numpy as np
 from ..basics.keyed import Permutation, Stream, content_id
 from ..candidates import CandidateSet, Start, whole_prompts
 from ..curriculum.pairs import Pair, PromptPairs
-from ..recipe import Recipe
-from ..recipe_source import Masked
+from ..recipe import Masked, Recipe
 from ..shards.manifest import RewardSource
 from .protocol import RankedPrompt
 

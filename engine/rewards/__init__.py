@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..recipe_reward import CombinedReward, Reward
+from ..recipe import CombinedReward, Reward
 from .aesthetic import Aesthetic
 from .caption_similarity import CaptionSimilarity
 from .clip_model import ClipModel

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..backbones import fingerprint
 from ..backbones.pretrained import reading
-from ..recipe_reward import AestheticSpec
+from ..recipe import AestheticSpec
 from .clip_model import ClipModel, read_clip
 from .tensor_files import read_tensors, take
 

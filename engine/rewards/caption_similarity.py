@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..backbones import fingerprint
 from ..backbones.pretrained import reading
-from ..recipe_reward import CaptionSimilaritySpec
+from ..recipe import CaptionSimilaritySpec
 from .clip_model import DTYPES
 from .sentence_model import SentenceModel
 

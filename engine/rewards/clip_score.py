@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..recipe_reward import ClipScoreSpec
+from ..recipe import ClipScoreSpec
 from .clip_model import ClipModel, read_clip
 
 

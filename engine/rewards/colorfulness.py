@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..recipe_reward import ColorfulnessSpec
+from ..recipe import ColorfulnessSpec
 
 
 class Colorfulness:

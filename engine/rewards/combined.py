@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..recipe_reward import CombinedReward, Reward
+from ..recipe import CombinedReward, Reward
 from .protocol import RewardModel
 
 

@@ -23,7 +23,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from ..backbones import fingerprint
 from ..backbones.pretrained import reading
-from ..recipe_reward import ImageRewardSpec
+from ..recipe import ImageRewardSpec
 from .aesthetic import linear_layers
 from .clip_model import computing_in, read_tokenizer
 from .tensor_files import count_blocks, read_tensors, take

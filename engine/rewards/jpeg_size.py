@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from ..recipe_reward import JpegIncompressibilitySpec, JpegSpec
+from ..recipe import JpegIncompressibilitySpec, JpegSpec
 
 QUALITY = 95
 

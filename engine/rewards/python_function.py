@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..basics.errors import OutsideError
-from ..recipe_reward import PythonSpec
+from ..recipe import PythonSpec
 
 
 class PythonFunction:

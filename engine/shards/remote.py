@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ..basics.errors import CdpoError, DataError, OutsideError, RecipeError
-from ..recipe_data import Fetch
+from ..recipe import Fetch
 from .remote_faults import (
     BEYOND_THE_END,
     NOT_THERE,

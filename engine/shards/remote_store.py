@@ -12,7 +12,7 @@ from threading import Lock
 
 from ..basics.errors import CdpoError, RecipeError, ShardError
 from ..basics.failpoints import failpoint
-from ..recipe_data import Data
+from ..recipe import Data
 from .cache import ShardCache
 from .manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
 from .remote import RemoteFolder, bring_text, is_remote

@@ -7,7 +7,7 @@ pairs in tiers of them.
 
 from __future__ import annotations
 
-from ..recipe_source import Imported, Paired, Ranked
+from ..recipe import Imported, Paired, Ranked
 from .files import SourceFiles, find_files
 from .folders import FolderReader
 from .rows import RowReader

@@ -21,7 +21,7 @@ import pyarrow as pa
 from ..basics.errors import DataError
 from ..basics.files import atomic_file, atomic_path
 from ..basics.keyed import content_id
-from ..recipe_source import Imported
+from ..recipe import Imported
 from .records import Record, RecordMaker
 from .rows import Place, RowReader
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.errors import DataError
-from ..recipe_prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
-from ..recipe_source import Imported, Paired, Ranked
+from ..recipe import Imported, Paired, Ranked
+from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from .rows import Row
 
 TIE, UNLABELLED, CONTRADICTORY = "ties", "without a label", "label contradicts best_image"

@@ -11,7 +11,7 @@ import pytest
 from cdpo.engine.basics.errors import CdpoError
 from cdpo.engine.compared_runs import read_runs
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import load_recipe, save_resolved
+from cdpo.engine.recipe.reading import load_recipe, save_resolved
 from safetensors.numpy import save_file
 
 LORA = "lora/pytorch_lora_weights.safetensors"

@@ -14,7 +14,7 @@ from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.divergence import Divergence
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from diffusers import UNet2DConditionModel
 from PIL import Image
 

@@ -19,7 +19,7 @@ from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.growth import Growth, block_depths, growth_rows
 from cdpo.engine.recipe import Adapter, Curriculum
-from cdpo.engine.recipe_file import diff_identity, training_identity
+from cdpo.engine.recipe.reading import diff_identity, training_identity
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st

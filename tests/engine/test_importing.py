@@ -85,7 +85,7 @@ def paired(tiny_recipe: Callable[..., Recipe], parquet: Path) -> Callable[..., R
 @pytest.fixture(scope="module")
 def plain(tiny_world: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of an undisturbed import, with 2 images of the last shard dropped: read only."""
-    from cdpo.engine.recipe_file import load_recipe
+    from cdpo.engine.recipe.reading import load_recipe
     from conftest import CPU
 
     run_dir = tmp_path_factory.mktemp("plain") / "run"

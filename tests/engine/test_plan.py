@@ -18,7 +18,7 @@ from cdpo.engine.plan_networks import (
 )
 from cdpo.engine.plan_tables import flops_text, print_plan
 from cdpo.engine.recipe import Model, Recipe
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.reporting.console import Terminal
 from cdpo.kernels.fuse import fuse
 from diffusers import UNet2DConditionModel

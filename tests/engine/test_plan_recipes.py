@@ -17,7 +17,7 @@ import pytest
 from cdpo.engine import plan as plan_module
 from cdpo.engine.plan_tables import print_plan
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.reporting.console import Terminal
 
 ROOT = Path(__file__).parents[2]

@@ -4,11 +4,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from cdpo.engine import recipe_file
 from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.prompts import read_prompts
-from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import (
+from cdpo.engine.recipe import Recipe, reading
+from cdpo.engine.recipe.reading import (
     KNOBS,
     SCHEMA,
     describe_schema,
@@ -19,7 +18,7 @@ from cdpo.engine.recipe_file import (
     save_resolved,
     training_identity,
 )
-from cdpo.engine.recipe_yaml import Source
+from cdpo.engine.recipe.yaml_subset import Source
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -218,7 +217,7 @@ def test_values_and_keys_cannot_forge_lines(write):
 
 
 def test_huge_missing_and_unreadable_files_are_refused(tmp_path, write):
-    big = write(extra="#" * recipe_file.MAX_BYTES)
+    big = write(extra="#" * reading.MAX_BYTES)
     assert "is larger than 256 KiB" in problems(big)[0]
     assert f"does not exist; there are {big}" in problems(tmp_path / "absent.yaml")[0]
     assert "is not a file" in problems(tmp_path)[0]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
-from cdpo.engine.recipe_prompts import Prompts, Split, Templates
+from cdpo.engine.recipe import Prompts, Split, Templates
+from cdpo.engine.recipe.reading import describe_schema, load_recipe, save_resolved
 
 ANIMALS = {"templates": ["a {x}"], "lists": {"x": ["dog", "cat"]}}
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import describe_schema, load_recipe, save_resolved
-from cdpo.engine.recipe_reward import ClipScoreSpec, WeightedSpec
+from cdpo.engine.recipe import ClipScoreSpec, Recipe, WeightedSpec
+from cdpo.engine.recipe.reading import describe_schema, load_recipe, save_resolved
 
 BASE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"train": "t"}}
 TYPES = (

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import KNOBS, describe_schema, load_recipe, save_resolved
-from cdpo.engine.recipe_source import Generate, Masked, Paired, Ranked
+from cdpo.engine.recipe import Generate, Masked, Paired, Ranked, Recipe
+from cdpo.engine.recipe.reading import KNOBS, describe_schema, load_recipe, save_resolved
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {

@@ -13,7 +13,7 @@ from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.backbones.masking import PromptMask
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -25,7 +25,7 @@ from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers.masked import MaskedRanker
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe_file import load_recipe
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.sample import PairMeta

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.recipe_reward import (
-    ColorfulnessSpec,
-    JpegIncompressibilitySpec,
-    JpegSpec,
-    PythonSpec,
-)
+from cdpo.engine.recipe import ColorfulnessSpec, JpegIncompressibilitySpec, JpegSpec, PythonSpec
 from cdpo.engine.rewards import load_reward
 from PIL import Image
 from reward_files import pictures

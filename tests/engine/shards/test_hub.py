@@ -10,7 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError
-from cdpo.engine.recipe_data import Data, Fetch
+from cdpo.engine.recipe import Data, Fetch
 from cdpo.engine.shards import remote
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.remote_store import RemoteStore, open_store

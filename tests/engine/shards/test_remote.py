@@ -16,7 +16,7 @@ import aiohttp
 import fsspec
 import pytest
 from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
-from cdpo.engine.recipe_data import Fetch
+from cdpo.engine.recipe import Fetch
 from cdpo.engine.shards import remote
 from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote
 from cdpo.engine.shards.remote_faults import asked_to_wait, redact

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError, RecipeError, ShardError
 from cdpo.engine.curriculum.pacing import Pacing
-from cdpo.engine.recipe import Curriculum
-from cdpo.engine.recipe_data import Data, Fetch
+from cdpo.engine.recipe import Curriculum, Data, Fetch
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.prefetch import Prefetch

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.recipe_source import Imported, Paired, Ranked
+from cdpo.engine.recipe import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index
 from cdpo.engine.sources.loading import load_records

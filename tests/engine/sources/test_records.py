@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.recipe_source import Paired, Ranked
+from cdpo.engine.recipe import Paired, Ranked
 from cdpo.engine.sources.records import (
     CONTRADICTORY,
     HELD_OUT,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .recipe_types import Fraction, PositiveFloat, PositiveInt, Section
+from .section import Fraction, PositiveFloat, PositiveInt, Section
 
 TARGET_PRESETS = ("attention", "attention+ff", "all-linear", "lcm")
 

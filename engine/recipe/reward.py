@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .recipe_source import Source
-from .recipe_types import PositiveInt, Section
+from .prepare import Source
+from .section import PositiveInt, Section
 
 
 class RewardSection(Section):

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from .recipe_reward import Reward
-from .recipe_types import NonNegativeInt, PositiveInt, Sampler, Section
+from .reward import Reward
+from .section import NonNegativeInt, PositiveInt, Sampler, Section
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _+-]{0,39}")
 TAKEN = ("base", "scores", "divergence")  # other folders in `compare`, where each run gets one

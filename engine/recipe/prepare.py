@@ -1,4 +1,4 @@
-"""Section `prepare.source` of a recipe: where images and preferences come from."""
+"""Section `prepare` of a recipe: where images and preferences come from, how candidates are made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe_types import NonNegativeInt, PositiveInt, Section
+from .section import (
+    NonNegativeInt,
+    PositiveInt,
+    Sampler,
+    Section,
+)
 
 
 class Generate(Section):
@@ -126,3 +131,20 @@ def check_source(
 
 def _listed(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+class Prepare(Section):
+    """Stage 1: candidates, scores, pairs, shards."""
+
+    source: Source = Generate()
+    """Where images and preferences come from: sampled, or a data set that is already there."""
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = 50
+    """Images ranked for each prompt (M in the papers, 500 there, 50 reported about equal)."""
+    sampler: Sampler = Sampler()
+    """Sampling of candidates."""
+    batch_size: PositiveInt = 16
+    """Images in one denoiser call (guidance doubles the rows); bounds memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the denoiser in sampling; the VAE always works in float32."""
+    contact_sheet_prompts: NonNegativeInt = 4
+    """Prompts shown in contact_sheet.png, with ranked candidates and one pair of each tier."""

@@ -1,4 +1,4 @@
-"""Section of a recipe: where the pair shards lie, and how they are read."""
+"""Sections of a recipe for pairs: which are formed and when, and where their shards lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe_types import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from .section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -63,3 +63,24 @@ class Data(Section):
         if self.posterior == "sampled" and self.format == "latents":
             raise ValueError("posterior=sampled needs format=moments or raw: latents hold the mean")
         return self
+
+
+class Curriculum(Section):
+    """Which pairs are formed, how hard each is, and when each tier opens."""
+
+    tiers: PositiveInt = 5
+    """Number of difficulty tiers B; 1 is the easiest (3, 5 and 7 work in the papers)."""
+    difficulty: Literal["rank_gap", "score_gap"] = "rank_gap"
+    """What makes a pair easy: a large gap in rank (as published) or in reward."""
+    binning: Literal["equal_width", "quantile"] = "equal_width"
+    """Tiers of equal width in the gap (as published) or of equal pair count, per prompt."""
+    min_score_gap: NonNegativeFloat = 0.0
+    """Pairs whose rewards differ by less never form; exact ties never do."""
+    pairs_per_prompt_per_tier: PositiveInt = 16
+    """Pair budget: all O(M^2) pairs would repeat each image up to M-1 times."""
+    order: Literal["easy_to_hard", "hard_to_easy", "random"] = "easy_to_hard"
+    """`random` trains on the same pairs without order: plain DPO."""
+    cumulative: bool = True
+    """Stage k trains on the union of tiers 1..k (as published); false: on tier k alone."""
+    steps_per_tier: PositiveInt = 400
+    """Optimiser steps before the next tier opens (K); the last stage takes the rest."""

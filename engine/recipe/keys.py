@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
-from .recipe import Recipe
+from .schema import Recipe
 
 
 def sections_of(info: FieldInfo) -> list[type[BaseModel]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .recipe_types import PositiveInt, Section
+from .section import PositiveInt, Section
 
 MAX_PROMPT_CHARACTERS = 2000
 # How messages tell the forms of a value apart; with blanks, so that no key can be one of them.

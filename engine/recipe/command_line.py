@@ -1,0 +1,79 @@
+"""The command line of the verbs: `--recipe`, overrides, and a help text made from the schema."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from pydantic_core import PydanticUndefined
+
+from ..basics.errors import RecipeError
+from .keys import SCHEMA, is_knob
+from .reading import load_recipe
+from .schema import Recipe
+from .yaml_subset import shown
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a verb was asked for."""
+
+    recipe: Recipe
+    dry_run: bool
+    """Print what the recipe will take, and do nothing."""
+    world_size: int | None
+    """Ranks of a dry run; None stands for those the launcher started."""
+
+
+def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
+    """The recipe a verb's command line asks for; ``--help`` prints every key and exits.
+
+    Raises:
+        RecipeError: for usage errors as well, so that they leave by the verbs' one way out.
+    """
+    parser = _Parser(prog=f"deepspeed engine/{verb}.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    # Launchers give it, and LOCAL_RANK in the environment, which is what is read.
+    parser.add_argument("--local_rank", "--local-rank")
+    if verb == "train":
+        parser.add_argument("--dry-run", action="store_true")
+        parser.add_argument("--world-size", type=int)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(list(arguments))
+    usage = f"deepspeed engine/{verb}.py --recipe RECIPE.yaml [dotted.key=value ...]"
+    dry_run, world_size = getattr(options, "dry_run", False), getattr(options, "world_size", None)
+    if verb == "train":
+        usage += " [--dry-run [--world-size RANKS]]"
+    if options.help:
+        print(f"usage: {usage}\n\n{describe_schema()}")
+        raise SystemExit(0)
+    if options.recipe is None:
+        raise RecipeError(f"no recipe given: {usage}")
+    if world_size is not None and (world_size < 1 or not dry_run):
+        raise RecipeError(
+            f"--world-size {world_size}: it is a number of ranks, 1 or more, for --dry-run; a real "
+            "run has the ranks its launcher starts"
+        )
+    return CommandLine(load_recipe(options.recipe, options.overrides), dry_run, world_size)
+
+
+def describe_schema() -> str:
+    """Every knob with its default and what it does, as text for a terminal."""
+    lines = ["Keys of a recipe, with their defaults:"]
+    for key in (key for key, info in SCHEMA.items() if is_knob(info) and "[]" not in key):
+        default = SCHEMA[key].get_default()
+        text = "(required)" if default is PydanticUndefined else shown(default)
+        lines.append(f"\n  {key} = {text}")
+        lines += textwrap.wrap(
+            SCHEMA[key].description or "", 88, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; `{self.prog} --help` lists the options and all keys")

@@ -1,0 +1,96 @@
+"""What a run is: its resolved recipe on the disk, and what two recipes must share to be one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from ..basics.errors import RecipeError
+from .keys import KNOBS, SCHEMA
+from .schema import Recipe
+from .yaml_subset import dump, shown
+
+# What a checkpoint may be resumed under: the keys that decide what a run computes. Left out are
+# those that only move, watch or speed it up, and train.steps, so that a run can be extended.
+IDENTITY = re.compile(
+    r"seed|data\.(lanes|shuffle_shards|posterior)|(model|curriculum|objective|adapter|train\.optimizer)\..+"
+    r"|train\.(global_batch|warmup_steps|gradient_clip|precision|caption_dropout)"
+)
+
+RESOLVED_HEADER = """\
+# The recipe of this run as it was resolved: file, overrides and defaults in one. It is a record; to
+# repeat the run elsewhere give it to --recipe with another run_dir.
+"""
+
+
+def save_resolved(recipe: Recipe, path: str | Path) -> None:
+    """Write every knob of ``recipe`` as YAML, atomically; read back, it is the same recipe."""
+    path = Path(path)
+    text = RESOLVED_HEADER + dump(recipe.model_dump(mode="json"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=path.name + ".", delete=False
+        ) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def training_identity(recipe: Recipe) -> dict[str, object]:
+    """The dotted keys, and their values, that a resumed run must share with its checkpoint."""
+    found: dict[str, object] = {}
+    for key in filter(IDENTITY.fullmatch, KNOBS):
+        value: Any = recipe
+        for name in key.split("."):
+            value = getattr(value, name)
+        found[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 over :func:`training_identity`; equal recipes have equal hashes."""
+    identity = training_identity(recipe)
+    for key, value in identity.items():  # 8 and 8.0 are equal, but not in JSON
+        if isinstance(value, float) and value.is_integer():
+            identity[key] = int(value)
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def diff_identity(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``.
+
+    A knob that is younger than the checkpoint counts as its default there: defaults of new knobs
+    are what was done before.
+    """
+    absent = object()
+
+    def value_of(identity: Mapping[str, object], key: str) -> object:
+        default = SCHEMA[key].get_default() if key in SCHEMA else PydanticUndefined
+        return identity.get(key, absent if default is PydanticUndefined else default)
+
+    def show(value: object) -> str:
+        return "not set" if value is absent else shown(value)
+
+    pairs = {key: (value_of(old, key), value_of(new, key)) for key in (*new, *old)}
+    return [
+        f"{key}: checkpoint {show(before)}, recipe {show(now)}"
+        for key, (before, now) in pairs.items()
+        if before != now
+    ]

@@ -1,0 +1,58 @@
+"""Section of a recipe: the text-to-image model to align."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from .section import (
+    NonNegativeFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class Model(Section):
+    """The text-to-image model to align."""
+
+    backbone: Literal["sd", "sdxl", "lcm"] = "sd"
+    """Model family: decides text encoders, conditioning and noise process."""
+    path: str
+    """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it for a run others should repeat."""
+    variant: str | None = None
+    """Weight variant on the hub, e.g. `fp16`."""
+    vae: str | None = None
+    """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
+    unet: str | None = None
+    """Another UNet (folder or hub id) in place of the model's own, e.g.
+    `latent-consistency/lcm-sdxl`."""
+    lcm_lora: str | None = None
+    """`backbone: lcm` only: an LCM-LoRA (folder, file or hub id) that makes `path` an LCM."""
+    teacher: str | None = None
+    """`backbone: lcm` only: the diffusion model the LCM was distilled from; where `unet` or
+    `lcm_lora` turned `path` into an LCM, `path` as it was."""
+    solver_steps: PositiveInt = 50
+    """`backbone: lcm` only: steps of the teacher's DDIM solver the LCM was distilled with."""
+    guidance_range: tuple[NonNegativeFloat, NonNegativeFloat] = (5.0, 15.0)
+    """`backbone: lcm` only: range of the weight w that guides the teacher in training; a sampler's
+    `guidance` is w + 1."""
+    resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
+    """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling."""
+
+    @model_validator(mode="after")
+    def _consistency_keys_are_for_consistency_models(self) -> Model:
+        if self.backbone != "lcm":
+            given = [key for key in ("lcm_lora", "teacher") if getattr(self, key) is not None]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} belongs to backbone=lcm, not {self.backbone}"
+                )
+        if self.unet is not None and self.lcm_lora is not None:
+            raise ValueError("unet and lcm_lora both make an LCM of path: give one of them")
+        low, high = self.guidance_range
+        if low > high:
+            raise ValueError(f"guidance_range=[{low:g}, {high:g}] runs from high to low: swap them")
+        return self

@@ -1,0 +1,144 @@
+"""Recipe files, read and overridden.
+
+The schema is :mod:`.schema`. Whatever is wrong with a file and its overrides is said at once, one
+line each, in a single :class:`RecipeError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ..basics.errors import RecipeError
+from .keys import SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
+from .schema import Recipe
+from .yaml_subset import Source, shown
+
+MAX_BYTES = 1 << 18  # a recipe is some 10 KB; PyYAML takes seconds for a megabyte
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply ``dotted.key=value`` overrides and check the whole.
+
+    Raises:
+        RecipeError: with all problems, each naming its place, dotted key, value and remedy.
+    """
+    source = Source(str(path))
+    values = _apply_overrides(_read_file(Path(path), source), overrides, source)
+    recipe = _validate(values, source)
+    if recipe is None or source.problems:
+        raise RecipeError("\n".join(source.problems))
+    return recipe
+
+
+# --------------------------------------------------------------------------------------------------
+# From file and overrides to a recipe
+
+
+def _read_file(path: Path, source: Source) -> dict[str, Any]:
+    name = f"recipe {str(path)!r}"
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            folders = (path.parent, Path("recipes"))
+            others = sorted({str(p) for f in folders for p in f.glob("[!.]*.yaml")})[:8]
+            hint = f"; there are {', '.join(others)}" if others else ""
+            raise RecipeError(f"{name} {what}{hint}")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{name} is larger than {MAX_BYTES >> 10} KiB: not a recipe")
+        text = raw.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its name or text is not UTF-8"
+        raise RecipeError(f"{name} cannot be read: {reason}") from None
+    values = source.read(text)
+    if source.problems and values is None:  # not YAML: nothing further could be said
+        raise RecipeError("\n".join(source.problems))
+    if not isinstance(values, dict):
+        kind = {type(None): "is empty", list: "is a list"}.get(type(values), "is one value")
+        raise RecipeError(f"{name} {kind}; it should be keys and values: run_dir: runs/mine")
+    return values
+
+
+def _apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], source: Source
+) -> dict[str, Any]:
+    config = OmegaConf.create(values)
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals:
+            source.problems.append(
+                f"override {text!r}: write it as dotted.key=value, e.g. train.steps=200"
+            )
+        elif "[]" in key:
+            source.problems.append(
+                f"override {text!r}: what is inside a list is written in the file"
+            )
+        elif key not in SCHEMA:
+            source.problems.append(f"override {text!r}: unknown key; {nearest_key(key)}")
+        else:
+            source.overrides[key] = text
+            value = source.read(raw, key)
+            if isinstance(value, dict) and not is_knob(SCHEMA[key]):
+                source.fail(key, "set the keys of a section one by one, e.g. train.steps=200")
+                continue
+            try:
+                OmegaConf.update(config, key, value, merge=False)
+            except OmegaConfBaseException as error:
+                source.fail(key, str(error).splitlines()[0])
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _validate(values: dict[str, Any], source: Source) -> Recipe | None:
+    try:
+        # Strict: true is not 1 and "200" is not 200, so that a slip in a file is not guessed away.
+        return Recipe.model_validate(_with_tuples(values), strict=True)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = dotted(detail["loc"])
+            if detail["type"].startswith("union_tag"):
+                key += ".type"
+            source.fail(key, _wording(key, detail))
+        return None
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _wording(key: str, detail: ErrorDetails) -> str:
+    """One problem in words: the value seen and what would be right."""
+    kind, seen = detail["type"], detail["input"]
+    known = SCHEMA.get(anywhere(key))
+    if kind == "extra_forbidden" and known is not None:
+        return f"{shown(seen)} has no place here: the key goes with another type of its section"
+    if kind == "extra_forbidden":
+        return f"unknown key; {nearest_key(key)}"
+    if kind.startswith("union_tag"):
+        types = types_of(key.removesuffix(".type"))
+        given = shown(detail["ctx"]["tag"]) if "tag" in detail.get("ctx", {}) else "missing;"
+        return f"{given} should be {', '.join(types[:-1])} or {types[-1]}"
+    if kind == "missing":
+        what = known.description if known is not None else None
+        return f"missing{': ' + ' '.join(what.split()) if what else ''}"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    right = detail["msg"].replace("Input should", "should")
+    if kind in ("model_type", "model_attributes_type"):
+        right = "should be a section, with keys of its own below it"
+    elif kind == "int_type" and isinstance(seen, float) and seen.is_integer():
+        right += f", such as {int(seen)}" if abs(seen) < 1e15 else ""
+    elif kind == "string_type" and isinstance(seen, int | float):
+        right += ": put it in quotes"
+    return f"{shown(seen)} {right}" if right.startswith("should") else f"{shown(seen)}: {right}"

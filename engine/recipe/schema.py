@@ -1,0 +1,119 @@
+"""The schema of a recipe: one YAML file is one run, and every knob is declared here.
+
+A recipe only *chooses*; what the choices do lives in the modules that take them. Fields without a
+default must be given. Unknown keys are errors (see :mod:`.reading`, which reads the file, applies
+``dotted.key=value`` overrides and words the errors).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from .adapter import Adapter, Export, check_exports, check_growth
+from .compare import Compare
+from .data import Curriculum, Data
+from .model import Model
+from .prepare import Prepare, check_source
+from .prompts import Prompts
+from .reward import Reward, check_reward
+from .section import (
+    Section,
+)
+from .train import Checkpoint, Cluster, Monitor, Objective, Speed, Train
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    run_dir: str
+    """Folder of everything this run writes."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Every random number of the run is a function of it."""
+    model: Model
+    """The model to align."""
+    prompts: Prompts
+    """Prompts, for training and held out."""
+    reward: Reward
+    """The reward that ranks candidates."""
+    prepare: Prepare = Prepare()
+    """Stage 1."""
+    curriculum: Curriculum = Curriculum()
+    """Pairs, tiers, pacing."""
+    data: Data = Data()
+    """Pair shards."""
+    adapter: Adapter = Adapter()
+    """What is trained."""
+    objective: Objective = Objective()
+    """The loss."""
+    train: Train = Train()
+    """Stage 2."""
+    speed: Speed = Speed()
+    """Memory and speed of the networks, in all stages."""
+    deepspeed: str = "ds_configs/zero2.json"
+    """A plain DeepSpeed JSON file; what the recipe decides is filled in."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Snapshots."""
+    cluster: Cluster = Cluster()
+    """Waiting and leaving."""
+    monitor: Monitor = Monitor()
+    """Trackers."""
+    export: Export = Export()
+    """What users get."""
+    compare: Compare = Compare()
+    """Evidence."""
+
+    @property
+    def shards_dir(self) -> Path:
+        """The folder `prepare` writes the pair shards to; no meaning where `data.path` is a URL."""
+        return Path(self.shards_at.removeprefix("file://"))
+
+    @property
+    def shards_at(self) -> str:
+        """The folder or URL that `train` reads the pair shards from."""
+        return self.data.path or str(Path(self.run_dir) / "shards")
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Recipe:
+        streamed = self.adapter.type == "full" and self.train.reference == "offload"
+        if streamed and self.speed.compile != "off":
+            raise ValueError(
+                f"speed.compile={self.speed.compile} does not go with train.reference=offload, "
+                "whose layers come and go while they compute: use compile=off or reference=copy"
+            )
+        if self.train.global_batch % self.data.lanes:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is not a multiple of "
+                f"data.lanes={self.data.lanes}: every lane gives equally many pairs to a batch"
+            )
+        if (self.model.backbone == "lcm") != self.objective.type.startswith("consistency"):
+            raise ValueError(
+                f"model.backbone={self.model.backbone} does not go with "
+                f"objective.type={self.objective.type}: lcm is trained with consistency_dpo or "
+                "consistency_sft, the others with diffusion_dpo or sft"
+            )
+        model = self.model
+        if model.backbone == "lcm" and not (model.teacher or model.unet or model.lcm_lora):
+            raise ValueError(
+                "model.teacher is not given: training needs the diffusion model that "
+                f"model.path={model.path} was distilled from; if that is the diffusion model "
+                "itself, make an LCM of it with model.unet or model.lcm_lora"
+            )
+        check_source(
+            self.prepare.source,
+            self.curriculum.difficulty,
+            self.curriculum.tiers,
+            self.prompts.train,
+            self.prompts.heldout,
+        )
+        check_reward(self.reward, self.prepare.source)
+        check_exports(self.adapter, self.export)
+        pacing = self.curriculum
+        stages = 1 if pacing.order == "random" else pacing.tiers
+        check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
+        own = not self.compare.runs
+        if own and self.compare.weights == "ema" and self.adapter.ema is None:
+            raise ValueError("compare.weights=ema needs an average: set adapter.ema, e.g. 0.999")
+        return self

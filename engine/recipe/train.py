@@ -1,0 +1,161 @@
+"""Sections of a recipe for stage 2: what is optimised, how, how fast, and on what machines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class Cluster(Section):
+    """How long to wait, for other ranks and before leaving."""
+
+    timeout_minutes: PositiveFloat = 30.0
+    """Longest wait of a rank for the others, in minutes; then the run ends instead of hanging.
+    More than the slowest rank is ever late, e.g. in writing a large checkpoint."""
+    grace_seconds: PositiveFloat = 300.0
+    """Seconds from a request to stop (SIGTERM, in all three verbs) to leaving even without having
+    come to a safe point. Give it what the cluster gives, e.g. Slurm's `--signal=TERM@300`."""
+
+
+class Objective(Section):
+    """What is optimised."""
+
+    type: Literal["diffusion_dpo", "consistency_dpo", "sft", "consistency_sft"] = "diffusion_dpo"
+    """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta); `sft` and
+    `consistency_sft` train either on the winners alone: the baselines."""
+    beta: PositiveFloat = 5000
+    """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
+    distance: Literal["mse", "pseudo_huber"] = "mse"
+    """Error of a prediction: mean square (diffusion) or pseudo-Huber (consistency)."""
+    huber_c: PositiveFloat = 1e-3
+    """Bend of the pseudo-Huber distance; unused for mse."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of a margin: DPO's log-sigmoid, or IPO's square, which stops at a margin instead of
+    widening it for ever."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
+    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """How much a timestep counts: all the same (as published), or min-SNR-5 with a mean of 1."""
+    loser_gradient: Fraction = 1.0
+    """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
+    errors of winner and loser rise together."""
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Objective:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} needs loss=sigmoid; loss={self.loss} has "
+                "no labels to smooth"
+            )
+        without_pairs = {"loss": "sigmoid", "label_smoothing": 0, "loser_gradient": 1}
+        given = [name for name, off in without_pairs.items() if getattr(self, name) != off]
+        if self.type.endswith("sft") and given:
+            raise ValueError(
+                f"{', '.join(given)} has no effect with type={self.type}, which compares nothing"
+            )
+        if self.type.startswith("consistency") and self.timestep_weighting != "uniform":
+            raise ValueError(
+                "timestep_weighting=min_snr is for diffusion models: a consistency model always "
+                "predicts x0"
+            )
+        return self
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 5e-5
+    """Peak learning rate, reached after warm-up and constant from there."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+
+class Train(Section):
+    """Stage 2: the optimisation."""
+
+    steps: PositiveInt = 10_000
+    """Optimiser steps in all (skipped ones do not count)."""
+    global_batch: PositiveInt = 32
+    """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes."""
+    micro_batch: PositiveInt = 4
+    """Most pairs in one forward on one rank: memory only. Accumulation follows from it."""
+    optimizer: Optimizer = Optimizer()
+    """Optimiser settings."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up of the learning rate."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks; optimiser states and errors are float32 in any case."""
+    reference: Literal["copy", "offload"] = "copy"
+    """Where full fine-tuning keeps its frozen reference: `copy` on the device (under ZeRO-3 divided
+    among the ranks like the policy), `offload` in host memory, streamed to the device layer by
+    layer at each use. Adapters need neither: their reference is the frozen weights."""
+    caption_dropout: Fraction = 0.0
+    """Share of pairs trained with the empty caption (winner and loser together)."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """`auto`: Triton on CUDA, PyTorch elsewhere; on a CPU `triton` wants TRITON_INTERPRET=1."""
+    threads: NonNegativeInt = 0
+    """CPU threads a rank computes with; 0 divides the machine's cores among its ranks. Fix it
+    where float32 results should repeat to the last bit on other machines."""
+    max_skipped: PositiveInt = 5
+    """Stop after so many non-finite steps in a row."""
+    log_every: PositiveInt = 10
+    """Optimiser steps between transfers of metrics to the host."""
+    sample_every: NonNegativeInt = 500
+    """Optimiser steps between sample grids; 0 turns them off."""
+    sample_prompts: PositiveInt = 4
+    """Prompts shown in each sample grid."""
+
+
+class Speed(Section):
+    """Memory and speed of the networks; what is computed stays the same up to rounding."""
+
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Order of images in memory: channels next to each other, as tensor cores want them. `auto`:
+    on a GPU."""
+    fused_kernels: Literal["auto", "on", "off"] = "auto"
+    """GroupNorm with SiLU, and GEGLU, as one Triton kernel each: fewer passes over memory, fewer
+    saved activations. `auto`: on a GPU."""
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    """Attention kernel of the denoiser: PyTorch's, or that of a package. `auto` takes the first of
+    flash, xformers and sdpa that imports and works on the device, and says which."""
+    compile: Literal["off", "regional", "full"] = "off"
+    """torch.compile for training: minutes at the start for faster steps. `regional` compiles each
+    kind of block once, `full` the whole denoiser. Not with ZeRO-3; step-0 loss within 1e-3."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the policy's blocks alone and compute the rest again in the backward pass:
+    a quarter of the activations, for a third more operations with adapters, a quarter without."""
+    encoders: Literal["device", "offload"] = "device"
+    """Where frozen text encoders and VAE wait. `offload`: in host memory, on the GPU only while
+    they encode a new prompt or draw a sample."""
+    prompt_cache_mib: NonNegativeInt = 256
+    """Memory on the device for encoded prompts, in MiB (Stable Diffusion in half precision 0.11 a
+    prompt, XL 0.3); those not used for longest make room and are encoded again when they return."""
+
+
+class Checkpoint(Section):
+    """Committed snapshots a run resumes from by itself."""
+
+    every: PositiveInt = 500
+    """Optimiser steps between checkpoints; the last step always makes one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Monitor(Section):
+    """DeepSpeed's own monitors, beside metrics.jsonl which is always written."""
+
+    tensorboard: bool = False
+    """Event files in `<run>/tensorboard`."""
+    csv: bool = False
+    """One CSV a metric in `<run>/csv`."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases (needs the `wandb` package and its login)."""
