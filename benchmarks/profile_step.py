@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from cdpo.engine.basics.errors import CdpoError
 from cdpo.engine.basics.phases import PHASES
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks, joined_ranks, quieten_libraries
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from step_bench.trace import PhaseTotals, StepTrace, read_trace
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule

@@ -18,9 +18,9 @@ from .basics import keyed
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .basics.keyed import Stream, content_id
+from .display.terminal import Terminal
 from .launch import Ranks
 from .recipe import Model, Sampler
-from .reporting.console import Terminal
 from .shards.candidates import has_candidates, read_candidates, write_candidates
 
 

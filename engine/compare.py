@@ -8,9 +8,9 @@ and the self-contained `compare/report.html` in the run folder.
 
 from __future__ import annotations
 
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.reporting.console import Terminal
 
 
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:

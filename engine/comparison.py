@@ -23,13 +23,13 @@ from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .compared_runs import ComparedRun, read_runs
 from .comparison_report import Measured, write_comparison
+from .display.terminal import Terminal
 from .divergence import Divergence
 from .exports import load_tuned
 from .kept_tables import KeptTables
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe, Reward
-from .reporting.console import Terminal
 from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring
 from .speed import tune_denoiser, tune_for_sampling

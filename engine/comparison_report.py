@@ -15,13 +15,13 @@ import yaml
 from .basics.files import write_atomically
 from .candidates import CandidateSet
 from .compared_runs import ComparedRun
+from .display.grids import image_grid
+from .display.terminal import Terminal
 from .kept_tables import Tables
 from .recipe import Recipe, Reward
 from .recipe.identity import save_resolved
 from .reporting import wording
-from .reporting.console import Terminal
 from .reporting.findings import findings
-from .reporting.grids import image_grid
 from .reporting.report import write_report
 from .reporting.report_data import (
     Diversity,

@@ -18,10 +18,10 @@ from safetensors.torch import save
 from .backbones import Backbone
 from .basics.failpoints import failpoint
 from .basics.files import atomic_file
+from .display.terminal import Terminal
 from .import_scores import batches
 from .latents import shard_images
 from .launch import Ranks
-from .reporting.console import Terminal
 from .shards.contents import Kind
 from .sources.index import Index
 from .sources.loading import load_records

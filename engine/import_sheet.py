@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from .display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .sources.index import Index
 from .sources.loading import load_records
 from .sources.pictures import Size

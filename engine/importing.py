@@ -21,6 +21,7 @@ from . import __version__
 from .backbones import Backbone, load_backbone
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
+from .display.terminal import Terminal
 from .import_latents import PictureLatents
 from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet
@@ -28,7 +29,6 @@ from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Generate, Masked, Paired, Recipe
 from .recipe.identity import save_resolved
-from .reporting.console import Terminal
 from .rewards import RewardModel, load_reward
 from .shards.contents import contents_of
 from .shards.manifest import (

@@ -32,11 +32,11 @@ from .basics.errors import (
     OutsideError,
     StopRequested,
 )
+from .display.terminal import Terminal
 from .peers import LISTEN_EVERY, Peers
 from .ranks import Ranks, local_world_size
 from .recipe import Recipe
 from .recipe.command_line import parse_command_line
-from .reporting.console import Terminal
 from .run_lock import RunLock, refuse_other_folder
 from .stopping import StopSignal
 

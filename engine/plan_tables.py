@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from .curriculum.pacing import stage_tiers
+from .display.terminal import Terminal
 from .growth import growth_rows
 from .plan import Plan, make_plan
 from .plan_memory import Row, total
 from .recipe import Recipe
-from .reporting.console import Terminal
 
 GIB = 1 << 30
 HEADS = ("of", "units", "FLOP")

@@ -21,14 +21,14 @@ from .basics.errors import DataError
 from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .curriculum.pairs import Pair
+from .display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from .display.terminal import Terminal
 from .latents import LatentStore, PixelStore
 from .launch import Ranks
 from .prompts import read_prompts
 from .rankers import RankedPrompt, make_ranker
 from .recipe import Recipe
 from .recipe.identity import save_resolved
-from .reporting.console import Terminal
-from .reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .shards.contents import contents_of
 from .shards.manifest import (
     Manifest,

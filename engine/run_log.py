@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .display.terminal import Terminal
 from .objectives import Loss
-from .reporting.console import Terminal
 from .step_metrics import MetricRing, MetricsFile
 
 WINDOWS_BEFORE_WARNING = 3

@@ -15,8 +15,8 @@ from .basics.failpoints import failpoint
 from .basics.files import atomic_file
 from .basics.keyed import content_id
 from .candidates import CandidateSet
+from .display.terminal import Terminal
 from .launch import Ranks
-from .reporting.console import Terminal
 from .rewards import RewardModel, checked_scores
 
 SCHEMA = pa.schema(

@@ -10,9 +10,9 @@ import numpy as np
 
 from .basics.errors import DataError, RecipeError
 from .basics.failpoints import failpoint
+from .display.terminal import Terminal
 from .launch import Ranks
 from .recipe import Recipe
-from .reporting.console import Terminal
 from .shards.contents import Contents
 from .shards.manifest import Manifest, ShardEntry, load_manifest
 from .shards.reader import ShardReaders

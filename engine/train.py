@@ -15,9 +15,9 @@ configs, and no weights, shards or GPUs.
 
 from __future__ import annotations
 
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.reporting.console import Terminal
 
 
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:

@@ -26,6 +26,7 @@ from .checkpoint import CheckpointStore
 from .curriculum.pacing import Cursor, Pacing, Stage
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
+from .display.terminal import Terminal
 from .exports import Exports
 from .growth import Growth
 from .launch import Ranks, bound_waits
@@ -33,7 +34,6 @@ from .networks import build_networks
 from .objectives import Loss, build_objective
 from .recipe import Recipe
 from .recipe.identity import save_resolved
-from .reporting.console import Terminal
 from .run_log import RunLog
 from .shards.batch import PairBatch
 from .shards.lanes import LanePlan

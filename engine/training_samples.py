@@ -12,10 +12,10 @@ from .basics import keyed
 from .basics.failpoints import failpoint
 from .basics.files import write_atomically
 from .basics.keyed import Stream, content_id
+from .display.grids import image_grid
 from .launch import Ranks
 from .prompts import read_prompts
 from .recipe import Recipe
-from .reporting.grids import image_grid
 
 
 class TrainingSamples:

@@ -15,10 +15,10 @@ import tiny
 import torch
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from launching import ForkServer, World, make_world
 
 CPU = torch.device("cpu")

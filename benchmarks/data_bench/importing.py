@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import torch
 import webdataset
 from cdpo.engine.backbones import Backbone, load_backbone
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.importing import Importing
 from cdpo.engine.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import RewardModel
 from cdpo.engine.shards.manifest import load_manifest
 from PIL import Image

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..display.terminal import Terminal
 from ..launch import Ranks
 from ..recipe import Recipe
-from ..reporting.console import Terminal
 from .masked import MaskedRanker
 from .protocol import RankedPrompt, Ranker
 from .reward import RewardRanker

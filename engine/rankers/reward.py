@@ -12,9 +12,9 @@ import numpy as np
 from ..basics.failpoints import failpoint
 from ..candidates import CandidateSet, Start, whole_prompts
 from ..curriculum.pairs import form_pairs
+from ..display.terminal import Terminal
 from ..launch import Ranks
 from ..recipe import Recipe
-from ..reporting.console import Terminal
 from ..rewards import RewardModel, load_reward
 from ..scoring import Scoring
 from ..shards.manifest import RewardSource

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, features
 
-from .drawing import to_rgb
+from ..display.drawing import to_rgb
 
 _LARGEST = 256  # CSS shows at most about 150 px; this is for dense screens
 _LOSSLESS_UP_TO = 128  # px: a photograph this size is small anyhow, pixel art must stay crisp

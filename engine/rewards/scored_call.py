@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..basics.errors import CdpoError, DataError, OutsideError
-from ..reporting.console import Terminal
+from ..display.terminal import Terminal
 from .protocol import Scorer
 from .score_cache import ScoreCache, score_key
 

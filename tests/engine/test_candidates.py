@@ -12,9 +12,9 @@ from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.candidates import CandidateSampler, drawn_by
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks
 from cdpo.engine.recipe import Model, Sampler
-from cdpo.engine.reporting.console import Terminal
 from PIL import Image
 
 PROMPTS = ["red apple", "house", "tree"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cdpo.engine.basics.errors import OutsideError, RecipeError
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.plan import Plan, make_plan
 from cdpo.engine.plan_networks import (
     SavedTensors,
@@ -19,7 +20,6 @@ from cdpo.engine.plan_networks import (
 from cdpo.engine.plan_tables import flops_text, print_plan
 from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from cdpo.kernels.fuse import fuse
 from diffusers import UNet2DConditionModel
 from launching import World

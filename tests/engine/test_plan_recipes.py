@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine import plan as plan_module
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.plan_tables import print_plan
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "assets" / "configs"

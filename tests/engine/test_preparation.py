@@ -17,12 +17,12 @@ from cdpo.engine import candidates, latents, preparation, tier_shards
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers import reward as reward_ranker
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.shards.manifest import Manifest, load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta

@@ -13,8 +13,8 @@ from cdpo.engine import scoring
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.candidates import CandidateSet
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks
-from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.scoring import Scoring
 from PIL import Image
 

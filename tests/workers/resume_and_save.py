@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.trainer import Trainer
 
 

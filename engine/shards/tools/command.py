@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from ...basics.errors import EXIT_DATA, EXIT_OK, CdpoError
-from ...reporting.console import Terminal
+from ...display.terminal import Terminal
 from ..manifest import load_manifest
 from .check import PROBLEMS_PER_SHARD, WORKERS, check_set
 from .merge import merge_sets, partial_folder

@@ -14,7 +14,7 @@ from PIL import Image
 from ...backbones.autoencoder import Autoencoder
 from ...backbones.pretrained import read_network
 from ...basics.errors import OutsideError
-from ...reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from ...display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..contents import Kind
 from ..manifest import Manifest, VaeSource, shards_by_tier
 from ..reader import ShardReaders

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...reporting.console import Terminal
+from ...display.terminal import Terminal
 from ..manifest import Manifest
 from .survey import TierSurvey, sparkline
 

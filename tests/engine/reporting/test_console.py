@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
-from cdpo.engine.reporting.console import Terminal
-from cdpo.engine.reporting.progress import (
+from cdpo.engine.display.terminal import (
     Progress,
     ProgressBar,
+    Terminal,
     format_duration,
     format_field,
     plain_line,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting import drawing
-from cdpo.engine.reporting.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
-from cdpo.engine.reporting.grids import image_grid
+from cdpo.engine.display import drawing
+from cdpo.engine.display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from cdpo.engine.display.grids import image_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -16,11 +16,11 @@ import webdataset
 import yaml
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.recipe import PythonSpec, Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.reporting.console import Terminal
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.colorfulness import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest
