@@ -19,7 +19,8 @@ import torch
 from cdpo.engine.basics.errors import CdpoError
 from cdpo.engine.basics.phases import PHASES
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks, joined_ranks, quieten_libraries
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.ranks.launch import joined_ranks, quieten_libraries
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from step_bench.trace import PhaseTotals, StepTrace, read_trace

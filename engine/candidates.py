@@ -19,7 +19,7 @@ from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .basics.keyed import Stream, content_id
 from .display.terminal import Terminal
-from .launch import Ranks
+from .ranks import Ranks
 from .recipe import Model, Sampler
 from .shards.candidates import has_candidates, read_candidates, write_candidates
 

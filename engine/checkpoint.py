@@ -30,7 +30,7 @@ from .basics.files import sync_path, write_synced
 from .basics.versions import code_version
 from .checkpoint_files import FORMAT, check_file, read_manifest, sync_and_describe, write_manifest
 from .curriculum.pacing import Cursor
-from .launch import Ranks
+from .ranks import Ranks
 from .recipe import Recipe
 from .recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
 

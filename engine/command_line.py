@@ -24,7 +24,7 @@ def main() -> None:
 
         sys.exit(shards(rest))
     if command in VERBS:
-        from .launch import run_verb
+        from .ranks import run_verb
 
         verb = importlib.import_module(f"{__package__}.{command}")
         sys.argv = [f"cdpo {command}", *rest]

@@ -9,7 +9,7 @@ and the self-contained `compare/report.html` in the run folder.
 from __future__ import annotations
 
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks, run_verb
+from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
 
 

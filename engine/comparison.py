@@ -27,8 +27,8 @@ from .display.terminal import Terminal
 from .divergence import Divergence
 from .exports import load_tuned
 from .kept_tables import KeptTables
-from .launch import Ranks
 from .prompts import read_prompts
+from .ranks import Ranks
 from .recipe import Recipe, Reward
 from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring

@@ -40,7 +40,7 @@ from .export_formats import (
     save_merged,
     save_tensors,
 )
-from .launch import Ranks
+from .ranks import Ranks
 from .recipe import Recipe
 from .trained_weights import TrainedWeights
 

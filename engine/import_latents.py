@@ -21,7 +21,7 @@ from .basics.files import atomic_file
 from .display.terminal import Terminal
 from .import_scores import batches
 from .latents import shard_images
-from .launch import Ranks
+from .ranks import Ranks
 from .shards.contents import Kind
 from .sources.index import Index
 from .sources.loading import load_records

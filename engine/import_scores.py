@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from .basics.failpoints import failpoint
 from .basics.files import atomic_file, atomic_path
 from .display.terminal import Terminal
-from .launch import Ranks
+from .ranks import Ranks
 from .rewards import RewardModel, checked_scores
 from .sources.index import Index
 from .sources.loading import Loaded, load_records

@@ -25,8 +25,8 @@ from .display.terminal import Terminal
 from .import_latents import PictureLatents
 from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet
-from .launch import Ranks
 from .prompts import read_prompts
+from .ranks import Ranks
 from .recipe import Generate, Masked, Paired, Recipe
 from .recipe.identity import save_resolved
 from .rewards import RewardModel, load_reward

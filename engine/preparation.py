@@ -24,9 +24,9 @@ from .curriculum.pairs import Pair
 from .display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .display.terminal import Terminal
 from .latents import LatentStore, PixelStore
-from .launch import Ranks
 from .prompts import read_prompts
 from .rankers import RankedPrompt, make_ranker
+from .ranks import Ranks
 from .recipe import Recipe
 from .recipe.identity import save_resolved
 from .shards.contents import contents_of

@@ -10,7 +10,7 @@ a data set that was read, `source/`), `scores.parquet` (where a reward ranked th
 from __future__ import annotations
 
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks, run_verb
+from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
 
 

@@ -16,7 +16,7 @@ from .basics.files import atomic_file
 from .basics.keyed import content_id
 from .candidates import CandidateSet
 from .display.terminal import Terminal
-from .launch import Ranks
+from .ranks import Ranks
 from .rewards import RewardModel, checked_scores
 
 SCHEMA = pa.schema(

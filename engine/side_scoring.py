@@ -18,7 +18,7 @@ from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .candidates import CandidateSet
 from .kept_tables import KeptTables, Tables
-from .launch import Ranks
+from .ranks import Ranks
 from .recipe import Reward
 from .rewards import ClipModel, RewardModel, score_together
 

@@ -11,7 +11,7 @@ import numpy as np
 from .basics.errors import DataError, RecipeError
 from .basics.failpoints import failpoint
 from .display.terminal import Terminal
-from .launch import Ranks
+from .ranks import Ranks
 from .recipe import Recipe
 from .shards.contents import Contents
 from .shards.manifest import Manifest, ShardEntry, load_manifest

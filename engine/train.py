@@ -16,7 +16,7 @@ configs, and no weights, shards or GPUs.
 from __future__ import annotations
 
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks, run_verb
+from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
 
 

@@ -29,9 +29,10 @@ from .deepspeed_engine import start_engine
 from .display.terminal import Terminal
 from .exports import Exports
 from .growth import Growth
-from .launch import Ranks, bound_waits
 from .networks import build_networks
 from .objectives import Loss, build_objective
+from .ranks import Ranks
+from .ranks.launch import bound_waits
 from .recipe import Recipe
 from .recipe.identity import save_resolved
 from .run_log import RunLog

@@ -13,8 +13,8 @@ from .basics.failpoints import failpoint
 from .basics.files import write_atomically
 from .basics.keyed import Stream, content_id
 from .display.grids import image_grid
-from .launch import Ranks
 from .prompts import read_prompts
+from .ranks import Ranks
 from .recipe import Recipe
 
 

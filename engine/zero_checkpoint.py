@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 
 from .basics.failpoints import failpoint
-from .launch import Ranks
+from .ranks import Ranks
 from .resharding import load_data, read_divided_anew
 from .zero_layout import Layout, layout_of, layout_path, load_layout
 

@@ -16,7 +16,7 @@ import torch
 from cdpo.engine.backbones import sd
 from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from launching import ForkServer, World, make_world

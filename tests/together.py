@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 
 SECONDS = 10  # after which a rank counts as left waiting
 

@@ -19,7 +19,7 @@ import webdataset
 from cdpo.engine.backbones import Backbone, load_backbone
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.importing import Importing
-from cdpo.engine.launch import joined_ranks
+from cdpo.engine.ranks.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import RewardModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..display.terminal import Terminal
-from ..launch import Ranks
+from ..ranks import Ranks
 from ..recipe import Recipe
 from .masked import MaskedRanker
 from .protocol import RankedPrompt, Ranker

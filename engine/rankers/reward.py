@@ -13,7 +13,7 @@ from ..basics.failpoints import failpoint
 from ..candidates import CandidateSet, Start, whole_prompts
 from ..curriculum.pairs import form_pairs
 from ..display.terminal import Terminal
-from ..launch import Ranks
+from ..ranks import Ranks
 from ..recipe import Recipe
 from ..rewards import RewardModel, load_reward
 from ..scoring import Scoring

@@ -1,4 +1,4 @@
-"""Section `prepare` of a recipe: where images and preferences come from, how candidates are made."""
+"""Section `prepare` of a recipe: where images and preferences come from, or how they are made."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.candidates import CandidateSampler, drawn_by
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Model, Sampler
 from PIL import Image
 

@@ -11,7 +11,7 @@ from cdpo.engine import checkpoint
 from cdpo.engine.basics.errors import CheckpointError, RecipeError
 from cdpo.engine.checkpoint import CheckpointStore
 from cdpo.engine.curriculum.pacing import Cursor
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from together import on_ranks
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cdpo.engine import command_line, launch
+from cdpo.engine import command_line
+from cdpo.engine.ranks import launch
 from cdpo.engine.shards.tools import command
 
 ROOT = Path(__file__).resolve().parents[2]

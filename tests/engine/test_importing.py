@@ -21,7 +21,7 @@ from cdpo.engine import import_latents, import_scores, importing, tier_shards
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.importing import Importing
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest

@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from cdpo.engine import peers
-from cdpo.engine.peers import STOPPING, Failure, Peers
+from cdpo.engine.ranks.signals import STOPPING, Failure, Peers
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def joined(store: dist.Store, rank: int) -> tuple[Peers, threading.Event, list[i
 
 
 def test_a_rank_that_is_still_at_work_ends_as_the_one_that_failed(store, monkeypatch) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_FOLLOW", 0.1)
+    monkeypatch.setattr(signals, "SECONDS_TO_FOLLOW", 0.1)
     first, followed, codes = joined(store, 0)
     second, _, own = joined(store, 1)
     assert second.tell(3) == Failure(1, 3)
@@ -47,7 +46,7 @@ def test_all_end_with_the_code_of_the_first(store) -> None:
 
 
 def test_a_rank_that_comes_to_its_end_is_left_alone(store, monkeypatch) -> None:
-    monkeypatch.setattr(peers, "LISTEN_EVERY", 0.01)
+    monkeypatch.setattr(signals, "LISTEN_EVERY", 0.01)
     first, followed, _ = joined(store, 0)
     second = joined(store, 1)[0]
     second.tell(3)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cdpo.engine.stopping import StopSignal
+from cdpo.engine.ranks.signals import StopSignal
 from launching import Outcome, World, losses
 
 STOPPED = 75
@@ -112,7 +112,7 @@ def test_a_rank_that_never_comes_ends_the_run(world: World, tmp_path: Path) -> N
 
 WORKER = """
 import pathlib, sys, time
-from cdpo.engine.stopping import StopSignal
+from cdpo.engine.ranks.signals import StopSignal
 answer = pathlib.Path(sys.argv[1])
 with StopSignal(grace=60, watch_parent=True) as stop:
     answer.write_text("started")
@@ -134,7 +134,7 @@ def test_workers_notice_that_their_launcher_has_died(tmp_path: Path) -> None:
 
 BUSY = """
 import pathlib, sys, os
-from cdpo.engine.stopping import StopSignal
+from cdpo.engine.ranks.signals import StopSignal
 def overdue(reason):
     print(f"overdue {reason}", flush=True)
     os._exit(75)

@@ -18,9 +18,9 @@ from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers import reward as reward_ranker
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import Manifest, load_manifest

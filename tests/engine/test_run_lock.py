@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cdpo.engine import run_lock
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.run_lock import RunLock, refuse_other_folder
+from cdpo.engine.ranks.launch import run_lock
+from cdpo.engine.ranks.run_lock import RunLock, refuse_other_folder
 
 
 def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
 
 def test_it_ends_with_the_process(tmp_path: Path) -> None:
     take = (
-        "import os, pathlib, signal; from cdpo.engine.run_lock import RunLock; "
+        "import os, pathlib, signal; from cdpo.engine.ranks.run_lock import RunLock; "
         f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", take]).returncode == -9

@@ -14,7 +14,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.scoring import Scoring
 from PIL import Image
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.kept_tables import KeptTables
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import clip_of, load_reward
 from cdpo.engine.side_scoring import SideScoring, mean_distance

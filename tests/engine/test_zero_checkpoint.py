@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cdpo.engine import zero_checkpoint
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.zero_checkpoint import TAG, read_partitions
 from cdpo.engine.zero_layout import Fragment, Layout
 from together import on_ranks

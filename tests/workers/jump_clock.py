@@ -8,7 +8,7 @@ import os
 import time
 
 from cdpo.engine import train, trainer
-from cdpo.engine.launch import run_verb
+from cdpo.engine.ranks import run_verb
 
 JUMP = int(os.environ["JUMP"]) * (-2 if os.environ["RANK"] == "1" else 1)
 steps_begun = 0

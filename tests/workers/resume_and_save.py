@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks, run_verb
+from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.trainer import Trainer
 

@@ -12,7 +12,7 @@ import weakref
 from pathlib import Path
 
 from cdpo.engine import trained_weights
-from cdpo.engine.launch import run_verb
+from cdpo.engine.ranks import run_verb
 from cdpo.engine.train import main
 from torch import Tensor
 

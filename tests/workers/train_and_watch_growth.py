@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import torch
-from cdpo.engine.launch import run_verb
+from cdpo.engine.ranks import run_verb
 from cdpo.engine.train import main
 from cdpo.engine.trainer import Trainer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

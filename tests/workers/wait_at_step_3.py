@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from cdpo.engine import train, trainer
-from cdpo.engine.launch import run_verb
+from cdpo.engine.ranks import run_verb
 
 steps_begun = 0
 take_step = trainer.Trainer._take_step

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import form_pairs
-from cdpo.engine.launch import Ranks
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Curriculum
 from hypothesis import given, settings
 from hypothesis import strategies as st

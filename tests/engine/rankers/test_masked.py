@@ -22,9 +22,9 @@ from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers.masked import MaskedRanker
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import load_manifest

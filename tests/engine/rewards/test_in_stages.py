@@ -17,8 +17,8 @@ import yaml
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.launch import Ranks
 from cdpo.engine.preparation import Preparation
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import PythonSpec, Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import load_reward

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .basics.errors import CdpoError, StopRequested
-from .peers import STOPPING
-from .stopping import StopSignal
+from ..basics.errors import CdpoError, StopRequested
+from .signals import STOPPING, StopSignal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
-from .basics.errors import RecipeError
+from ..basics.errors import RecipeError
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)

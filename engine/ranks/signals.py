@@ -1,4 +1,10 @@
-"""Being asked to stop: by SIGTERM (a scheduler's preemption), by SIGINT, by the launcher's death.
+"""What ranks tell each other outside of collectives, by the store that they have in common.
+
+A rank that waits in a collective hears nothing there of one that has failed or is asked to stop. So
+each listens in a thread of its own, over a connection of its own: on the main one a wait for a peer
+would hold up whatever else is asked.
+
+Being asked to stop: by SIGTERM (a scheduler's preemption), by SIGINT, by the launcher's death.
 
 A request is a wish, granted at the next safe point by all ranks together (:class:`.launch.Ranks`).
 It is noticed by a thread: Python runs signal handlers in the main thread, between two bytecodes,
@@ -8,6 +14,7 @@ process leaves all the same; what is committed by then is what the next start go
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -15,7 +22,87 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
+
+import torch.distributed as dist
+
+STOPPING, FAILED = "cdpo/stopping", "cdpo/failed"
+LISTEN_EVERY = 0.5  # seconds
+SECONDS_TO_FOLLOW = 6.0  # for a rank to come to the same end by itself
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run ended for the rank that failed first."""
+
+    rank: int
+    code: int
+
+
+class Peers:
+    """The other ranks, once they are `joined`; before that, and for one rank alone, nobody listens.
+
+    ``follow(code)`` is called in the listening thread, and is to end the process, when a rank has
+    failed and this one is still at work :data:`SECONDS_TO_FOLLOW` later.
+    """
+
+    def __init__(self, follow: Callable[[int], object] = lambda code: None) -> None:
+        self.failure: Failure | None = None
+        """What was heard."""
+        self._follow = follow
+        self._rank = 0
+        self._store: dist.Store | None = None
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def join(self, rank: int, world_size: int, store: dist.Store) -> None:
+        """Listen from now on."""
+        if world_size > 1:
+            self._rank = rank
+            self._store = store.clone()  # type: ignore[attr-defined]  # their stubs lack it
+            self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Pass on a request to stop."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the store has gone, and the others with it
+                self._store.set(STOPPING, reason)
+
+    def tell(self, code: int) -> Failure:
+        """Say that this rank has failed; returns the first failure, which all are to end with."""
+        own = Failure(self._rank, code)
+        if self._store is not None and self.failure is None:
+            with suppress(RuntimeError):
+                text = json.dumps([own.rank, own.code])
+                self.failure = _failure(self._store.compare_set(FAILED, "", text))
+        return self.failure or own
+
+    def _listen(self) -> None:
+        assert self._store is not None
+        with suppress(RuntimeError):
+            while not self._closing.wait(LISTEN_EVERY):
+                if self._store.check([FAILED]):
+                    self.failure = _failure(self._store.get(FAILED))
+                    break
+        failure = self.failure
+        if failure is None or failure.rank == self._rank:
+            return
+        if not self._closing.wait(SECONDS_TO_FOLLOW):
+            self._follow(failure.code)
+
+
+def _failure(text: bytes) -> Failure:
+    return Failure(*json.loads(text))
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOOK_EVERY = 0.5  # seconds between two looks at the parent

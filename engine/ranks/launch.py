@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from .basics.errors import (
+from ..basics.errors import (
     EXIT_DEFECT,
     EXIT_OUTSIDE,
     EXIT_STOPPED,
@@ -32,13 +32,12 @@ from .basics.errors import (
     OutsideError,
     StopRequested,
 )
-from .display.terminal import Terminal
-from .peers import LISTEN_EVERY, Peers
-from .ranks import Ranks, local_world_size
-from .recipe import Recipe
-from .recipe.command_line import parse_command_line
+from ..display.terminal import Terminal
+from ..recipe import Recipe
+from ..recipe.command_line import parse_command_line
+from .group import Ranks, local_world_size
 from .run_lock import RunLock, refuse_other_folder
-from .stopping import StopSignal
+from .signals import LISTEN_EVERY, Peers, StopSignal
 
 SECONDS_BEFORE_SPEAKING = 3.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
