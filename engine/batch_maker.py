@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from .backbones import DTYPES, Backbone, Framing
 from .basics import keyed
 from .basics.errors import DataError
 from .basics.keyed import Stream
 from .basics.phases import phase
+from .models import DTYPES, Backbone, Framing
 from .objectives import TrainingBatch, min_snr_weights
 from .recipe import Recipe
 from .shards.batch import PairBatch

@@ -12,13 +12,13 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from .backbones import Backbone
-from .backbones.masking import PromptMask
 from .basics import keyed
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .basics.keyed import Stream, content_id
 from .display.terminal import Terminal
+from .models import Backbone
+from .models.masking import PromptMask
 from .ranks import Ranks
 from .recipe import Model, Sampler
 from .shards.candidates import has_candidates, read_candidates, write_candidates

@@ -16,8 +16,6 @@ import numpy as np
 from diffusers import ModelMixin
 from numpy.typing import NDArray
 
-from .adapters import twin_of
-from .backbones import Backbone, load_backbone
 from .basics.failpoints import failpoint
 from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
@@ -27,12 +25,14 @@ from .display.terminal import Terminal
 from .divergence import Divergence
 from .exports import load_tuned
 from .kept_tables import KeptTables
+from .models import Backbone, load_backbone
+from .models.adapters import twin_of
+from .models.tuning import tune_denoiser, tune_for_sampling
 from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Recipe, Reward
 from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring
-from .speed import tune_denoiser, tune_for_sampling
 
 BASE = "base"
 

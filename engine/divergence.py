@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .backbones import Backbone, Framing
-from .backbones.protocol import Conditioning
 from .basics.keyed import content_id
 from .candidates import CandidateSet
+from .models import Backbone, Framing
+from .models.protocol import Conditioning
 
 
 class Divergence:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .backbones import load_backbone
+from .models import load_backbone
 from .recipe import Adapter, Model
 
 FOLDERS = {"diffusers": "lora", "kohya": "kohya", "merged": "merged"}

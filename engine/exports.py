@@ -26,7 +26,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from .backbones import Backbone
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .basics.files import sync_path, write_atomically
@@ -40,6 +39,7 @@ from .export_formats import (
     save_merged,
     save_tensors,
 )
+from .models import Backbone
 from .ranks import Ranks
 from .recipe import Recipe
 from .trained_weights import TrainedWeights

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .backbones import Backbone
 from .basics.failpoints import failpoint
 from .basics.files import atomic_file
 from .display.terminal import Terminal
 from .import_scores import batches
 from .latents import shard_images
+from .models import Backbone
 from .ranks import Ranks
 from .shards.contents import Kind
 from .sources.index import Index

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .backbones import Backbone, load_backbone
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .display.terminal import Terminal
 from .import_latents import PictureLatents
 from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet
+from .models import Backbone, load_backbone
+from .models.tuning import tune_for_sampling
 from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Generate, Masked, Paired, Recipe
@@ -45,7 +46,6 @@ from .sources import open_source
 from .sources.index import Index, open_index
 from .sources.pairing import UNSCORED, PairsMade, labelled_pairs, ranked_pairs
 from .sources.tolerance import Tolerance
-from .speed import tune_for_sampling
 from .tier_shards import (
     PAIR_KEYS,
     SHARD_KEYS,

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .backbones import Backbone
-from .backbones.autoencoder import pixels_of
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
 from .basics.files import atomic_file
 from .basics.keyed import content_id
 from .candidates import CandidateSet
+from .models import Backbone
+from .models.autoencoder import pixels_of
 from .shards.contents import Kind
 
 

@@ -9,12 +9,12 @@ from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
-from .adapters import add_lora, twin_of
-from .backbones import Backbone, Conditioning
 from .basics.phases import Phase, phase
+from .models import Backbone, Conditioning
+from .models.adapters import add_lora, twin_of
+from .models.tuning import PLAIN, Tuning, tune, tune_frozen_parts, tune_training
 from .objectives import Loss, Networks, Objective, Predict, TrainingBatch
 from .recipe import Recipe
-from .speed import PLAIN, Tuning, tune, tune_frozen_parts, tune_training
 
 
 class PolicyAndReference(nn.Module):

@@ -15,9 +15,10 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..kernels.fuse import fuse
-from .adapters import add_lora
-from .backbones import DTYPES
 from .deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
+from .models import DTYPES
+from .models.adapters import add_lora
+from .models.tuning import choose_tuning
 from .plan_memory import Row, Sizes, Zero, memory_rows
 from .plan_networks import (
     MetaModel,
@@ -27,7 +28,6 @@ from .plan_networks import (
     training_flops,
 )
 from .recipe import Recipe
-from .speed import choose_tuning
 
 # Images of a pair that the policy trains on, and forward passes of frozen networks for it. In
 # consistency objectives the target sees an image once and the teacher twice, with its prompt and

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention import use_attention
-from .backbones.pretrained import reading
+from .models.attention import use_attention
+from .models.pretrained import reading
 from .recipe import Model
 
 META = torch.device("meta")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .backbones import Backbone, load_backbone
 from .basics.errors import DataError
 from .basics.keyed import Stream
 from .candidates import CandidateSampler, CandidateSet, drawn_by
@@ -24,6 +23,8 @@ from .curriculum.pairs import Pair
 from .display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .display.terminal import Terminal
 from .latents import LatentStore, PixelStore
+from .models import Backbone, load_backbone
+from .models.tuning import tune_for_sampling
 from .prompts import read_prompts
 from .rankers import RankedPrompt, make_ranker
 from .ranks import Ranks
@@ -40,7 +41,6 @@ from .shards.manifest import (
     save_manifest,
 )
 from .shards.sample import PairMeta
-from .speed import tune_for_sampling
 from .tier_shards import (
     PAIR_KEYS,
     SHARD_KEYS,

@@ -15,7 +15,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from .backbones import Backbone, load_backbone
 from .basics import keyed
 from .basics.errors import CdpoError, NumericsError, StopRequested
 from .basics.failpoints import failpoint
@@ -29,6 +28,8 @@ from .deepspeed_engine import start_engine
 from .display.terminal import Terminal
 from .exports import Exports
 from .growth import Growth
+from .models import Backbone, load_backbone
+from .models.tuning import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
 from .networks import build_networks
 from .objectives import Loss, build_objective
 from .ranks import Ranks
@@ -43,7 +44,6 @@ from .shards.reader import ShardReaders
 from .shards.remote_store import open_store
 from .shards.store import ShardStore
 from .shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
-from .speed import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
 from .training_samples import TrainingSamples
 from .zero_checkpoint import read_partitions, write_partitions
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from PIL import Image
 from torch import nn
 
-from .backbones import Backbone
 from .basics import keyed
 from .basics.failpoints import failpoint
 from .basics.files import write_atomically
 from .basics.keyed import Stream, content_id
 from .display.grids import image_grid
+from .models import Backbone
 from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Recipe

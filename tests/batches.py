@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cdpo.engine.backbones.protocol import Backbone, Conditioning, Draw
+from cdpo.engine.models.protocol import Backbone, Conditioning, Draw
 from cdpo.engine.objectives import TrainingBatch
 from torch import Tensor
 

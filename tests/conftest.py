@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import sd
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.models import sd
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe

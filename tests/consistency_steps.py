@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import tiny
 import torch
-from cdpo.engine.adapters import add_lora, twin_of
-from cdpo.engine.backbones import load_backbone
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.protocol import Conditioning, Draw
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.adapters import add_lora, twin_of
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.protocol import Conditioning, Draw
 from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective
 from cdpo.engine.recipe import Adapter, Model, Objective
 from torch import Tensor, nn

@@ -25,7 +25,7 @@ BASE |= {"recipe_source", "recipe_reward"}
 BASE |= {"recipe_yaml", "recipe_schema", "recipe_file"}
 BASE |= {"deepspeed_config"}
 MIDDLE = {"backbones", "curriculum", "objectives", "reporting", "rewards", "shards", "sources"}
-PROTOCOL = "cdpo.engine.backbones.protocol."  # all that an objective knows of a backbone
+PROTOCOL = "cdpo.engine.models.protocol."  # all that an objective knows of a backbone
 # Not installed here, perhaps, but imported by the libraries we use when they are.
 OPTIONAL = {
     *("apex", "bitsandbytes", "cv2", "datasets", "einops", "evaluate", "flash_attn", "kernels"),

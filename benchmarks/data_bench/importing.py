@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import webdataset
-from cdpo.engine.backbones import Backbone, load_backbone
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.importing import Importing
+from cdpo.engine.models import Backbone, load_backbone
 from cdpo.engine.ranks.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe

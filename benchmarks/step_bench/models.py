@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cdpo.engine.backbones.sd import StableDiffusionText
-from cdpo.engine.backbones.sdxl import StableDiffusionXLText
+from cdpo.engine.models.sd import StableDiffusionText
+from cdpo.engine.models.sdxl import StableDiffusionXLText
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,

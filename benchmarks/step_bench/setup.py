@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from cdpo.engine.adapters import add_lora
+from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.recipe import Adapter
 from diffusers import UNet2DConditionModel
 from step_bench.models import StepModel

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cdpo.engine.backbones.latent_diffusion import guidance_embedding
+from cdpo.engine.models.latent_diffusion import guidance_embedding
 from step_bench.models import StepModel, build
 from step_bench.setup import Pairs, Update, add_adapter, trainable
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..backbones.protocol import Conditioning, Draw
+from ..models.protocol import Conditioning, Draw
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy (N, C, h, w), timesteps (N,), conditioning of N) -> prediction (N, C, h, w)."""

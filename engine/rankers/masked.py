@@ -4,7 +4,7 @@ For each prompt M winners are sampled from the whole prompt, and losers with a s
 embedding set to zero: 0.9 of it, which is easy to tell from the winner, down to 0.1, which is hard.
 Tier k pairs up to `pairs_per_prompt_per_tier` winners, drawn by key, with a loser each of share
 number k. A winner's losers are masked nestedly, so difficulty rises with every tier by construction
-(:mod:`cdpo.engine.backbones.masking`). Losers that no pair would take are not sampled.
+(:mod:`cdpo.engine.models.masking`). Losers that no pair would take are not sampled.
 
 Candidates 0..M-1 of a prompt are its winners, then come the losers of tier 1, of tier 2 and so on.
 A candidate's score is minus the share of its prompt that was zero; rank 1 are the winners, then

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..backbones import fingerprint
-from ..backbones.pretrained import reading
+from ..models import fingerprint
+from ..models.pretrained import reading
 from ..recipe import AestheticSpec
 from .clip_model import ClipModel, read_clip
 from .tensor_files import read_tensors, take

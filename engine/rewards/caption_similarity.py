@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..backbones import fingerprint
-from ..backbones.pretrained import reading
+from ..models import fingerprint
+from ..models.pretrained import reading
 from ..recipe import CaptionSimilaritySpec
 from .clip_model import DTYPES
 from .sentence_model import SentenceModel

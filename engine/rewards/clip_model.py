@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from ..backbones import fingerprint
-from ..backbones.pretrained import reading
+from ..models import fingerprint
+from ..models.pretrained import reading
 
 PROMPTS_KEPT = 4096  # an imported data set may have a million captions
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

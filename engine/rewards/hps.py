@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from ..backbones.pretrained import reading
+from ..models.pretrained import reading
 from ..recipe import HpsSpec
 from .clip_model import ClipModel, read_tokenizer
 from .open_clip_weights import clip_of_open_clip

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..backbones import fingerprint
-from ..backbones.pretrained import reading
+from ..models import fingerprint
+from ..models.pretrained import reading
 from ..recipe import ImageRewardSpec
 from .aesthetic import linear_layers
 from .clip_model import computing_in, read_tokenizer

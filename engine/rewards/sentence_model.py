@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from transformers import AutoModel
 from transformers.utils import cached_file
 
-from ..backbones import fingerprint
-from ..backbones.pretrained import reading
+from ..models import fingerprint
+from ..models.pretrained import reading
 from .clip_model import PROMPTS_KEPT, read_tokenizer
 
 POOLINGS = {

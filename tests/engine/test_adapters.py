@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cdpo.engine.adapters import add_lora, twin_of
-from cdpo.engine.backbones import sd
 from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.models import sd
+from cdpo.engine.models.adapters import add_lora, twin_of
 from cdpo.engine.recipe import Adapter
 from torch import Tensor, nn
 

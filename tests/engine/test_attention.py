@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import tiny
 import torch
-from cdpo.engine.attention import Attend, choose_attention, use_attention
 from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.models.attention import Attend, choose_attention, use_attention
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

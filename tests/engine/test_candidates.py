@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine import candidates
-from cdpo.engine.backbones import sd
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.candidates import CandidateSampler, drawn_by
 from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.models import sd
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Model, Sampler
 from PIL import Image

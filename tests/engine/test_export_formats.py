@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.adapters import add_lora
-from cdpo.engine.backbones import sd, sdxl
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.export_formats import save_for_diffusers, save_for_kohya, save_merged
+from cdpo.engine.models import sd, sdxl
+from cdpo.engine.models.adapters import add_lora
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Adapter, Model
 from diffusers import ModelMixin, StableDiffusionXLPipeline
 from peft import get_peft_model_state_dict

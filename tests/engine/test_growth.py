@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cdpo.engine.adapters import add_lora
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.growth import Growth, block_depths, growth_rows
+from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.recipe import Adapter, Curriculum
 from cdpo.engine.recipe.reading import diff_identity, training_identity
 from diffusers import UNet2DConditionModel

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.latents import LatentStore
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from PIL import Image
 from torch import Tensor
 

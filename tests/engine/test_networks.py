@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cdpo.engine.backbones import Conditioning, Draw, sd
+from cdpo.engine.models import Conditioning, Draw, sd
 from cdpo.engine.networks import PolicyAndReference, build_networks
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from diffusers.hooks.group_offloading import ModuleGroup

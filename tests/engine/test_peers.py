@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from cdpo.engine.ranks import signals
 from cdpo.engine.ranks.signals import STOPPING, Failure, Peers
 
 

@@ -14,10 +14,10 @@ import tiny
 import torch
 import webdataset
 from cdpo.engine import candidates, latents, preparation, tier_shards
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers import reward as reward_ranker
 from cdpo.engine.ranks import Ranks

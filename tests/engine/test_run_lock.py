@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.ranks.launch import run_lock
+from cdpo.engine.ranks import run_lock
 from cdpo.engine.ranks.run_lock import RunLock, refuse_other_folder
 
 

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import tiny
 import torch
-from cdpo.engine import speed
-from cdpo.engine.adapters import add_lora, twin_of
-from cdpo.engine.backbones import Backbone
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.recipe import Adapter, Speed
-from cdpo.engine.speed import (
+from cdpo.engine.models import Backbone, tuning
+from cdpo.engine.models.adapters import add_lora, twin_of
+from cdpo.engine.models.tuning import (
     choose_tuning,
     offload,
     order_weights,
@@ -24,6 +22,7 @@ from cdpo.engine.speed import (
     tune_training,
     uncompiled,
 )
+from cdpo.engine.recipe import Adapter, Speed
 from cdpo.kernels import PairedLoss, paired_dpo_loss
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -140,7 +139,7 @@ def test_gradients_are_those_of_the_network_as_it_was(make, spec) -> None:
 
 @pytest.fixture
 def captured_only(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(speed, "COMPILE", CAPTURE_ONLY)
+    monkeypatch.setattr(tuning, "COMPILE", CAPTURE_ONLY)
     yield
     torch.compiler.reset()
 
@@ -201,7 +200,7 @@ def test_a_compiler_that_does_not_work_is_one_line(tiny_backbone, monkeypatch) -
     with pytest.raises(RecipeError) as caught:
         choose_tuning(Speed(compile="regional"), tiny_backbone.denoiser, CPU, zero_stage=1)
     assert str(caught.value) == (
-        "speed.compile=regional: torch.compile does not work here (no C++ compiler found): use off"
+        "tuning.compile=regional: torch.compile does not work here (no C++ compiler found): use off"
     )
 
 

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ...backbones.autoencoder import Autoencoder
-from ...backbones.pretrained import read_network
 from ...basics.errors import OutsideError
 from ...display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from ...models.autoencoder import Autoencoder
+from ...models.pretrained import read_network
 from ..contents import Kind
 from ..manifest import Manifest, VaeSource, shards_by_tier
 from ..reader import ShardReaders

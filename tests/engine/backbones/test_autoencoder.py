@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones.autoencoder import Autoencoder
 from cdpo.engine.basics.errors import NumericsError
+from cdpo.engine.models.autoencoder import Autoencoder
 from PIL import Image
 
 
@@ -46,7 +46,7 @@ def test_large_batches_go_through_the_vae_in_parts(monkeypatch):
     codec, images = autoencoder(), [picture(16, 16)] * 5
     whole = codec.encode(images)
     decoded = codec.decode(whole)
-    monkeypatch.setattr("cdpo.engine.backbones.autoencoder.MAX_PIXELS", 2 * 16 * 16 + 5)
+    monkeypatch.setattr("cdpo.engine.models.autoencoder.MAX_PIXELS", 2 * 16 * 16 + 5)
     sizes: list[int] = []
     for layer in (codec.vae.encoder, codec.vae.decoder):
         layer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.backbones.ddpm import DiscreteDDPM
-from cdpo.engine.backbones.protocol import Draw
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.basics.keyed import Stream
+from cdpo.engine.models.ddpm import DiscreteDDPM
+from cdpo.engine.models.protocol import Draw
 from diffusers import DDIMScheduler
 
 CPU = torch.device("cpu")

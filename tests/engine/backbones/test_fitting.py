@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import load_backbone
 from cdpo.engine.basics.errors import OutsideError
+from cdpo.engine.models import load_backbone
 from cdpo.engine.recipe import Model
 from diffusers import (
     DDIMScheduler,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import load_backbone
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion, guidance_embedding
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.basics.keyed import content_id
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.latent_diffusion import LatentDiffusion, guidance_embedding
 from cdpo.engine.recipe import Model
 from diffusers import (
     DDIMScheduler,

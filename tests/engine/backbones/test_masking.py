@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import load_backbone
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.masking import PromptMask
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.masking import PromptMask
 from cdpo.engine.recipe.reading import load_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import load_backbone
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
 from cdpo.engine.basics.errors import OutsideError
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Model
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file

@@ -2,7 +2,7 @@
 
 import tiny
 import torch
-from cdpo.engine.backbones import fingerprint
+from cdpo.engine.models import fingerprint
 from torch import nn
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import sd
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.text import ROWS
 from cdpo.engine.basics.errors import CdpoError, OutsideError
+from cdpo.engine.models import sd
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.text import ROWS
 from cdpo.engine.recipe import Model
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image

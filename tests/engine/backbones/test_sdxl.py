@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones import DTYPES, Framing, load_backbone
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.sdxl import time_ids
-from cdpo.engine.backbones.text import ROWS
+from cdpo.engine.models import DTYPES, Framing, load_backbone
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.sdxl import time_ids
+from cdpo.engine.models.text import ROWS
 from cdpo.engine.recipe import Model
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.shards.sample import PairMeta

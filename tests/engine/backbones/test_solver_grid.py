@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cdpo.engine.backbones.solver_grid import SolverGrid
 from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.models.solver_grid import SolverGrid
 from diffusers import LCMScheduler
 
 CPU = torch.device("cpu")

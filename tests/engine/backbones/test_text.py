@@ -2,8 +2,8 @@
 
 import tiny
 import torch
-from cdpo.engine.backbones.sdxl import StableDiffusionXLText
-from cdpo.engine.backbones.text import ROWS, PromptCache
+from cdpo.engine.models.sdxl import StableDiffusionXLText
+from cdpo.engine.models.text import ROWS, PromptCache
 from torch import Tensor
 
 ROW_BYTES = 4 + 8  # of what the embedder below gives for a prompt

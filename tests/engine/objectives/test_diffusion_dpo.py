@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import bare, constant, corrupted
-from cdpo.engine.adapters import add_lora, twin_of
-from cdpo.engine.backbones import sd
-from cdpo.engine.backbones.latent_diffusion import LatentDiffusion
-from cdpo.engine.backbones.protocol import Conditioning
+from cdpo.engine.models import sd
+from cdpo.engine.models.adapters import add_lora, twin_of
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.protocol import Conditioning
 from cdpo.engine.objectives import Loss, Networks, build_objective
 from cdpo.engine.recipe import Adapter, Objective
 from torch import Tensor, nn

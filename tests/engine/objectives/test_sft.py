@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import bare
-from cdpo.engine.backbones.protocol import Conditioning
+from cdpo.engine.models.protocol import Conditioning
 from cdpo.engine.objectives import Networks, build_objective
 from cdpo.engine.recipe import Objective
 from torch import Tensor

@@ -17,11 +17,11 @@ import tiny
 import torch
 import webdataset
 from cdpo.engine import candidates
-from cdpo.engine.backbones.masking import PromptMask
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
 from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.models.masking import PromptMask
 from cdpo.engine.preparation import Preparation
 from cdpo.engine.rankers.masked import MaskedRanker
 from cdpo.engine.ranks import Ranks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cdpo.engine.backbones.autoencoder import Autoencoder
+from cdpo.engine.models.autoencoder import Autoencoder
 from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import VaeSource, load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
+from .checks import check_diffusion_unet, check_parts, unet_name
 from .ddpm import DiscreteDDPM
-from .fitting import check_diffusion_unet, check_parts, unet_name
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
 from .protocol import Conditioning, Framing

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .basics.errors import RecipeError
-from .recipe import Adapter
+from ..basics.errors import RecipeError
+from ..recipe import Adapter
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")

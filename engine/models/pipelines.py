@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
-from .fitting import check_schedule
+from .checks import check_schedule
 from .pretrained import read_network, read_text_encoder, reading, refuse_missing_weights
 
 # What model_index.json may say, and the backbone that reads it.

@@ -31,7 +31,7 @@ from diffusers import (
 from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
-from .fitting import check_parts, unet_name
+from .checks import check_parts, unet_name
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline, pipeline_name
 from .pretrained import read_network, reading

@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ..recipe import Model
+from .checks import check_diffusion_unet, check_parts
 from .ddpm import DiscreteDDPM
-from .fitting import check_diffusion_unet, check_parts
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
 from .protocol import Conditioning, Framing

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from .basics.errors import RecipeError
+from ..basics.errors import RecipeError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (N, S, H, d), key (N, T, H, d), value (N, T, H, d)) -> (N, S, H, d): N images, S and T

@@ -18,13 +18,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ..kernels import use as use_kernels
-from ..kernels.dispatch import INTERPRETED
-from ..kernels.fuse import fuse
+from ...kernels import use as use_kernels
+from ...kernels.dispatch import INTERPRETED
+from ...kernels.fuse import fuse
+from ..basics.errors import RecipeError
+from ..recipe import Speed
 from .attention import Attend, choose_attention, use_attention
-from .backbones.protocol import Backbone
-from .basics.errors import RecipeError
-from .recipe import Speed
+from .protocol import Backbone
 
 REPEATED_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 # Compilations of one block: its sizes in a UNet, with gradient and without. Dynamo's own limit of

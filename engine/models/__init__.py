@@ -1,4 +1,4 @@
-"""Model families, one file each, behind the protocol of :mod:`cdpo.engine.backbones.protocol`."""
+"""Model families, one file each, behind the protocol of :mod:`cdpo.engine.models.protocol`."""
 
 from __future__ import annotations
 
