@@ -28,11 +28,11 @@ from .kept_tables import KeptTables
 from .models import Backbone, load_backbone
 from .models.adapters import twin_of
 from .models.tuning import tune_denoiser, tune_for_sampling
-from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Recipe, Reward
 from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring
+from .sources.prompts import read_prompts
 
 BASE = "base"
 

@@ -24,10 +24,8 @@ from .models import Backbone
 from .ranks import Ranks
 from .shards.contents import Kind
 from .sources.index import Index
-from .sources.loading import load_records
-from .sources.pictures import Picture, Size
+from .sources.pictures import Picture, Size, Tolerance, load_records
 from .sources.rows import RowReader
-from .sources.tolerance import Tolerance
 
 Framing = tuple[Size, Size]
 

@@ -16,10 +16,8 @@ from .display.terminal import Terminal
 from .ranks import Ranks
 from .rewards import RewardModel, checked_scores
 from .sources.index import Index
-from .sources.loading import Loaded, load_records
-from .sources.pictures import Size
+from .sources.pictures import Loaded, Size, Tolerance, load_records
 from .sources.rows import RowReader
-from .sources.tolerance import Tolerance
 
 SOURCE = b"scores of"  # key of the table's metadata: which images, which reward
 

@@ -9,8 +9,7 @@ from PIL import Image
 
 from .display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from .sources.index import Index
-from .sources.loading import load_records
-from .sources.pictures import Size
+from .sources.pictures import Size, load_records
 from .sources.rows import RowReader
 from .tier_shards import TierShards
 

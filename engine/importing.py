@@ -20,13 +20,13 @@ import numpy as np
 from . import __version__
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
+from .curriculum.labelled import UNSCORED, PairsMade, labelled_pairs, ranked_pairs
 from .display.terminal import Terminal
 from .import_latents import PictureLatents
 from .import_scores import ImportScoring
 from .import_sheet import chosen_pairs, draw_import_sheet
 from .models import Backbone, load_backbone
 from .models.tuning import tune_for_sampling
-from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Generate, Masked, Paired, Recipe
 from .recipe.identity import save_resolved
@@ -44,8 +44,8 @@ from .shards.manifest import (
 from .shards.sample import PairMeta
 from .sources import open_source
 from .sources.index import Index, open_index
-from .sources.pairing import UNSCORED, PairsMade, labelled_pairs, ranked_pairs
-from .sources.tolerance import Tolerance
+from .sources.pictures import Tolerance
+from .sources.prompts import read_prompts
 from .tier_shards import (
     PAIR_KEYS,
     SHARD_KEYS,

@@ -25,7 +25,6 @@ from .display.terminal import Terminal
 from .latents import LatentStore, PixelStore
 from .models import Backbone, load_backbone
 from .models.tuning import tune_for_sampling
-from .prompts import read_prompts
 from .rankers import RankedPrompt, make_ranker
 from .ranks import Ranks
 from .recipe import Recipe
@@ -41,6 +40,7 @@ from .shards.manifest import (
     save_manifest,
 )
 from .shards.sample import PairMeta
+from .sources.prompts import read_prompts
 from .tier_shards import (
     PAIR_KEYS,
     SHARD_KEYS,

@@ -13,9 +13,9 @@ from .basics.files import write_atomically
 from .basics.keyed import Stream, content_id
 from .display.grids import image_grid
 from .models import Backbone
-from .prompts import read_prompts
 from .ranks import Ranks
 from .recipe import Recipe
+from .sources.prompts import read_prompts
 
 
 class TrainingSamples:

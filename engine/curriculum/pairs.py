@@ -3,6 +3,17 @@
 All pairs of M candidates would repeat each image up to M-1 times, so each tier keeps a budget,
 drawn by key: the pairs of a prompt depend on its text, its scores, the curriculum and the seed,
 never on the other prompts or on which rank asks.
+
+Ranks of one prompt's candidates by their reward.
+
+Difficulty tiers of the pairs of one prompt: 1 the easiest (largest gap) to B the hardest.
+
+With M ranked candidates, tier k of equal width holds the pairs whose gap in rank satisfies
+
+    (M-1)(B-k)/B  <  j-i  <=  (M-1)(B-k+1)/B,
+
+and the same intervals of the score gap, with the prompt's range of scores in place of M-1.
+Quantile tiers hold equally many pairs (to within one) of every prompt, in order of the gap.
 """
 
 from __future__ import annotations
@@ -13,8 +24,69 @@ import numpy as np
 
 from ..basics.keyed import Permutation, Stream, content_id
 from ..recipe import Curriculum
-from .ranking import Ranking, rank_candidates
-from .tiers import equal_width_rank_tiers, equal_width_score_tiers, quantile_tiers
+
+
+def equal_width_rank_tiers(rank_gaps: np.ndarray, num_ranked: int, num_tiers: int) -> np.ndarray:
+    """Tiers (P,) int64 of rank gaps (P,) in 1..M-1, in integers, so that no edge can slip."""
+    gaps = np.asarray(rank_gaps, dtype=np.int64)
+    steps_up = -((-gaps * num_tiers) // (num_ranked - 1))
+    return num_tiers + 1 - steps_up
+
+
+def equal_width_score_tiers(
+    score_gaps: np.ndarray, score_range: float, num_tiers: int
+) -> np.ndarray:
+    """Tiers (P,) int64 of positive float64 score gaps, at most ``score_range`` = max - min.
+
+    Gap times B is compared with multiples of the range: differences of float32 rewards and their
+    products with B are exact in float64 (for rewards within 2**20 of one another in size), where
+    a quotient would round at the edges.
+    """
+    edges = score_range * np.arange(1, num_tiers, dtype=np.float64)
+    above = np.searchsorted(edges, np.asarray(score_gaps, np.float64) * num_tiers, side="left")
+    return (num_tiers - above).astype(np.int64)
+
+
+def quantile_tiers(gaps: np.ndarray, num_tiers: int) -> np.ndarray:
+    """Tiers (P,) int64 of equal count: pairs sorted by gap, largest first, and cut into B parts.
+
+    Equal gaps keep the order they are given in and may fall on both sides of a cut, because counts
+    are what this binning promises. With fewer pairs than tiers some tiers stay empty.
+    """
+    order = np.argsort(-np.asarray(gaps), kind="stable")
+    tiers = np.empty(len(order), dtype=np.int64)
+    tiers[order] = 1 + np.arange(len(order), dtype=np.int64) * num_tiers // max(1, len(order))
+    return tiers
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The candidates of a prompt, best first.
+
+    ``order`` (R,) int64 holds the candidate indices that have a finite score, best first;
+    ``ranks`` (M,) int64 the rank of every candidate, 1 the best and 0 for a dropped one;
+    ``dropped`` counts the candidates without a finite score.
+    """
+
+    order: np.ndarray
+    ranks: np.ndarray
+    dropped: int
+
+
+def rank_candidates(scores: np.ndarray) -> Ranking:
+    """Rank candidates by score, highest first, the lower index first among equals.
+
+    A score that is not finite is the mark of a failed reward. It never becomes a number: a
+    failure mapped to 0 would be a valid-looking score that reorders the curriculum.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 1:
+        raise ValueError(f"scores must be one row (M,), got shape {scores.shape}")
+    finite = np.flatnonzero(np.isfinite(scores))
+    order = finite[np.argsort(-scores[finite], kind="stable")].astype(np.int64)
+    ranks = np.zeros(len(scores), dtype=np.int64)
+    ranks[order] = np.arange(1, len(order) + 1)
+    return Ranking(order, ranks, len(scores) - len(order))
 
 
 @dataclass(frozen=True, slots=True)

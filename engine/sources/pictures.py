@@ -1,13 +1,24 @@
-"""Images of strangers: bounded before they are decoded, brought to the recipe's resolution."""
+"""Images of strangers: bounded before they are decoded, brought to the recipe's resolution.
+
+Pictures of some records of a part, in their order, decoded ahead by a few threads.
+
+How many rows with unreadable images are left out before that is an error.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from .rows import UnreadableImage
+from ..basics.errors import DataError
+from .index import Part
+from .rows import RowReader, UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 4096 * 4096
@@ -76,3 +87,83 @@ def _on_white(image: Image.Image) -> Image.Image:
     with_alpha = image.convert("RGBA")
     white = Image.new("RGBA", with_alpha.size, "white")
     return Image.alpha_composite(white, with_alpha).convert("RGB")
+
+
+MOST_THREADS = 8  # Pillow decodes outside Python's lock
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The pictures of a record, or why one cannot be read; ``index`` is that in its part."""
+
+    index: int
+    caption: str
+    pictures: tuple[Picture, ...]
+    problem: str | None = None
+
+
+def load_records(
+    reader: RowReader, part: Part, wanted: Sequence[int], resolution: Size
+) -> Iterator[Loaded]:
+    """The records ``wanted``, indices into ``part`` in rising order. At most twice as many records
+    as there are threads are in memory.
+    """
+    threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
+
+    def decode(index: int, data: tuple[bytes | UnreadableImage, ...]) -> Loaded:
+        try:
+            named = zip(reader.images, data, strict=True)
+            pictures = tuple(_picture(name, item, resolution) for name, item in named)
+            return Loaded(index, part.captions[index], pictures)
+        except UnreadableImage as error:
+            where = reader.describe(part.file, part.places[index].number)
+            return Loaded(index, part.captions[index], (), f"{where}: {error}")
+
+    places = [part.places[index] for index in wanted]
+    waiting: deque[Future[Loaded]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        found = 0
+        for index, data in zip(wanted, reader.load(part.file, part.group, places), strict=False):
+            found += 1
+            waiting.append(pool.submit(decode, index, data))
+            if len(waiting) >= 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        if found < len(wanted):
+            raise DataError(
+                f"{reader.files.paths[part.file]}: has fewer rows than when it was indexed: it has "
+                "changed; start again"
+            )
+
+
+def _picture(column: str, data: bytes | UnreadableImage, resolution: Size) -> Picture:
+    if isinstance(data, UnreadableImage):
+        raise UnreadableImage(f"{column}: {data}")
+    try:
+        return read_picture(data, resolution)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{column}: {error}") from None
+
+
+class Tolerance:
+    """Counts rows whose images cannot be read, as ``prepare.source.max_unreadable`` allows."""
+
+    def __init__(self, most: int, problems: Iterable[str] = ()) -> None:
+        self.most = most
+        self.problems = list(problems)
+
+    def note(self, problem: str) -> None:
+        """Leave a row out; raises DataError with the first one's problem if they are too many."""
+        self.problems.append(problem)
+        if len(self.problems) <= self.most:
+            return
+        if self.most:
+            remedy = f"the first of over prepare.source.max_unreadable={self.most} such rows"
+        else:
+            remedy = "prepare.source.max_unreadable=N leaves out up to N such rows"
+        raise DataError(f"{self.problems[0]} ({remedy})")
+
+    def copy(self) -> Tolerance:
+        """For one rank's share of a pass: what all ranks met is noted after it."""
+        return Tolerance(self.most, self.problems)

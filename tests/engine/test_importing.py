@@ -27,8 +27,7 @@ from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
-from cdpo.engine.sources.loading import Loaded, load_records
-from cdpo.engine.sources.pictures import read_picture
+from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
 from PIL import Image
 
 ROWS = [preferences.judged(number) for number in range(60)]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
-from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Recipe, reading
 from cdpo.engine.recipe.reading import (
     KNOBS,
@@ -19,6 +18,7 @@ from cdpo.engine.recipe.reading import (
     training_identity,
 )
 from cdpo.engine.recipe.yaml_subset import Source
+from cdpo.engine.sources.prompts import read_prompts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from cdpo.engine.curriculum.ranking import rank_candidates
+from cdpo.engine.curriculum.pairs import rank_candidates
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp

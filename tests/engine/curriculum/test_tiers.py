@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cdpo.engine.curriculum.tiers import (
+from cdpo.engine.curriculum.pairs import (
     equal_width_rank_tiers,
     equal_width_score_tiers,
     quantile_tiers,

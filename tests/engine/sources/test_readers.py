@@ -17,7 +17,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index
-from cdpo.engine.sources.loading import load_records
+from cdpo.engine.sources.pictures import load_records
 from cdpo.engine.sources.records import NO_CAPTION
 from cdpo.engine.sources.rows import Place, RowReader, UnreadableImage
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..basics.errors import DataError
-from ..curriculum.pairs import form_pairs
-from ..curriculum.tiers import equal_width_score_tiers, quantile_tiers
 from ..recipe import Curriculum
+from .pairs import equal_width_score_tiers, form_pairs, quantile_tiers
 
 PAIR = np.dtype(
     [

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import content_id
-from cdpo.engine.curriculum.pairs import form_pairs
-from cdpo.engine.recipe import Curriculum
-from cdpo.engine.sources import pairing
-from cdpo.engine.sources.pairing import (
+from cdpo.engine.curriculum import labelled
+from cdpo.engine.curriculum.labelled import (
     DISAGREE,
     KEPT,
     ONE_IMAGE,
@@ -20,6 +18,8 @@ from cdpo.engine.sources.pairing import (
     labelled_pairs,
     ranked_pairs,
 )
+from cdpo.engine.curriculum.pairs import form_pairs
+from cdpo.engine.recipe import Curriculum
 
 NAN = float("nan")
 #                 agree     against   tie       agree     none      agree
@@ -104,7 +104,7 @@ def test_nothing_left_is_no_pairs():
 
 def test_images_of_a_caption_are_ranked_as_sampled_candidates_are(monkeypatch):
     """Against form_pairs, with captions mixed and written in several chunks."""
-    monkeypatch.setattr(pairing, "_CHUNK", 7)
+    monkeypatch.setattr(labelled, "_CHUNK", 7)
     captions = ["cat", "dog", "cat", "cat", "owl", "dog", "cat", "dog", "cat", "dog"]
     scores = np.array([3, 1, 4, 1, 5, 9, 2, 6, NAN, 5], np.float32)
     curriculum = Curriculum(tiers=3, pairs_per_prompt_per_tier=2)
@@ -125,6 +125,6 @@ def test_images_of_a_caption_are_ranked_as_sampled_candidates_are(monkeypatch):
 
 
 def test_a_caption_of_too_many_images_is_likely_the_wrong_column():
-    ids = np.zeros(pairing.MAX_OF_CAPTION + 1, np.int64)
+    ids = np.zeros(labelled.MAX_OF_CAPTION + 1, np.int64)
     with pytest.raises(DataError, match=r"4097 images have the caption 'jpg', .*the right one\?"):
         ranked_pairs(ids, np.zeros(len(ids), np.float32), lambda _: "jpg", Curriculum(), 0)

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.prompt_files import MAX_LINE_BYTES
-from cdpo.engine.prompts import read_prompts
 from cdpo.engine.recipe import Prompts
 from cdpo.engine.recipe.prompts import MAX_PROMPT_CHARACTERS
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.sources.prompts import MAX_LINE_BYTES, read_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
