@@ -11,14 +11,11 @@ import torch
 from ..recipe import CombinedReward, Reward
 from .aesthetic import Aesthetic
 from .caption_similarity import CaptionSimilarity
-from .clip_model import ClipModel
-from .clip_score import ClipScore
-from .colorfulness import Colorfulness
+from .clip import ClipModel, ClipScore, PickScore
 from .combined import COMBINATIONS, is_relative, score_together
 from .hps import Hps
 from .image_reward import ImageReward
-from .jpeg_size import JpegSize
-from .pick_score import PickScore
+from .pixels import Colorfulness, JpegSize
 from .protocol import RewardModel, Scorer
 from .python_function import PythonFunction
 from .scored_call import ScoredCall, checked_scores

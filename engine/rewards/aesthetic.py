@@ -17,7 +17,7 @@ from torch import nn
 from ..models import fingerprint
 from ..models.pretrained import reading
 from ..recipe import AestheticSpec
-from .clip_model import ClipModel, read_clip
+from .clip import ClipModel, read_clip
 from .tensor_files import read_tensors, take
 
 LAYERS = (0, 2, 4, 6, 7)  # places of the linear layers; dropout, without tensors, has the others

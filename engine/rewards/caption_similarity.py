@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..models import fingerprint
 from ..models.pretrained import reading
 from ..recipe import CaptionSimilaritySpec
-from .clip_model import DTYPES
+from .clip import DTYPES
 from .sentence_model import SentenceModel
 
 

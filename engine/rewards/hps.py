@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..models.pretrained import reading
 from ..recipe import HpsSpec
-from .clip_model import ClipModel, read_tokenizer
+from .clip import ClipModel, read_tokenizer
 from .open_clip_weights import clip_of_open_clip
 from .tensor_files import read_tensors
 

@@ -25,7 +25,7 @@ from ..models import fingerprint
 from ..models.pretrained import reading
 from ..recipe import ImageRewardSpec
 from .aesthetic import linear_layers
-from .clip_model import computing_in, read_tokenizer
+from .clip import computing_in, read_tokenizer
 from .tensor_files import count_blocks, read_tensors, take
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of ratings, as published

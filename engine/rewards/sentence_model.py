@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from ..models import fingerprint
 from ..models.pretrained import reading
-from .clip_model import PROMPTS_KEPT, read_tokenizer
+from .clip import PROMPTS_KEPT, read_tokenizer
 
 POOLINGS = {
     "pooling_mode_mean_tokens": "mean",

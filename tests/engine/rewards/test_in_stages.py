@@ -22,7 +22,7 @@ from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import PythonSpec, Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import load_reward
-from cdpo.engine.rewards.colorfulness import colorfulness
+from cdpo.engine.rewards.pixels import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest
 from cdpo.engine.side_scoring import SideScoring
 from PIL import Image
@@ -168,7 +168,7 @@ def test_scores_are_kept_when_another_reward_came_between(prepare, tmp_path, mon
     prepare({"type": "colorfulness"})
     prepare({"type": "jpeg_compressibility"})
     monkeypatch.setattr(
-        "cdpo.engine.rewards.colorfulness.colorfulness", lambda _: pytest.fail("scored again")
+        "cdpo.engine.rewards.pixels.colorfulness", lambda _: pytest.fail("scored again")
     )
     prepare({"type": "colorfulness"})
 

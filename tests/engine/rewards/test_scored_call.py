@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.basics.errors import DataError, OutsideError
-from cdpo.engine.rewards.score_cache import RECORD, ScoreCache, score_key
-from cdpo.engine.rewards.scored_call import HOPELESS, NAMED, ScoredCall
+from cdpo.engine.rewards.scored_call import (
+    HOPELESS,
+    NAMED,
+    RECORD,
+    ScoreCache,
+    ScoredCall,
+    score_key,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -218,7 +224,7 @@ def test_a_folder_of_more_scores_than_there_is_room_for(tmp_path, monkeypatch):
     """Half of the room is filled, and what was read stays when a score joins."""
     keys = [bytes([number]) * 32 for number in range(20)]
     ScoreCache(tmp_path).add(dict.fromkeys(keys, 1.0))
-    monkeypatch.setattr("cdpo.engine.rewards.score_cache.KEPT", 8)
+    monkeypatch.setattr("cdpo.engine.rewards.scored_call.KEPT", 8)
     cache = ScoreCache(tmp_path)
     assert [key in cache for key in keys] == [True] * 4 + [False] * 16
     cache.add({keys[9]: 2.0})

@@ -1,12 +1,26 @@
-"""CLIP models as rewards use them: normalised embeddings of images and prompts."""
+"""CLIP models as rewards use them: normalised embeddings of images and prompts.
+
+CLIP score: cosine between the embeddings of an image and of its prompt.
+
+Any `CLIPModel` in transformers' folder format (Radford et al., arXiv 2103.00020; as a score of
+text-to-image models: Hessel et al., CLIPScore, arXiv 2104.08718, here without its factor 2.5 and
+its clipping at zero, neither of which changes a ranking that is not degenerate).
+
+PickScore, and any preference model of the CLIP family: temperature times cosine.
+
+Kirstain et al., "Pick-a-Pic", arXiv 2305.01569: a CLIP ViT-H/14 trained on people's choices between
+two images of a prompt. Its published weights are a `CLIPModel` in transformers' folder format.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,6 +28,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..models import fingerprint
 from ..models.pretrained import reading
+from ..recipe import ClipScoreSpec, PickScoreSpec
 
 PROMPTS_KEPT = 4096  # an imported data set may have a million captions
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,3 +112,32 @@ class ClipModel:
             )
             projected = self.model.text_projection(text.pooler_output)
         return F.normalize(projected.float(), dim=-1)[0]
+
+
+class ClipScore:
+    """A CLIP model; the embeddings of the latest prompts are kept."""
+
+    def __init__(self, spec: ClipScoreSpec, device: torch.device) -> None:
+        parts = read_clip(f"reward at {spec.path}", "CLIP model", spec.path, spec.revision)
+        self.clip = ClipModel(*parts, device, spec.precision)
+        self.fingerprint = self.clip.fingerprint
+
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return self.clip.cosines(images, prompts).cpu().numpy()
+
+
+class PickScore:
+    """exp(logit_scale) x cosine, as published."""
+
+    def __init__(self, spec: PickScoreSpec, device: torch.device) -> None:
+        what = f"reward at {spec.path}"
+        parts = read_clip(what, "CLIP model", spec.path, spec.revision, spec.processor)
+        self.clip = ClipModel(*parts, device, spec.precision)
+        # Not the weights' alone: a clip_score of the same folder has other scores.
+        own = f"pick_score {self.clip.fingerprint}"
+        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        scale = self.clip.model.logit_scale.exp()
+        scores: np.ndarray = (scale * self.clip.cosines(images, prompts)).cpu().numpy()
+        return scores
