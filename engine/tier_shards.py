@@ -16,7 +16,7 @@ from .recipe import Recipe
 from .shards.contents import Contents
 from .shards.manifest import Manifest, ShardEntry, load_manifest
 from .shards.reader import ShardReaders
-from .shards.remote import is_remote, redact
+from .shards.remote.fetch import is_remote, redact
 from .shards.sample import PairMeta
 from .shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 

@@ -41,7 +41,7 @@ from .shards.batch import PairBatch
 from .shards.lanes import LanePlan
 from .shards.manifest import Manifest, manifest_hash
 from .shards.reader import ShardReaders
-from .shards.remote_store import open_store
+from .shards.remote.store import open_store
 from .shards.store import ShardStore
 from .shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
 from .training_samples import TrainingSamples

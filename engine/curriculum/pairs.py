@@ -4,11 +4,8 @@ All pairs of M candidates would repeat each image up to M-1 times, so each tier 
 drawn by key: the pairs of a prompt depend on its text, its scores, the curriculum and the seed,
 never on the other prompts or on which rank asks.
 
-Ranks of one prompt's candidates by their reward.
-
-Difficulty tiers of the pairs of one prompt: 1 the easiest (largest gap) to B the hardest.
-
-With M ranked candidates, tier k of equal width holds the pairs whose gap in rank satisfies
+Tiers go from 1, the easiest (largest gap), to B, the hardest. With M ranked candidates, tier k of
+equal width holds the pairs whose gap in rank satisfies
 
     (M-1)(B-k)/B  <  j-i  <=  (M-1)(B-k+1)/B,
 

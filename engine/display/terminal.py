@@ -2,8 +2,6 @@
 
 On a TTY progress is one live line; in cluster logs and CI it is a plain line now and then. Texts
 are printed as they are: no markup, so a prompt such as ``[red]`` is shown and not interpreted.
-
-The state of a progress display and the one line that shows it, live or plain.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""What ranks tell each other outside of collectives, by the store that they have in common.
+"""What ranks tell each other outside of collectives, and how they are asked to stop.
 
 A rank that waits in a collective hears nothing there of one that has failed or is asked to stop. So
-each listens in a thread of its own, over a connection of its own: on the main one a wait for a peer
-would hold up whatever else is asked.
+each listens in a thread of its own, over a connection of its own to the store that they have in
+common: on the main one a wait for a peer would hold up whatever else is asked.
 
-Being asked to stop: by SIGTERM (a scheduler's preemption), by SIGINT, by the launcher's death.
-
-A request is a wish, granted at the next safe point by all ranks together (:class:`.launch.Ranks`).
-It is noticed by a thread: Python runs signal handlers in the main thread, between two bytecodes,
-and that may be waiting minutes in a collective. If no safe point comes within the grace time the
+A run is asked to stop by SIGTERM (a scheduler's preemption), by SIGINT, by the launcher's death. A
+request is a wish, granted at the next safe point by all ranks together (:class:`.group.Ranks`). It
+is noticed by a thread: Python runs signal handlers in the main thread, between two bytecodes, and
+that may be waiting minutes in a collective. If no safe point comes within the grace time the
 process leaves all the same; what is committed by then is what the next start goes on from.
 """
 

@@ -1,15 +1,13 @@
-"""CLIP models as rewards use them: normalised embeddings of images and prompts.
+"""CLIP models as rewards use them, and the two scores that are made of their cosine.
 
-CLIP score: cosine between the embeddings of an image and of its prompt.
+CLIP score: the cosine between the embeddings of an image and of its prompt. Any `CLIPModel` in
+transformers' folder format (Radford et al., arXiv 2103.00020; as a score of text-to-image models:
+Hessel et al., CLIPScore, arXiv 2104.08718, here without its factor 2.5 and its clipping at zero,
+neither of which changes a ranking that is not degenerate).
 
-Any `CLIPModel` in transformers' folder format (Radford et al., arXiv 2103.00020; as a score of
-text-to-image models: Hessel et al., CLIPScore, arXiv 2104.08718, here without its factor 2.5 and
-its clipping at zero, neither of which changes a ranking that is not degenerate).
-
-PickScore, and any preference model of the CLIP family: temperature times cosine.
-
-Kirstain et al., "Pick-a-Pic", arXiv 2305.01569: a CLIP ViT-H/14 trained on people's choices between
-two images of a prompt. Its published weights are a `CLIPModel` in transformers' folder format.
+PickScore, and any preference model of the CLIP family: temperature times cosine. Kirstain et al.,
+"Pick-a-Pic", arXiv 2305.01569: a CLIP ViT-H/14 trained on people's choices between two images of a
+prompt. Its published weights are a `CLIPModel` in transformers' folder format.
 """
 
 from __future__ import annotations

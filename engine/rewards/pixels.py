@@ -1,12 +1,11 @@
-"""Size of an image as JPEG, or minus that: the two rewards without weights of DDPO.
+"""Rewards without weights, of the pixels alone: size as JPEG, or minus that, and colourfulness.
 
-Black et al., "Training diffusion models with reinforcement learning", arXiv 2305.13301: kB (1000
-bytes) at quality 95. The bytes depend on the JPEG library, whose version is in the fingerprint.
+JPEG: Black et al., "Training diffusion models with reinforcement learning", arXiv 2305.13301: kB
+(1000 bytes) at quality 95. The bytes depend on the JPEG library, whose version is in the
+fingerprint.
 
-Colourfulness of an image (Hasler and Süsstrunk, Measuring colourfulness in natural images,
-2003).
-
-With rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image::
+Colourfulness: Hasler and Süsstrunk, Measuring colourfulness in natural images, 2003. With
+rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image::
 
     sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)
 

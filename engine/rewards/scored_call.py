@@ -1,14 +1,13 @@
-"""Calling a reward: in batches, once an image, and with its failures confined.
+"""Calling a reward: in batches, once an image, with its failures confined and its scores kept.
 
 Out of memory: the batch is halved, for good, and that is said. Raised over a batch: its images are
 scored one by one, and those that fail alone are named and get NaN, which stage 1 drops and counts.
 Nothing but failures from the start, a device that has failed, or an answer of another shape or
 type: an error.
 
-Scores by image and prompt, so that nothing is scored twice: in memory, and in a folder if asked.
-
-A file of the folder belongs to one process, which appends to it: 32 bytes of key, a float32 and the
-CRC-32 of both, little endian. What a kill left half written, or a disk damaged, is passed over.
+Scores are kept by image and prompt: in memory, and in a folder if asked. A file of the folder
+belongs to one process, which appends to it: 32 bytes of key, a float32 and the CRC-32 of both,
+little endian. What a kill left half written, or a disk damaged, is passed over.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ..basics.errors import ShardError
 from ..basics.files import atomic_file
 from ..basics.keyed import content_id
 from .sample import image_id
-from .strict_tar import SampleIndex, index_samples, read_span
+from .tar_index import SampleIndex, index_samples, read_span
 from .writer import tar_writer
 
 IMAGE, RECORD = "png", "json"

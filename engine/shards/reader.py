@@ -21,11 +21,11 @@ import numpy as np
 
 from ..basics.errors import ShardError
 from .contents import contents_of
-from .decoding import ImageProcesses
+from .image_processes import ImageProcesses
 from .manifest import Manifest, ShardEntry
 from .sample import MAX_META_BYTES, META, PairMeta, PairSample, decode_meta
 from .store import LocalStore, ShardStore, check_size
-from .strict_tar import SampleIndex, index_samples, read_span
+from .tar_index import SampleIndex, index_samples, read_span
 from .webp import decode_webp
 
 OPENED_AT_ONCE = 8  # shards: hashing leaves Python's lock alone

@@ -15,9 +15,9 @@ from ..basics.errors import DataError
 from ..curriculum.pacing import Pacing, Position
 from .batch import PairBatch
 from .lanes import LanePlan
-from .prefetch import Prefetch
 from .reader import ShardReaders
-from .remote_store import RemoteStore
+from .remote.prefetch import Prefetch
+from .remote.store import RemoteStore
 
 DEPTH_PER_WORKER = 2
 BATCH_TIMEOUT = 600.0  # seconds

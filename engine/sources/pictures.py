@@ -1,8 +1,5 @@
-"""Images of strangers: bounded before they are decoded, brought to the recipe's resolution.
-
-Pictures of some records of a part, in their order, decoded ahead by a few threads.
-
-How many rows with unreadable images are left out before that is an error.
+"""Images of strangers: bounded before they are decoded, brought to the recipe's resolution, ahead of
+need by a few threads; and how many unreadable ones are left out before that is an error.
 """
 
 from __future__ import annotations

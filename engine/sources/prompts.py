@@ -1,6 +1,6 @@
 """The prompts of a recipe: read or filled in, each once, and divided into training and held-out.
 
-Prompts in a file: text with one a line, or a column of a parquet, CSV, TSV or JSONL table.
+A file of prompts has one a line, or is a table (parquet, CSV, TSV, JSONL) with a column of them.
 """
 
 from __future__ import annotations

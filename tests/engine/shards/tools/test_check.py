@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
-from cdpo.engine.shards.strict_tar import index_samples
+from cdpo.engine.shards.tar_index import index_samples
 from cdpo.engine.shards.tools import check
 from cdpo.engine.shards.tools.check import check_set, repeated
 from cdpo.engine.shards.tools.command import main

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.recipe import Data, Fetch
-from cdpo.engine.shards import remote
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.remote_store import RemoteStore, open_store
+from cdpo.engine.shards.remote.fetch import fetch
+from cdpo.engine.shards.remote.store import RemoteStore, open_store
 from cdpo.engine.shards.store import LocalStore
 from shard_server import ShardHandler, ShardServer, serving
 
@@ -89,7 +89,7 @@ def test_everything_is_as_in_the_folder(
     hub: ShardServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several requests a shard, with a failure and a connection that breaks in between."""
-    monkeypatch.setattr(remote, "CHUNK", 128)
+    monkeypatch.setattr(fetch, "CHUNK", 128)
     local, store = LocalStore(folder), store_of(tmp_path)
     manifest = store.manifest()
     assert manifest == local.manifest()

@@ -19,9 +19,9 @@ from threading import Event, Lock, Thread
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ..basics.errors import CdpoError, DataError, OutsideError, RecipeError
-from ..recipe import Fetch
-from .remote_faults import (
+from ...basics.errors import CdpoError, DataError, OutsideError, RecipeError
+from ...recipe import Fetch
+from .faults import (
     BEYOND_THE_END,
     NOT_THERE,
     InsecureRedirectError,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.shards.contents import ImageContents
-from cdpo.engine.shards.decoding import ImageProcesses
+from cdpo.engine.shards.image_processes import ImageProcesses
 from cdpo.engine.shards.webp import encode_webp
 
 SIZE = (16, 24)
@@ -70,7 +70,7 @@ def test_killed_processes_are_replaced(decode):
 
 def test_an_image_that_kills_its_process_is_named(decode, monkeypatch):
     """As one does that takes more memory than there is."""
-    ask = "cdpo.engine.shards.decoding._ask"
+    ask = "cdpo.engine.shards.image_processes._ask"
     with monkeypatch.context() as patch, pytest.raises(ShardError) as error:
         patch.setattr(ask, lambda process, *_: process.kill() or process.stdout.read(1) or eof())
         ImageContents(SIZE, decode).decode(FILES[:2], "x.tar", "k7")
@@ -111,7 +111,7 @@ def test_a_request_to_stop_the_run_leaves_them_at_work(decode):
 
 PARENT = """
 import fcntl, os, sys
-from cdpo.engine.shards.decoding import ImageProcesses
+from cdpo.engine.shards.image_processes import ImageProcesses
 lock = open(sys.argv[1], "w")
 os.set_inheritable(lock.fileno(), True)
 fcntl.flock(lock, fcntl.LOCK_EX)

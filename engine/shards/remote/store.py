@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
 
-from ..basics.errors import CdpoError, RecipeError, ShardError
-from ..basics.failpoints import failpoint
-from ..recipe import Data
+from ...basics.errors import CdpoError, RecipeError, ShardError
+from ...basics.failpoints import failpoint
+from ...recipe import Data
+from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
+from ..store import LocalStore, ShardStore
 from .cache import ShardCache
-from .manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
-from .remote import RemoteFolder, bring_text, is_remote
-from .store import LocalStore, ShardStore
+from .fetch import RemoteFolder, bring_text, is_remote
 
 ARRIVALS = 2  # a shard that arrives damaged is fetched once more
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError
-from cdpo.engine.shards.cache import CacheFull, ShardCache
+from cdpo.engine.shards.remote.cache import CacheFull, ShardCache
 
 SIZE = 1000
 FORK = multiprocessing.get_context("fork")

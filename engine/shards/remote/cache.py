@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..basics.errors import DataError, OutsideError
+from ...basics.errors import DataError, OutsideError
 
 POLL_SECONDS = 0.02
 

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from threading import Condition, Thread
 
-from ..basics.errors import CdpoError
-from ..curriculum.pacing import Pacing
+from ...basics.errors import CdpoError
+from ...curriculum.pacing import Pacing
+from ..lanes import LanePlan
+from ..manifest import ShardEntry
 from .cache import CacheFull
-from .lanes import LanePlan
-from .manifest import ShardEntry
-from .remote_store import RemoteStore
+from .store import RemoteStore
 
 MAX_WINDOWS = (
     256  # looked into at a time; far more than a cache holds ahead, unless shards are tiny

@@ -17,9 +17,8 @@ import fsspec
 import pytest
 from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
 from cdpo.engine.recipe import Fetch
-from cdpo.engine.shards import remote
-from cdpo.engine.shards.remote import RemoteFolder, Text, bring_text, is_remote
-from cdpo.engine.shards.remote_faults import asked_to_wait, redact
+from cdpo.engine.shards.remote.faults import asked_to_wait, redact
+from cdpo.engine.shards.remote.fetch import RemoteFolder, Text, bring_text, fetch, is_remote
 from fsspec.implementations.memory import MemoryFile
 from multidict import CIMultiDict
 from shard_server import ShardServer, serving
@@ -305,8 +304,8 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_services_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of s3:// and hf://, on fsspec's file system in memory, with a failure half-way."""
     fsspec.filesystem("memory").pipe_file("/bucket/set/a.tar", CONTENT)
-    monkeypatch.setitem(remote.SCHEMES, "memory", ("fsspec", ""))
-    monkeypatch.setattr(remote, "CHUNK", 1024)
+    monkeypatch.setitem(fetch.SCHEMES, "memory", ("fsspec", ""))
+    monkeypatch.setattr(fetch, "CHUNK", 1024)
     starts: list[int] = []
 
     def read(file: MemoryFile, size: int) -> bytes:

@@ -13,9 +13,9 @@ from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.recipe import Curriculum, Data, Fetch
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import Manifest
-from cdpo.engine.shards.prefetch import Prefetch
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.remote_store import RemoteStore, default_cache, open_store
+from cdpo.engine.shards.remote.prefetch import Prefetch
+from cdpo.engine.shards.remote.store import RemoteStore, default_cache, open_store
 from cdpo.engine.shards.store import LocalStore
 from cdpo.engine.shards.stream import PairStream
 from pydantic import ValidationError
