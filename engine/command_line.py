@@ -20,7 +20,7 @@ def main() -> None:
     """What ``cdpo`` on a command line runs; leaves with the exit code that errors.py lists."""
     command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command == "shards":
-        from .shards.tools.command import main as shards
+        from .preparing.shard_tools.command import main as shards
 
         sys.exit(shards(rest))
     if command in VERBS:

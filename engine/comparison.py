@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from .basics.failpoints import failpoint
 from .basics.keyed import Stream
-from .candidates import CandidateSampler, CandidateSet, drawn_by
 from .compared_runs import ComparedRun, read_runs
 from .comparison_report import Measured, write_comparison
 from .display.terminal import Terminal
@@ -28,6 +27,7 @@ from .kept_tables import KeptTables
 from .models import Backbone, load_backbone
 from .models.adapters import twin_of
 from .models.tuning import tune_denoiser, tune_for_sampling
+from .preparing.candidates import CandidateSampler, CandidateSet, drawn_by
 from .ranks import Ranks
 from .recipe import Recipe, Reward
 from .rewards import clip_of, load_reward

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from .basics.files import write_atomically
-from .candidates import CandidateSet
 from .compared_runs import ComparedRun
 from .display.grids import image_grid
 from .display.terminal import Terminal
 from .kept_tables import Tables
+from .preparing.candidates import CandidateSet
 from .recipe import Recipe, Reward
 from .recipe.identity import save_resolved
 from .reporting import wording

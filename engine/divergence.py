@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .basics.keyed import content_id
-from .candidates import CandidateSet
 from .models import Backbone, Framing
 from .models.protocol import Conditioning
+from .preparing.candidates import CandidateSet
 
 
 class Divergence:

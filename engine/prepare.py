@@ -17,8 +17,8 @@ from cdpo.engine.recipe import Recipe
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     """The verb on one rank, after the recipe has been read and the ranks have met."""
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
-    from cdpo.engine.importing import Importing
-    from cdpo.engine.preparation import Preparation
+    from cdpo.engine.preparing.imported import Importing
+    from cdpo.engine.preparing.sampled import Preparation
 
     is_sampled = recipe.prepare.source.type in ("generate", "masked")
     preparation = (Preparation if is_sampled else Importing)(ranks, recipe, terminal)

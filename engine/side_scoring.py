@@ -16,8 +16,8 @@ from PIL import Image
 
 from .basics.errors import DataError
 from .basics.failpoints import failpoint
-from .candidates import CandidateSet
 from .kept_tables import KeptTables, Tables
+from .preparing.candidates import CandidateSet
 from .ranks import Ranks
 from .recipe import Reward
 from .rewards import ClipModel, RewardModel, score_together

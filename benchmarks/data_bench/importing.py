@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 import webdataset
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.importing import Importing
 from cdpo.engine.models import Backbone, load_backbone
+from cdpo.engine.preparing.imported import Importing
 from cdpo.engine.ranks.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe

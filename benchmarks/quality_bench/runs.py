@@ -27,7 +27,7 @@ def import_the_engine() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import cdpo.engine.comparison
-    import cdpo.engine.preparation
+    import cdpo.engine.preparing.sampled
     import cdpo.engine.trainer  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Images of strangers: bounded before they are decoded, brought to the recipe's resolution, ahead of
+"""Images of strangers: bounded before they are decoded, at the recipe's resolution, loaded ahead of
 need by a few threads; and how many unreadable ones are left out before that is an error.
 """
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from cdpo.engine import command_line
+from cdpo.engine.preparing.shard_tools import command
 from cdpo.engine.ranks import launch
-from cdpo.engine.shards.tools import command
 
 ROOT = Path(__file__).resolve().parents[2]
 

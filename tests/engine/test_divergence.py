@@ -10,10 +10,10 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.divergence import Divergence
 from cdpo.engine.models import lcm, sd, sdxl
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.recipe.reading import load_recipe
 from diffusers import UNet2DConditionModel
 from PIL import Image

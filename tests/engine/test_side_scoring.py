@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.kept_tables import KeptTables
+from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import clip_of, load_reward

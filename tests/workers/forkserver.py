@@ -26,7 +26,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparison
-    import cdpo.engine.preparation
+    import cdpo.engine.preparing.sampled
     import cdpo.engine.trainer  # noqa: F401
 
 

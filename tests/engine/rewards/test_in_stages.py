@@ -15,9 +15,9 @@ import torch
 import webdataset
 import yaml
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.candidates import CandidateSet
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.preparation import Preparation
+from cdpo.engine.preparing.candidates import CandidateSet
+from cdpo.engine.preparing.sampled import Preparation
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import PythonSpec, Recipe
 from cdpo.engine.recipe.reading import load_recipe

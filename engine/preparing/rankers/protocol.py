@@ -1,0 +1,53 @@
+"""What `prepare` asks of a ranker: the images of a prompt, and the pairs they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...curriculum.pairs import PromptPairs
+from ...shards.manifest import RewardSource
+from ..candidates import CandidateSet, Start
+
+
+@dataclass(frozen=True)
+class RankedPrompt:
+    """A prompt whose images are ranked."""
+
+    outcome: PromptPairs
+    scores: np.ndarray
+    """(candidates,) float32; NaN where there is none."""
+    shown: Sequence[int]
+    """Candidates for the contact sheet, best first."""
+
+
+class Ranker(Protocol):
+    """Decides which images are sampled for a prompt and which of them beats which."""
+
+    count: int
+    """Images sampled for each prompt."""
+    made_by: Mapping[str, Any]
+    """What else than the usual settings of a sampler the images are a function of."""
+
+    def describe(self) -> tuple[str, str]:
+        """Images of a prompt, and what ranks them, for the head of the terminal."""
+        ...
+
+    def inputs(self) -> dict[str, Any]:
+        """Its choices that the shards are a function of; the keys are part of their hash."""
+        ...
+
+    def source(self) -> RewardSource:
+        """What the manifest says of it, with a hash of the weights that it holds now."""
+        ...
+
+    def starts(self, prompt: str) -> list[Start]:
+        """What each of a prompt's images starts from."""
+        ...
+
+    def rank(self, images: CandidateSet, prompts: Sequence[str]) -> dict[str, RankedPrompt]:
+        """All prompts ranked; the same on every rank."""
+        ...

@@ -1,0 +1,106 @@
+"""From pairs in tiers to the shards of a set: which pair goes where, written by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..basics.errors import DataError, RecipeError
+from ..basics.failpoints import failpoint
+from ..display.terminal import Terminal
+from ..ranks import Ranks
+from ..recipe import Recipe
+from ..shards.contents import Contents
+from ..shards.manifest import Manifest, ShardEntry, load_manifest
+from ..shards.reader import ShardReaders
+from ..shards.remote.fetch import is_remote, redact
+from ..shards.sample import PairMeta
+from ..shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
+
+PAIR_KEYS = {"tiers", "difficulty", "binning", "min_score_gap", "pairs_per_prompt_per_tier"}
+"""Keys of a recipe's curriculum that decide the pairs; the others order them."""
+SHARD_KEYS = {"lanes", "pairs_per_shard", "format"}
+"""Keys of a recipe's data that decide the shards of given pairs."""
+
+
+@dataclass(frozen=True)
+class TierShards:
+    """The pairs of a tier, by their number among all pairs, and how they fill its shards."""
+
+    plan: ShardPlan
+    fill: ShardFill
+    pairs: np.ndarray
+
+
+def fill_tiers(ids: np.ndarray, tiers: np.ndarray, recipe: Recipe) -> list[TierShards]:
+    """Which of the pairs (P,) goes into which shard; every rank finds the same.
+
+    Raises DataError when a tier has too few pairs for the lanes.
+    """
+    fills = []
+    for tier in range(1, recipe.curriculum.tiers + 1):
+        pairs = np.flatnonzero(tiers == tier)
+        plan = plan_shards(tier, len(pairs), recipe.data.lanes, recipe.data.pairs_per_shard)
+        fills.append(TierShards(plan, ShardFill(plan, ids[pairs], recipe.seed), pairs))
+    return fills
+
+
+def folder_of_set(recipe: Recipe) -> Path:
+    """The folder that a recipe's shards are written to; RecipeError where it names a URL."""
+    if is_remote(recipe.shards_at):
+        raise RecipeError(
+            f"data.path={redact(recipe.shards_at)}: prepare writes into a folder; give it one, "
+            "copy that folder there, and give train the URL"
+        )
+    return recipe.shards_dir
+
+
+def finished_set(folder: Path, inputs: str, terminal: Terminal) -> Manifest | None:
+    """The manifest of a set that was made of these inputs and is all there, else None."""
+    if not (folder / "manifest.json").exists():
+        return None
+    try:
+        manifest = load_manifest(folder)
+        if manifest.fingerprint != inputs:
+            return None
+        ShardReaders(folder, manifest).check_present(manifest.shards)
+    except DataError as error:  # its remedy is to prepare again, which is what we are here for
+        terminal.warn(f"the shards are written again: {error}")
+        return None
+    return manifest
+
+
+def write_tiers(
+    folder: Path,
+    fills: Sequence[TierShards],
+    sample: Callable[[int], tuple[PairMeta, np.ndarray]],
+    contents: Contents,
+    ranks: Ranks,
+) -> list[ShardEntry]:
+    """Write this rank's shards; returns everybody's entries in the order of tier and number.
+
+    ``sample`` gives record and images, as ``contents`` takes them, of the pair of a number. What
+    the folder held before goes.
+    """
+    ranks.on_first(lambda: _clear(folder))
+    shards = [(fill, index) for fill in fills for index in range(fill.plan.num_shards)]
+    own = []
+    for fill, index in ranks.until_stopped(ranks.share(shards)):
+        failpoint("prepare.shard")
+        members = fill.pairs[fill.fill.members(index)]
+        samples = (sample(number) for number in members.tolist())
+        own.append(write_shard(folder / fill.plan.name(index), samples, contents))
+    ranks.meet()
+    entries = {entry.name: entry for part in ranks.gather(own) for entry in part}
+    return [entries[fill.plan.name(index)] for fill, index in shards]
+
+
+def _clear(folder: Path) -> None:
+    """Remove the manifest and the shards of other inputs, manifest first: it would name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for old in folder.glob("tier-*.tar*"):  # ours only: data.path may name any folder
+        old.unlink()

@@ -1,0 +1,420 @@
+"""Stage 1 over data sets that are already there: what the shards hold, whatever the form, however
+often it was killed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import preferences
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from cdpo.engine.basics.errors import DataError
+from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.preparing import imported, latents, scores, shard_set
+from cdpo.engine.preparing.imported import Importing
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.rewards import load_reward
+from cdpo.engine.shards.manifest import load_manifest
+from cdpo.engine.shards.reader import ShardReaders
+from cdpo.engine.shards.sample import PairMeta
+from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
+from PIL import Image
+
+ROWS = [preferences.judged(number) for number in range(60)]
+DECIDED = [row for row in ROWS if row.label_0 != 0.5]
+PAIRED = (
+    "prepare.source.type=paired",
+    "curriculum.difficulty=score_gap",
+    "curriculum.binning=quantile",
+    "prepare.source.on_disagreement=swap",
+)
+WINNERS = ("prepare.source.images=[winner,loser]", "prepare.source.label=null")
+RANKED = ("prepare.source.type=ranked", "data.lanes=1")
+
+
+def run(recipe: Recipe, ranks: Ranks, terminal: Terminal | None = None) -> Path:
+    preparation = Importing(ranks, recipe, terminal or Terminal(enabled=False))
+    assert not preparation.is_finished
+    preparation.run()
+    return preparation.shards_dir
+
+
+def contents(shards: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(shards.iterdir())}
+
+
+def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:
+    found = []
+    for path in sorted(shards.glob("*.tar")):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+            meta = PairMeta.model_validate_json(sample["json"])
+            found.append((meta, np.load(io.BytesIO(sample["latents.npy"]))))
+    return found
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of the Pick-a-Pic form."""
+    folder = tmp_path_factory.mktemp("pickapic")
+    preferences.write_parquet(folder / "train-0.parquet", ROWS[:40])
+    preferences.write_parquet(folder / "train-1.parquet", ROWS[40:])
+    return folder
+
+
+@pytest.fixture
+def paired(tiny_recipe: Callable[..., Recipe], parquet: Path) -> Callable[..., Recipe]:
+    """The tiny recipe over those files."""
+
+    def load(*overrides: str, path: Path = parquet, run: str = "run") -> Recipe:
+        return tiny_recipe(*PAIRED, f"prepare.source.path={path}", *overrides, run=run)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_world: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of an undisturbed import, with 2 images of the last shard dropped: read only."""
+    from cdpo.engine.recipe.reading import load_recipe
+    from conftest import CPU
+
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    mine = [f"run_dir={run_dir}", *PAIRED, f"prepare.source.path={parquet}"]
+    return run(load_recipe(tiny_world / "recipe.yaml", mine), Ranks(0, 1, 0, CPU))
+
+
+# What comes out
+
+
+def test_pairs_are_those_of_the_labels_tiered_by_the_reward(plain, tiny_recipe, tiny_backbone):
+    """Against labels, reward and VAE, straight from the rows."""
+    recipe = tiny_recipe()
+    reward = load_reward(recipe.reward, tiny_backbone.device)
+    by_name = {
+        uid: (row.caption, read_picture(data, (16, 16)))
+        for row in ROWS
+        for uid, data in ((row.image_0_uid, row.jpg_0), (row.image_1_uid, row.jpg_1))
+    }
+    scores = {
+        uid: float(reward.score([picture.image], [caption])[0])
+        for uid, (caption, picture) in by_name.items()
+    }
+    found = pairs_of(plain)
+    manifest = load_manifest(plain)
+    left = sum(manifest.statistics.dropped_remainder_by_tier)
+    assert len(found) + left == len(DECIDED) == 48
+    rows = {frozenset((row.image_0_uid, row.image_1_uid)): row for row in DECIDED}
+    gaps: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    for meta, pair in found:
+        row = rows.pop(frozenset(meta.images))
+        winner, loser = meta.images
+        assert meta.prompt == row.caption and meta.ranks == (1, 2)
+        assert scores[winner] > scores[loser]  # swapped where the label says otherwise
+        assert meta.scores == pytest.approx((scores[winner], scores[loser]), abs=1e-5)
+        assert meta.original_size == ((20, 24), (20, 24)) and meta.crop == ((0, 1), (0, 1))
+        images = [by_name[name][1].image for name in meta.images]
+        expected = tiny_backbone.encode_images(images).numpy()
+        np.testing.assert_allclose(pair, expected, rtol=2**-9, atol=1e-3)
+        gaps[meta.tier].append(meta.scores[0] - meta.scores[1])
+    assert min(gaps[1]) >= max(gaps[2]) and min(gaps[2]) >= max(gaps[3])
+
+
+def test_the_manifest_says_what_became_of_every_row(plain, tiny_world):
+    manifest = load_manifest(plain)
+    statistics = manifest.statistics
+    assert statistics.imported is not None
+    overruled = statistics.imported.pop("labels overruled by scores")
+    assert statistics.imported == {"rows": 60, "ties": 12} and 0 < overruled < 48
+    assert statistics.candidates == 96 and statistics.eligible_pairs == 48
+    assert sum(statistics.pairs_by_tier) == manifest.num_pairs
+    assert (manifest.reward.type, manifest.reward.path) == (
+        "clip_score",
+        str(tiny_world / "reward"),
+    )
+
+
+def test_what_is_left_behind(plain):
+    names = {path.name for path in plain.parent.iterdir()}
+    assert names == {"contact_sheet.png", "recipe.yaml", "scores.parquet", "shards", "source"}
+    assert not list(plain.parent.rglob("*.tmp"))
+    table = pq.read_table(plain.parent / "scores.parquet").to_pylist()
+    assert len(table) == 96
+    assert (table[1]["file"], table[1]["row"], table[1]["image"]) == ("train-0.parquet", 0, "jpg_1")
+    with Image.open(plain.parent / "contact_sheet.png") as sheet:
+        assert sheet.width > 100 and sheet.height > 100
+
+
+@pytest.mark.parametrize("form", ["tar", "csv", "folder"])
+def test_every_form_gives_the_same_pairs(plain, paired, ranks, tmp_path, form):
+    write = {
+        "tar": preferences.write_tar,
+        "csv": preferences.write_csv,
+        "folder": preferences.write_folder,
+    }
+    path = write[form](tmp_path / ("data" if form == "folder" else f"data.{form}"), ROWS)
+    shards = run(paired(*(() if form == "tar" else WINNERS), path=path), ranks)
+
+    def facts(folder: Path) -> dict[tuple[object, ...], tuple[int, np.ndarray]]:
+        return {(m.prompt, m.scores): (m.tier, latents) for m, latents in pairs_of(folder)}
+
+    found, expected = facts(shards), facts(plain)
+    left = sum(load_manifest(plain).statistics.dropped_remainder_by_tier)
+    common = found.keys() & expected.keys()  # which pairs are left over hangs on their ids
+    assert len(common) >= 48 - 2 * left
+    for key in common:
+        assert found[key][0] == expected[key][0]
+        np.testing.assert_allclose(found[key][1], expected[key][1], rtol=2**-9, atol=1e-3)
+
+
+def test_every_format_holds_the_same_pairs(plain, paired, ranks, tiny_backbone):
+    """Moments whose mean is the latents, and pixels that have these latents."""
+    latents = {meta.pair_id: (meta, pair) for meta, pair in pairs_of(plain)}
+    for kind in ("moments", "raw"):
+        folder = run(paired(f"data.format={kind}", run=kind), ranks)
+        manifest = load_manifest(folder)
+        readers = ShardReaders(folder, manifest)
+        assert (manifest.kind, manifest.num_pairs) == (kind, len(latents))
+        for entry in manifest.shards:
+            for index in range(entry.count):
+                sample = readers.read(entry, index)
+                meta, wanted = latents[sample.pair_id]
+                assert sample.meta == meta
+                images = torch.from_numpy(sample.images.copy())
+                if kind == "raw":
+                    images = tiny_backbone.image_moments(images.permute(0, 3, 1, 2))
+                found = tiny_backbone.latents_of(images).numpy()
+                np.testing.assert_allclose(found, wanted, rtol=2**-9, atol=1e-4)
+
+
+def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_path, monkeypatch):
+    path = preferences.write_ranked(tmp_path / "ranked.parquet")
+    monkeypatch.setattr(imported, "load_reward", lambda *_: pytest.fail("loaded"))
+    recipe = tiny_recipe(*RANKED, f"prepare.source.path={path}")
+    shards = run(recipe, ranks)
+    manifest = load_manifest(shards)
+    assert (manifest.reward.type, manifest.reward.path) == ("given", "score")
+    assert manifest.statistics.prompts == 4 and manifest.statistics.candidates == 24
+    assert not (shards.parent / "scores.parquet").exists()
+    found = pairs_of(shards)
+    # Of 6 ranks: gaps 5 and 4 are easy, 3 and 2 next, 1 hard; at most 6 pairs of each are kept.
+    for caption in preferences.CAPTIONS[:4]:
+        tiers = [meta.tier for meta, _ in found if meta.prompt == caption]
+        assert (tiers.count(1), tiers.count(2)) <= (3, 6)
+        for meta, _ in found:
+            assert meta.scores[0] > meta.scores[1]
+            assert meta.ranks == (6 - meta.scores[0], 6 - meta.scores[1])
+    assert Importing(ranks, recipe, Terminal(enabled=False)).is_finished
+
+
+def test_ranked_images_may_be_scored_by_the_reward(tiny_recipe, ranks, tmp_path):
+    path = preferences.write_ranked(tmp_path / "ranked.parquet", scores=False)
+    mine = (*RANKED, f"prepare.source.path={path}", "prepare.source.score=null")
+    assert load_manifest(run(tiny_recipe(*mine), ranks)).reward.type == "clip_score"
+
+
+def test_held_out_captions_are_not_trained_on(paired, ranks, tmp_path):
+    (tmp_path / "heldout.txt").write_text(f"{DECIDED[0].caption}\nrocket\n")
+    mine = [f"prompts.heldout={tmp_path / 'heldout.txt'}", "prompts.train=null"]
+    shards = run(paired(*mine), ranks)
+    imported = load_manifest(shards).statistics.imported
+    same = sum(row.caption == DECIDED[0].caption for row in ROWS)
+    assert imported is not None and imported["held-out prompt"] == same >= 1
+    assert all(meta.prompt != DECIDED[0].caption for meta, _ in pairs_of(shards))
+
+
+# Again
+
+
+@pytest.mark.parametrize(
+    ("override", "finished"),
+    [
+        ("seed=4", False),
+        ("reward.path=elsewhere", False),
+        ("curriculum.tiers=2", False),
+        ("prepare.source.on_disagreement=drop", False),
+        ("prepare.source.limit=50", False),
+        ("train.steps=99", True),
+        ("prepare.sampler.steps=3", True),
+        ("prepare.source.max_unreadable=3", True),
+        ("prompts.train=null", True),
+    ],
+)
+def test_only_what_decides_the_shards_makes_them_stale(plain, paired, ranks, override, finished):
+    recipe = paired(f"run_dir={plain.parent}", override)
+    before = contents(plain.parent / "source")
+    preparation = Importing(ranks, recipe, Terminal(enabled=False))
+    assert preparation.is_finished == finished
+    for name, data in before.items():
+        (plain.parent / "source" / name).write_bytes(data)
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same_data(plain, paired, parquet, ranks, tmp_path):
+    shutil.copytree(plain.parent, tmp_path / "run")
+    shutil.copytree(parquet, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert Importing(ranks, paired(path=tmp_path / "copy"), Terminal(enabled=False)).is_finished
+
+
+@pytest.mark.parametrize(
+    ("module", "place", "passage"),
+    [
+        (scores, "prepare.part", 2),
+        (imported, "prepare.scored", 1),
+        (latents, "prepare.latents", 3),
+        (shard_set, "prepare.shard", 4),
+    ],
+)
+def test_killed_and_started_again(plain, paired, ranks, monkeypatch, module, place, passage):
+    """The same bytes, and nothing is scored or encoded twice but the part in flight."""
+    passages: list[str] = []
+    decoded: list[int] = []
+    load_records = scores.load_records
+
+    def die(name: str) -> None:
+        passages.append(name)
+        if passages.count(place) == passage:
+            raise KeyboardInterrupt
+
+    def counted(reader, part, wanted, resolution):
+        decoded.append(len(wanted))
+        return load_records(reader, part, wanted, resolution)
+
+    for patched in (scores, latents):
+        monkeypatch.setattr(patched, "load_records", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "failpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(paired(), ranks)
+    assert not (Path(paired().run_dir) / "shards" / "manifest.json").exists()
+    shards = run(paired(), ranks)
+    assert contents(shards) == contents(plain)
+    assert sum(decoded) == 2 * len(DECIDED)  # once to score, once to encode
+
+
+def test_two_ranks_write_what_one_writes(plain, server, tiny_world, parquet, tmp_path):
+    """And a rank that is killed in either pass leaves nothing that is lost or repeated."""
+    mine = [f"run_dir={tmp_path / 'run'}", *PAIRED, f"prepare.source.path={parquet}"]
+    recipe = tiny_world / "recipe.yaml"
+    for failpoint in ("prepare.part@2:kill/rank1", "prepare.latents@1:kill/rank0"):
+        env = {"CDPO_FAILPOINT": failpoint}
+        assert set(server.run("prepare", recipe, mine, ranks=2, env=env).codes) != {0}
+    outcome = server.run("prepare", recipe, mine, ranks=2).succeeded()
+    assert "60 rows gave 48 pairs; 12 ties" in outcome.text
+    assert contents(tmp_path / "run" / "shards") == contents(plain)
+
+
+# Unreadable images
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    rows = list(ROWS)
+    rows[3] = preferences.judged(3, jpg_1=b"no image")
+    rows[21] = preferences.judged(21, jpg_0=preferences.picture(42)[:-300])
+    return preferences.write_parquet(tmp_path / "damaged.parquet", rows)
+
+
+def test_an_unreadable_image_stops_the_import_and_is_named(paired, ranks, damaged):
+    with pytest.raises(DataError) as caught:
+        run(paired(path=damaged), ranks)
+    assert str(caught.value) == (
+        f"{damaged} row 3: jpg_1: is no image of JPEG, PNG, WEBP "
+        "(prepare.source.max_unreadable=N leaves out up to N such rows)"
+    )
+    with pytest.raises(DataError, match=r"first of over prepare\.source\.max_unreadable=1 such"):
+        run(paired("prepare.source.max_unreadable=1", path=damaged), ranks)
+
+
+def test_unreadable_images_may_be_left_out_and_are_counted(paired, ranks, damaged):
+    shards = run(paired("prepare.source.max_unreadable=2", path=damaged), ranks)
+    imported = load_manifest(shards).statistics.imported
+    assert imported is not None and imported["unreadable images"] == 2
+    assert "without a score" not in imported
+    assert sum(count for name, count in imported.items() if name in ("ties", "rows")) == 72
+    names = {name for meta, _ in pairs_of(shards) for name in meta.images}
+    assert not names & {"image-6", "image-7", "image-42", "image-43"}
+
+
+def test_unreadable_images_with_given_scores_are_met_when_they_are_encoded(
+    tiny_recipe, ranks, tmp_path
+):
+    path = preferences.write_ranked(tmp_path / "ranked.parquet")
+    rows = pq.read_table(path).to_pylist()
+    rows[2]["image"]["bytes"] = b"no image"
+    pq.write_table(pq.read_table(path).from_pylist(rows), path, row_group_size=5)
+    mine = (*RANKED, f"prepare.source.path={path}")
+    with pytest.raises(DataError, match=r"ranked\.parquet row 2: image: is no image of"):
+        run(tiny_recipe(*mine), ranks)
+    shards = run(tiny_recipe(*mine, "prepare.source.max_unreadable=1"), ranks)
+    imported = load_manifest(shards).statistics.imported
+    assert imported == {"rows": 24, "unreadable images": 1}
+    assert all(f"#{2}/" not in name for meta, _ in pairs_of(shards) for name in meta.images)
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_data(paired, ranks, tmp_path, monkeypatch):
+    """200 MB of images in one row group of many pages, which is the least that can be read; a JPEG
+    ends before what follows it.
+    """
+    images = [preferences.picture(seed, kind="JPEG") + bytes(125_000) for seed in (1, 2)]
+    path = tmp_path / "large.parquet"
+    rows = [
+        preferences.judged(number, 1.0, jpg_0=images[0], jpg_1=images[1]) for number in range(800)
+    ]
+    table = pa.Table.from_pylist([vars(row) for row in rows])
+    pages = {"use_dictionary": False, "write_batch_size": 8, "data_page_size": 2**20}
+    pq.write_table(table, path, compression="none", row_group_size=800, **pages)
+    assert path.stat().st_size > 200e6
+    del table, rows
+    pa.default_memory_pool().release_unused()
+    before, most = [], []
+
+    def watched(*arguments: object) -> Iterator[Loaded]:
+        before.append(resident())  # the models are in memory by then
+        for number, record in enumerate(load_records(*arguments)):
+            if number % 16 == 0:
+                most.append(resident())
+            yield record
+
+    for module in (scores, latents):
+        monkeypatch.setattr(module, "load_records", watched)
+    monkeypatch.setattr(imported, "draw_import_sheet", lambda *_: None)
+    run(paired(path=path), ranks)
+    assert len(most) == 2 * (16 + 16 + 16 + 2) and max(most) - before[0] < 100e6
+
+
+def resident() -> int:
+    """Bytes of memory this process has in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# No pairs
+
+
+def test_labels_that_the_reward_all_contradicts_are_no_pairs(tiny_recipe, ranks, tmp_path):
+    path = tmp_path / "a.csv"
+    lines = ["winner,loser,caption,w,l", *["a.png,b.png,x,1,2"] * 5, *["a.png,b.png,x,,2"] * 2]
+    path.write_text("\n".join(lines))
+    mine = (*PAIRED[:3], *WINNERS, f"prepare.source.path={path}", "prepare.source.scores=[w,l]")
+    with pytest.raises(DataError) as caught:
+        run(tiny_recipe(*mine), ranks)
+    assert "no pairs in 7 rows: 2 without a score, 5 scores contradict the label" in str(
+        caught.value
+    )
+
+
+def test_too_few_pairs_for_the_lanes_is_said_before_anything_is_encoded(paired, ranks, monkeypatch):
+    monkeypatch.setattr(latents.PictureLatents, "run", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(DataError, match=r"tier 1 has 1 pairs, but each of data\.lanes=2 needs one"):
+        run(paired("prepare.source.limit=3"), ranks)
