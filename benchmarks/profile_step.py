@@ -48,7 +48,7 @@ def shortened(recipe: Recipe, run_dir: Path, num_steps: int) -> Recipe:
 
 def take_steps(ranks: Ranks, recipe: Recipe, terminal: Terminal, profiler: profile | None) -> None:
     """The real trainer's steps, each told to the profiler if there is one."""
-    from cdpo.engine.trainer import Trainer  # after quieten_libraries: it imports them
+    from cdpo.engine.training.trainer import Trainer  # after quieten_libraries: it imports them
 
     trainer = Trainer(ranks, recipe, terminal)
     if profiler is None:

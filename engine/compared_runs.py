@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .basics.errors import DataError, RecipeError
-from .exports import tuned_hash
 from .recipe import Model, Recipe
 from .recipe.reading import load_recipe
 from .reporting.metric_rows import both_errors_rose
 from .reporting.report_data import TUNED, RunFacts
-from .step_metrics import MetricsFile
+from .training.exports import tuned_hash
+from .training.log import MetricsFile
 
 # What decides the images of an untuned model; teachers and solvers belong to training.
 SAME_MODEL = ("backbone", "path", "revision", "variant", "vae", "unet", "lcm_lora", "resolution")

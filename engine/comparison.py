@@ -22,7 +22,6 @@ from .compared_runs import ComparedRun, read_runs
 from .comparison_report import Measured, write_comparison
 from .display.terminal import Terminal
 from .divergence import Divergence
-from .exports import load_tuned
 from .kept_tables import KeptTables
 from .models import Backbone, load_backbone
 from .models.adapters import twin_of
@@ -33,6 +32,7 @@ from .recipe import Recipe, Reward
 from .rewards import clip_of, load_reward
 from .side_scoring import SideScoring
 from .sources.prompts import read_prompts
+from .training.exports import load_tuned
 
 BASE = "base"
 

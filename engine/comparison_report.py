@@ -34,8 +34,8 @@ from .reporting.report_data import (
 )
 from .reporting.results import save_results
 from .reporting.stats import mean_estimate, worst_pairs
-from .step_metrics import MetricsFile
-from .training_samples import progression
+from .training.log import MetricsFile
+from .training.samples import progression
 
 WORST_SHOWN = 8
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model

@@ -23,7 +23,7 @@ from cdpo.engine.recipe import Recipe
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     """The verb on one rank, after the recipe has been read and the ranks have met."""
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
-    from cdpo.engine.trainer import Trainer
+    from cdpo.engine.training.trainer import Trainer
 
     trainer = Trainer(ranks, recipe, terminal)
     terminal.header(f"train  {recipe.run_dir}", trainer.describe())
@@ -38,7 +38,7 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
 
 def dry_run(world_size: int, recipe: Recipe, terminal: Terminal) -> None:
     """What the recipe will take on so many ranks; reads the model's configs and nothing else."""
-    from cdpo.engine.plan_tables import print_plan
+    from cdpo.engine.training.dry_run.plan import print_plan
 
     if terminal.enabled:
         print_plan(recipe, world_size, terminal)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdpo.engine.checkpoint_files import seal
-from cdpo.engine.resharding import load_data
+from cdpo.engine.training.checkpoint.files import seal
+from cdpo.engine.training.checkpoint.resharding import load_data
 from launching import World
 
 ROOT = Path(__file__).parents[1]

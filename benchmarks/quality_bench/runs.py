@@ -28,7 +28,7 @@ def import_the_engine() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import cdpo.engine.comparison
     import cdpo.engine.preparing.sampled
-    import cdpo.engine.trainer  # noqa: F401
+    import cdpo.engine.training.trainer  # noqa: F401
 
 
 def run_group(group: Group, work: Path, scale: Scale) -> Path:

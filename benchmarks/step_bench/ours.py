@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cdpo.engine.batch_maker import BatchMaker
 from cdpo.engine.models import Conditioning, Framing
 from cdpo.engine.models.ddpm import DiscreteDDPM
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import NoiseProcess
 from cdpo.engine.models.solver_grid import SolverGrid
 from cdpo.engine.models.tuning import choose_tuning, order_weights
-from cdpo.engine.networks import build_networks
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
+from cdpo.engine.training.batch import BatchMaker
+from cdpo.engine.training.networks import build_networks
 from cdpo.kernels import use as use_kernels
 from diffusers import DiffusionPipeline
 from step_bench.models import StepModel, build, text_conditioner

@@ -1,1 +1,1 @@
-"""Stage 1: candidates or other people's pictures, their scores, pairs, latents, and the shards of them."""
+"""Stage 1: candidates or pictures of others, their scores, pairs and latents, in shards."""

@@ -27,7 +27,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparison
     import cdpo.engine.preparing.sampled
-    import cdpo.engine.trainer  # noqa: F401
+    import cdpo.engine.training.trainer  # noqa: F401
 
 
 def free_port() -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import time
 
-from cdpo.engine import train, trainer
+from cdpo.engine import train
 from cdpo.engine.ranks import run_verb
+from cdpo.engine.training import trainer
 
 JUMP = int(os.environ["JUMP"]) * (-2 if os.environ["RANK"] == "1" else 1)
 steps_begun = 0

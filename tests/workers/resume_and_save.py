@@ -8,7 +8,7 @@ from pathlib import Path
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.trainer import Trainer
+from cdpo.engine.training.trainer import Trainer
 
 
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:

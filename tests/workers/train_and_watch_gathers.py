@@ -11,16 +11,16 @@ import os
 import weakref
 from pathlib import Path
 
-from cdpo.engine import trained_weights
 from cdpo.engine.ranks import run_verb
 from cdpo.engine.train import main
+from cdpo.engine.training import deepspeed_engine
 from torch import Tensor
 
 seen = {"gathered": 0, "alive": 0, "most": 0}
-gather = trained_weights.TrainedWeights.gather
+gather = deepspeed_engine.TrainedWeights.gather
 
 
-def watched(self: trained_weights.TrainedWeights, name: str) -> Tensor:
+def watched(self: deepspeed_engine.TrainedWeights, name: str) -> Tensor:
     value = gather(self, name)
     # On a CPU the gathered tensor is the one that is kept, so its life is that of its bytes.
     size = value.untyped_storage().nbytes()
@@ -35,7 +35,7 @@ def forget(size: int) -> None:
     seen["alive"] -= size
 
 
-trained_weights.TrainedWeights.gather = watched
+deepspeed_engine.TrainedWeights.gather = watched
 run_verb("train", main)
 path = Path(os.environ["WATCH_FOLDER"], f"gathered-{os.environ.get('RANK', '0')}.json")
 path.write_text(json.dumps(seen))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from cdpo.engine.ranks import run_verb
 from cdpo.engine.train import main
-from cdpo.engine.trainer import Trainer
+from cdpo.engine.training.trainer import Trainer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 

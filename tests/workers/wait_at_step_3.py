@@ -8,8 +8,9 @@ import os
 import time
 from pathlib import Path
 
-from cdpo.engine import train, trainer
+from cdpo.engine import train
 from cdpo.engine.ranks import run_verb
+from cdpo.engine.training import trainer
 
 steps_begun = 0
 take_step = trainer.Trainer._take_step

@@ -1,0 +1,1 @@
+"""Stage 2: the trainer, what it runs on, what it leaves behind."""

@@ -1,0 +1,107 @@
+"""From pairs of a shard to the batch of a training step: noise, target, captions, weights.
+
+Everything random is a function of the pair and its visit (:mod:`~cdpo.engine.basics.keyed`), so
+a pair meets the same noise whatever batch, rank or restart it comes in; winner and loser share it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..basics import keyed
+from ..basics.errors import DataError
+from ..basics.keyed import Stream
+from ..basics.phases import phase
+from ..models import DTYPES, Backbone, Framing
+from ..objectives import TrainingBatch, min_snr_weights
+from ..recipe import Recipe
+from ..shards.batch import PairBatch
+from ..shards.contents import Kind
+from ..shards.manifest import Manifest
+
+
+class BatchMaker:
+    """Corrupts and conditions micro-batches as a recipe says."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        backbone: Backbone,
+        resolution: tuple[int, int],
+        device: torch.device,
+        kind: Kind = "latents",
+    ) -> None:
+        """``kind`` is what the shards hold of an image; ``resolution`` its height and width."""
+        self.recipe = recipe
+        self.backbone = backbone
+        self.resolution = resolution
+        self.device = device
+        self.kind = kind
+        self._dtype = DTYPES[recipe.train.precision]
+        self._weights = None
+        if recipe.objective.timestep_weighting == "min_snr":
+            noise = backbone.noise
+            all_timesteps = noise.at(torch.arange(noise.num_timesteps, device=device))
+            self._weights = min_snr_weights(
+                all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
+            )
+
+    def make(self, pairs: PairBatch) -> TrainingBatch:
+        """The batch of B pairs, on the device."""
+        with phase("encode_images"):
+            latents = self._latents(pairs)
+        with phase("corrupt"):
+            noise = self.backbone.noise
+            draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
+            noisy, target = noise.corrupt(latents, draw, self._dtype)
+        with phase("encode_prompts"):
+            framing = Framing(pairs.original_sizes, pairs.crops, self.resolution)
+            prompts = self._drop_captions(pairs)
+            conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
+            unconditional = None
+            if draw.solver is not None:
+                nothing = [""] * (2 * len(prompts))
+                unconditional = self.backbone.encode_prompts(nothing, framing)
+        weights = None if self._weights is None else self._weights[draw.timesteps]
+        return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
+
+    def _latents(self, pairs: PairBatch) -> torch.Tensor:
+        """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.
+
+        Always in PyTorch's own order of memory: policy and reference round differently in others.
+        """
+        images = pairs.images.to(self.device, non_blocking=True)
+        if self.kind == "latents":
+            return images
+        moments = self.backbone.image_moments(images) if self.kind == "raw" else images
+        if self.recipe.data.posterior == "mean":
+            return self.backbone.latents_of(moments).contiguous()
+        keys = keyed.make_keys(self.recipe.seed, Stream.POSTERIOR, pairs.pair_ids, pairs.visits)
+        channels, *size = moments.shape[1:]
+        noise = keyed.normal(keys.to(self.device), (2, channels // 2, *size))
+        noise = noise.transpose(0, 1).flatten(0, 1)
+        return self.backbone.latents_of(moments, noise).contiguous()
+
+    def _drop_captions(self, pairs: PairBatch) -> list[str]:
+        """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""
+        keys = keyed.make_keys(
+            self.recipe.seed, Stream.CAPTION_DROPOUT, pairs.pair_ids, pairs.visits
+        )
+        dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
+        return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
+
+
+def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone) -> None:
+    """DataError where a run cannot train on what the shards hold."""
+    if manifest.kind == "latents" and recipe.data.posterior == "sampled":
+        raise DataError(
+            "data.posterior=sampled, but the shards hold the mean alone: use mean, or prepare "
+            "again with data.format=moments or raw"
+        )
+    own, made_with = backbone.fingerprints()["vae"], manifest.vae
+    if manifest.kind != "raw" and made_with.fingerprint != own:
+        raise DataError(
+            f"the shards were made with another VAE ({made_with.path}, "
+            f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
+            "again with this model, or name that VAE as model.vae"
+        )

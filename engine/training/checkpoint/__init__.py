@@ -1,0 +1,1 @@
+"""Committed snapshots of a run: their files, what ZeRO divides among ranks, and its rejoining."""

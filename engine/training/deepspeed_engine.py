@@ -1,0 +1,188 @@
+"""Starting DeepSpeed: our optimiser, buckets of the right size, no compiler at first launch.
+
+AdamW that keeps a moving average of what it trains, as one more optimiser state.
+
+DeepSpeed hands an optimiser the float32 master weights of this rank's partition, and steps it only
+when the step is taken. So the average is divided among the ranks under every ZeRO stage, is saved
+and restored with Adam's moments, follows them in offloading, and needs no communication: it costs
+four bytes a trained parameter and one read and write of them a step.
+
+Whole float32 values of what DeepSpeed trains, whichever ZeRO stage has divided them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Size, Tensor, nn
+
+from ..basics.errors import RecipeError
+from ..recipe import Optimizer
+
+STATE = "ema"
+CHUNK = 1 << 24  # elements exchanged at once
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW; ``average = decay * average + (1 - decay) * weight`` after each step.
+
+    The average starts at the weights before the first step.
+    """
+
+    def __init__(self, params: Any, *, decay: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._decay = decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the weights that have a gradient, then their averages."""
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # Not into the state yet: Adam takes a parameter without state for one it has not met.
+        starts = {p: p.detach().clone() for p in weights if STATE not in self.state[p]}
+        loss = super().step(closure)
+        for parameter, start in starts.items():
+            self.state[parameter][STATE] = start
+        if weights:
+            averages = [self.state[p][STATE] for p in weights]
+            torch._foreach_lerp_(averages, weights, 1 - self._decay)
+        return loss
+
+
+@contextmanager
+def averages_in_place(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, the weights an optimiser holds are their averages; they come back bit for bit."""
+    pairs = [(p.data, state[STATE]) for p, state in optimizer.state.items() if STATE in state]
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Swap contents, not tensors: others hold views of these."""
+    for one, other in pairs:
+        for ours, theirs in zip(one.split(CHUNK), other.split(CHUNK), strict=True):
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+
+def start_engine(
+    module: nn.Module,
+    config: dict[str, Any],
+    spec: Optimizer,
+    device: torch.device,
+    ema: float | None = None,
+) -> deepspeed.DeepSpeedEngine:
+    """Hand ``module`` to DeepSpeed; what requires no gradient stays out of the optimiser.
+
+    With ``ema``, a decay, the optimiser keeps a moving average of what it trains.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW if ema is None else partial(AveragingAdamW, decay=ema)
+    optimizer = adamw(
+        trainable,
+        lr=spec.lr,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+        fused=device.type == "cuda",
+    )
+    _skip_shared_memory_build(device)
+    _take_fp16_on_cpu(device)
+    _check_disk(config)
+    _fit_bucket(config, sum(p.numel() for p in trainable))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
+    """Cap ZeRO's reduction bucket at the gradients there are.
+
+    It is allocated whole, and its default of 5e8 elements is more memory than all the training
+    state of most adapters.
+    """
+    zero = config.setdefault("zero_optimization", {})
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), max(trainable, 1))
+
+
+def _skip_shared_memory_build(device: torch.device) -> None:
+    """Keep DeepSpeed from compiling its shared-memory helper for CPU ranks at first launch.
+
+    It takes a C++ compiler and a minute, hangs on the lock of a build that was killed, and speeds
+    up only large all-reduces among many ranks of one machine.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _take_fp16_on_cpu(device: torch.device) -> None:
+    """Let fp16 recipes run on CPUs, for tests: slowly, in PyTorch's own kernels.
+
+    DeepSpeed refuses them where oneDNN has no fp16 instructions to use.
+    """
+    if device.type == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True
+
+
+def _check_disk(config: dict[str, Any]) -> None:
+    """RecipeError if the config offloads to a disk and this machine cannot."""
+    for section in ("offload_optimizer", "offload_param"):
+        offload = config["zero_optimization"].get(section) or {}
+        if offload.get("device") != "nvme":
+            continue
+        folder = offload.get("nvme_path")
+        if folder is None or not Path(folder).is_dir():
+            raise RecipeError(
+                f"zero_optimization.{section}.nvme_path={folder} is no folder of this machine: "
+                "copy the DeepSpeed JSON and name one on a local disk"
+            )
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise RecipeError(
+                f"zero_optimization.{section}.device=nvme needs libaio with its headers, from "
+                "which DeepSpeed builds its reader: apt install libaio-dev"
+            )
+
+
+class TrainedWeights:
+    """The parameters of a network that an engine trains: master weights, or their averages.
+
+    The master weights are float32 in every precision, and the network computes with their rounded
+    values, so a file of them gives the same network when it is loaded in that precision.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, network: nn.Module) -> None:
+        self._engine = engine
+        self._parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+
+    @property
+    def shapes(self) -> dict[str, Size]:
+        """Names, in the network's order, and whole shapes."""
+        return {
+            name: getattr(parameter, "ds_shape", parameter.shape)
+            for name, parameter in self._parameters.items()
+        }
+
+    @contextmanager
+    def averaged(self, wanted: bool) -> Iterator[None]:
+        """Within, the values are the moving averages (if ``wanted``)."""
+        with averages_in_place(self._engine.optimizer.optimizer) if wanted else nullcontext():
+            yield
+
+    def gather(self, name: str) -> Tensor:
+        """One parameter, whole, float32, on the device; all ranks call together."""
+        value = safe_get_full_fp32_param(self._parameters[name])
+        assert value is not None, f"DeepSpeed keeps no master weights of {name}"
+        return value.detach()

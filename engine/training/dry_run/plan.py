@@ -1,0 +1,256 @@
+"""What a recipe will take, computed and not measured: sizes, operations, memory of each rank.
+
+``train.py --dry-run`` prints it. Networks are built from their configs on the meta device, so no
+weights and no shards are read, and a plan for a cluster can be made on a laptop.
+
+Operations are counted, not assumed, and given in units of one denoiser forward over one image.
+
+The plan of a run as tables for a terminal of 80 columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from ....kernels.fuse import fuse
+from ...curriculum.pacing import stage_tiers
+from ...display.terminal import Terminal
+from ...models import DTYPES
+from ...models.adapters import add_lora
+from ...models.tuning import choose_tuning
+from ...recipe import Recipe
+from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
+from ..growth import growth_rows
+from .memory import Row, Sizes, Zero, memory_rows, total
+from .networks import MetaModel, activation_bytes, forward_flops, read_meta_model, training_flops
+
+# Images of a pair that the policy trains on, and forward passes of frozen networks for it. In
+# consistency objectives the target sees an image once and the teacher twice, with its prompt and
+# without.
+PASSES = {
+    "diffusion_dpo": (2, 2),
+    "sft": (1, 0),
+    "consistency_dpo": (2, 8),
+    "consistency_sft": (1, 3),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers behind the tables."""
+
+    networks: dict[str, tuple[int, int]]
+    """Parameters of each network, and how many of them train."""
+    forward_flops: int
+    """Of one denoiser forward over one image: one unit."""
+    training_units: float
+    """Of the policy's forward and backward over one image."""
+    trained_images: int
+    """Images of a pair that the policy is trained on."""
+    frozen_passes: int
+    """Forward passes of frozen networks for a pair, a unit each."""
+    memory: list[Row]
+    """Of each rank."""
+    batches: BatchPlan
+    """How a rank works through its share of a step."""
+    zero_stage: int
+    """ZeRO stage of the run."""
+    tuning: str
+    """The speed knobs that are on, on this machine."""
+
+    @property
+    def units_per_pair(self) -> float:
+        """Of all passes for one pair."""
+        return self.trained_images * self.training_units + self.frozen_passes
+
+
+def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
+    """Compute the plan of a recipe for so many ranks; ``device`` is where `auto` knobs look.
+
+    Raises:
+        RecipeError: as the training itself would, for what does not fit together.
+        OutsideError: for a model whose configs cannot be read.
+    """
+    spec, resolution = recipe.model, recipe.model.resolution
+    config = build_deepspeed_config(recipe, world_size, recipe.run_dir)
+    batches = plan_batches(recipe, world_size)
+    dtype = DTYPES[recipe.train.precision]
+    model = read_meta_model(spec, dtype)
+    stage = int(config["zero_optimization"]["stage"])
+    tuning = choose_tuning(recipe.speed, model.denoiser, device, zero_stage=stage)
+
+    parts = {"denoiser": model.denoiser, "VAE": model.vae, **model.text_encoders}
+    networks = {name: (count_parameters(part), 0) for name, part in parts.items()}
+    unit = forward_flops(model, model.denoiser, resolution)
+    frozen = _frozen_parameters(recipe, model)
+    policy = _build_policy(recipe, model)
+    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    if recipe.adapter.type == "full":
+        networks["denoiser"] = (trained, trained)
+    else:
+        networks["adapter"] = (trained, trained)
+
+    # Operations first: what is fused is no longer made of operators that are counted.
+    training_units = training_flops(model, policy, resolution) / unit
+    if tuning.fused_kernels:
+        fuse(policy)
+    trained_images, frozen_passes = PASSES[recipe.objective.type]
+    sizes = Sizes(
+        policy=count_parameters(policy),
+        trained=trained,
+        frozen=frozen,
+        bytes_per_weight=dtype.itemsize,
+        text_encoders=sum(bytes_of(encoder) for encoder in model.text_encoders.values()),
+        vae=bytes_of(model.vae),
+        activations=activation_bytes(
+            model,
+            policy,
+            trained_images * batches.micro_batch,
+            resolution,
+            checkpointing=tuning.activation_checkpointing,
+        ),
+        averaged=recipe.adapter.ema is not None,
+    )
+    memory = memory_rows(
+        sizes,
+        Zero.from_config(config["zero_optimization"], world_size),
+        streamed_reference=_streams_reference(recipe),
+        encoders="host" if tuning.offload_encoders else "device",
+    )
+    return Plan(
+        networks=networks,
+        forward_flops=unit,
+        training_units=training_units,
+        trained_images=trained_images,
+        frozen_passes=frozen_passes,
+        memory=memory,
+        batches=batches,
+        zero_stage=stage,
+        tuning=str(tuning),
+    )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def bytes_of(network: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _build_policy(recipe: Recipe, model: MetaModel) -> ModelMixin:
+    """The denoiser as it is trained; it stays the model's."""
+    policy: ModelMixin = model.denoiser
+    if recipe.adapter.type == "full":
+        policy.requires_grad_(True)
+    else:
+        policy = add_lora(policy, recipe.adapter, recipe.seed)
+    if recipe.speed.activation_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy.train()
+
+
+def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:
+    """Parameters of frozen networks beside the policy; 0 where they are the policy's own."""
+    size = count_parameters(model.denoiser)
+    frozen = {"reference": size if recipe.adapter.type == "full" else 0}
+    if recipe.model.backbone == "lcm":
+        # The diffusion model before it was distilled: without the projection of the guidance.
+        told = getattr(model.denoiser.time_embedding, "cond_proj", None)
+        frozen["teacher"] = size - (count_parameters(told) if told is not None else 0)
+    return frozen
+
+
+def _streams_reference(recipe: Recipe) -> bool:
+    return recipe.adapter.type == "full" and recipe.train.reference == "offload"
+
+
+GIB = 1 << 30
+HEADS = ("of", "units", "FLOP")
+
+
+def print_plan(recipe: Recipe, world_size: int, terminal: Terminal) -> None:
+    """Compute the plan of a recipe for so many ranks and print it.
+
+    Raises RecipeError and OutsideError as :func:`make_plan`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = make_plan(recipe, world_size, device)
+    _print_header(plan, recipe, world_size, device, terminal)
+    _print_networks(plan, terminal)
+    _print_operations(plan, recipe.train.global_batch, terminal)
+    _print_memory(plan.memory, terminal)
+
+
+def _print_header(
+    plan: Plan, recipe: Recipe, world_size: int, device: torch.device, terminal: Terminal
+) -> None:
+    height, width = recipe.model.resolution
+    batches = plan.batches
+    rows = [
+        ("model", f"{recipe.model.path}, {height}x{width} pixels, {recipe.train.precision}"),
+        ("ranks", f"{world_size}, ZeRO-{plan.zero_stage} of {recipe.deepspeed}"),
+        (
+            "step",
+            f"{recipe.train.global_batch} pairs; on each rank {batches.accumulation} x "
+            f"{batches.micro_batch}",
+        ),
+        ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
+        *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
+    ]
+    terminal.header(f"dry run  {recipe.run_dir}  computed, not measured", rows)
+
+
+def _print_networks(plan: Plan, terminal: Terminal) -> None:
+    cells = [
+        [name, f"{parameters:,}", f"{trained:,}"]
+        for name, (parameters, trained) in plan.networks.items()
+    ]
+    terminal.line()
+    terminal.table("networks", ["network", "parameters", "trained"], cells)
+
+
+def _print_operations(plan: Plan, pairs_per_step: int, terminal: Terminal) -> None:
+    counts = (
+        ("forward, one image", 1.0),
+        ("forward and backward, one image", plan.training_units),
+        ("frozen passes, one pair", plan.frozen_passes),
+        ("all passes, one pair", plan.units_per_pair),
+        ("all passes, one step", plan.units_per_pair * pairs_per_step),
+    )
+    cells = [
+        [name, f"{units:.2f}", flops_text(units * plan.forward_flops)] for name, units in counts
+    ]
+    terminal.line()
+    terminal.table("operations (a unit: one denoiser forward, one image)", HEADS, cells)
+
+
+def _print_memory(rows: list[Row], terminal: Terminal) -> None:
+    whole = total(rows)
+    unit, size = ("GiB", GIB) if whole.device >= GIB else ("MiB", GIB >> 10)
+    places = [place for place in ("device", "host", "nvme") if getattr(whole, place)]
+    cells = [
+        [row.name, *(_number(getattr(row, place) / size) for place in places), row.note]
+        for row in [*rows, whole]
+    ]
+    terminal.line()
+    terminal.table(f"memory of each rank, {unit}", ["of", *places, ""], cells)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value else "–"
+
+
+def flops_text(flops: float) -> str:
+    """With the prefix that leaves one to three digits before the point."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3f} {prefix}FLOP"
+    return f"{flops / 1e6:.3f} MFLOP"

@@ -1,0 +1,248 @@
+"""What a training run tells the outside, every N steps: metrics.jsonl, the monitors, warnings.
+
+Metrics of every optimiser step, kept on the device and moved to the host once in N steps.
+
+A step's row holds sums over pairs, so rows add up over micro-batches and ranks; the division comes
+last. One all-reduce and one copy serve all rows since the previous flush.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..display.terminal import Terminal
+from ..objectives import Loss
+
+QUARTILES = 4
+_SUMS = ("pairs", "winner_error", "loser_error", "margin", "accuracy")
+
+
+class MetricRing:
+    """Rows of sums on the device: for all timesteps, and for each quartile of the timesteps."""
+
+    def __init__(self, capacity: int, num_timesteps: int, device: torch.device) -> None:
+        self._num_timesteps = num_timesteps
+        # Column 0 of the last axis is the whole range, 1..4 the quartiles of t.
+        shape = (capacity, len(_SUMS), 1 + QUARTILES)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._losses = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._norms = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._host: list[dict[str, Any]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._host) == len(self._losses)
+
+    def add(self, loss: Loss, timesteps: Tensor) -> None:
+        """Add one micro-batch to the row of the step in progress."""
+        row = len(self._host)
+        logits = loss.logits.double()
+        values = torch.stack(
+            [
+                torch.ones_like(logits),
+                loss.winner_error.double(),
+                loss.loser_error.double(),
+                logits,
+                # A tie, as at step 0, is neither right nor wrong; NaN has sign 0, and stays NaN.
+                logits.sign().where(~logits.isnan(), logits) / 2 + 0.5,
+            ]
+        )
+        quartile = timesteps * QUARTILES // self._num_timesteps
+        members = torch.nn.functional.one_hot(quartile, QUARTILES).double()
+        everyone = torch.ones_like(members[:, :1])
+        self._sums[row] += values @ torch.cat([everyone, members], dim=1)
+        self._losses[row] += loss.loss.detach().double() * len(logits)
+
+    def close_row(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
+        """End the step in progress; ``host`` is what is known without asking the device."""
+        row = len(self._host)
+        self._norms[row] = float("nan") if gradient_norm is None else gradient_norm
+        self._host.append(host)
+
+    def discard_row(self) -> None:
+        """Forget the step in progress (it was skipped)."""
+        row = len(self._host)
+        self._sums[row].zero_()
+        self._losses[row] = 0
+
+    def flush(self, world_size: int) -> list[dict[str, Any]]:
+        """All closed rows as dictionaries, over all ranks; the ring is empty afterwards."""
+        count = len(self._host)
+        if count == 0:
+            return []
+        flat = torch.cat([self._sums[:count].flatten(1), self._losses[:count, None]], dim=1)
+        if world_size > 1:
+            dist.all_reduce(flat)
+        flat = torch.cat([flat, self._norms[:count, None]], dim=1).cpu()
+        rows = [
+            {**host, **_describe(values)} for host, values in zip(self._host, flat, strict=True)
+        ]
+        self._sums.zero_()
+        self._losses.zero_()
+        self._host.clear()
+        return rows
+
+
+def _describe(values: Tensor) -> dict[str, float | None]:
+    sums = values[:-2].view(len(_SUMS), 1 + QUARTILES)
+    pairs = sums[0]
+    described: dict[str, float | None] = {
+        "loss": float(values[-2] / pairs[0]),
+        "grad_norm": None if values[-1].isnan() else float(values[-1]),
+    }
+    for name, total in zip(_SUMS[1:], sums[1:], strict=True):
+        # NaN where no pair is in the quartile, and where the objective does not compute it.
+        overall, *by_quartile = (None if x != x else x for x in (total / pairs).tolist())
+        described[name] = overall
+        described |= {f"{name}_q{q}": mean for q, mean in enumerate(by_quartile, 1)}
+    return described
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object an optimiser step, in order, without gaps or repetitions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint of ``step``, a torn last line too."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self._lines() if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
+        os.replace(temporary, self.path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows to the end, down to the disk."""
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every complete row."""
+        return self._lines() if self.path.exists() else []
+
+    def _lines(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+
+WINDOWS_BEFORE_WARNING = 3
+
+Event = tuple[str, float, int]
+
+
+class RunLog:
+    """Collects steps on the device and passes them on in windows; all ranks flush together."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        window: int,
+        global_batch: int,
+        num_timesteps: int,
+        world_size: int,
+        device: torch.device,
+        terminal: Terminal,
+        write_events: Callable[[list[Event]], None] | None,
+    ) -> None:
+        self._ring = MetricRing(window, num_timesteps, device)
+        self._file = MetricsFile(run_dir / "metrics.jsonl")
+        self._global_batch = global_batch
+        self._world_size = world_size
+        self._terminal = terminal
+        self._write_events = write_events
+        self._window_started = time.monotonic()
+        self._windows_unlearning = 0
+        self.latest: dict[str, float] = {}
+        """What the progress bar shows of the last window."""
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Time spent inside is not training: it does not lower pairs/s."""
+        stopped = time.monotonic()
+        yield
+        self._window_started += time.monotonic() - stopped
+
+    def start_after(self, step: int) -> None:
+        """Go on after ``step``: what a killed run logged beyond it is forgotten."""
+        self._window_started = time.monotonic()
+        if self._terminal.enabled:
+            self._file.rewind(step)
+
+    def add(self, loss: Loss, timesteps: Tensor) -> None:
+        """Add one micro-batch to the step in progress."""
+        self._ring.add(loss, timesteps)
+
+    def discard_step(self) -> None:
+        """Forget the step in progress: it was skipped."""
+        self._ring.discard_row()
+
+    def close_step(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
+        """End the step in progress, and the window with it if that is full."""
+        self._ring.close_row(host, gradient_norm)
+        if self._ring.is_full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on all closed steps: one all-reduce, one transfer from the device."""
+        rows = self._ring.flush(self._world_size)
+        seconds = time.monotonic() - self._window_started
+        self._window_started = time.monotonic()
+        if not rows or not self._terminal.enabled:
+            return
+        pairs_per_second = len(rows) * self._global_batch / seconds
+        for row in rows:
+            row["pairs_per_second"] = pairs_per_second
+        self._file.append(rows)
+        if self._write_events is not None:
+            self._write_events(_events(rows))
+        self._warn_if_both_errors_rise(rows)
+        shown = {name: rows[-1][name] for name in ("loss", "accuracy")}
+        self.latest = {name: value for name, value in shown.items() if value is not None}
+        self.latest["pairs_s"] = pairs_per_second
+
+    def _warn_if_both_errors_rise(self, rows: list[dict[str, Any]]) -> None:
+        """DPO's known failure: the margin grows while both images become less likely."""
+        if rows[-1]["winner_error"] is None:  # this objective knows no reference
+            return
+        winner = sum(row["winner_error"] for row in rows) / len(rows)
+        loser = sum(row["loser_error"] for row in rows) / len(rows)
+        # A rise of the winner's error that is small beside the loser's is noise of the timesteps.
+        rising = winner > 0 and loser > 0 and winner > 0.5 * loser
+        self._windows_unlearning = self._windows_unlearning + 1 if rising else 0
+        if self._windows_unlearning >= WINDOWS_BEFORE_WARNING:
+            self._terminal.warn(
+                "winner and loser errors both rise above the reference's: the policy is "
+                "unlearning, not preferring; raise objective.beta or lower train.optimizer.lr"
+            )
+
+
+def _events(rows: list[dict[str, Any]]) -> list[Event]:
+    return [
+        (f"train/{name}", value, row["step"])
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, int | float) and name != "step"
+    ]

@@ -1,0 +1,385 @@
+"""The trainer: one for all backbones and objectives; a recipe only chooses among them.
+
+One optimiser step reads the next pairs of every lane, corrupts winner and loser alike, asks the
+reference and the policy what they predict, and lets DeepSpeed take the step. Where the run stands
+is a cursor of integers (steps taken, batches skipped); everything else is a function of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ..basics import keyed
+from ..basics.errors import CdpoError, NumericsError, StopRequested
+from ..basics.failpoints import failpoint
+from ..basics.keyed import Stream
+from ..basics.phases import phase
+from ..curriculum.pacing import Cursor, Pacing, Stage
+from ..display.terminal import Terminal
+from ..models import Backbone, load_backbone
+from ..models.tuning import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
+from ..objectives import Loss, build_objective
+from ..ranks import Ranks
+from ..ranks.launch import bound_waits
+from ..recipe import Recipe
+from ..recipe.identity import save_resolved
+from ..shards.batch import PairBatch
+from ..shards.lanes import LanePlan
+from ..shards.manifest import Manifest, manifest_hash
+from ..shards.reader import ShardReaders
+from ..shards.remote.store import open_store
+from ..shards.store import ShardStore
+from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
+from .batch import BatchMaker, refuse_foreign_shards
+from .checkpoint.partitions import read_partitions, write_partitions
+from .checkpoint.store import CheckpointStore
+from .deepspeed_config import build_deepspeed_config, plan_batches
+from .deepspeed_engine import start_engine
+from .exports import Exports
+from .growth import Growth
+from .log import RunLog
+from .networks import build_networks
+from .samples import TrainingSamples
+
+# Skipped steps in which dynamic loss scaling finds its scale from 2**16: no fault of the data.
+SCALE_SEARCH = 16
+
+
+class Trainer:
+    """A run from its newest checkpoint, or from the start, to its last step."""
+
+    # what is trained, and on what
+    recipe: Recipe
+    shards: ShardStore
+    manifest: Manifest
+    backbone: Backbone
+    engine: deepspeed.DeepSpeedEngine
+    tuning: Tuning
+    stream: PairStream
+    batch_maker: BatchMaker
+    pacing: Pacing
+    growth: Growth
+    # where the run stands
+    cursor: Cursor
+    came_from: Cursor
+    skipped_in_a_row: int
+    # what it leaves behind
+    checkpoints: CheckpointStore
+    log: RunLog
+    samples: TrainingSamples
+    exports: Exports
+
+    def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+        self.ranks = ranks
+        self.recipe = recipe
+        self.terminal = terminal
+        self.run_dir = Path(recipe.run_dir)
+        self.batches = plan_batches(recipe, ranks.world_size)
+        config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
+        choose_kernels(recipe.train.kernels, ranks.device)
+
+        self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
+        self.manifest = ranks.on_first(self.shards.manifest)
+        self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
+        self.cursor = self.came_from = Cursor.start(self.pacing)
+        self.skipped_in_a_row = 0
+        self.stream = self._open_stream()
+
+        failpoint("train.start")
+        self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
+        refuse_foreign_shards(recipe, self.manifest, self.backbone)
+        objective = build_objective(recipe.objective)
+        stage = int(config["zero_optimization"]["stage"])
+        self.tuning = choose_tuning(
+            recipe.speed, self.backbone.denoiser, ranks.device, zero_stage=stage
+        )
+        networks = build_networks(recipe, self.backbone, objective, self.tuning)
+        self.engine = start_engine(
+            networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
+        )
+        self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
+        bound_waits(recipe.cluster.timeout_minutes)
+        order_weights(self.tuning, networks.policy, *networks.frozen)
+
+        self.checkpoints = CheckpointStore(
+            self.run_dir / "checkpoints",
+            ranks,
+            recipe,
+            data_hash=manifest_hash(self.manifest),
+            keep=recipe.checkpoint.keep,
+        )
+        self.log = RunLog(
+            self.run_dir,
+            window=recipe.train.log_every,
+            global_batch=recipe.train.global_batch,
+            num_timesteps=self.backbone.noise.num_timesteps,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            terminal=terminal,
+            write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
+        )
+        self.samples = TrainingSamples(recipe, self.backbone, ranks)
+        self.batch_maker = BatchMaker(
+            recipe, self.backbone, self.manifest.resolution, ranks.device, self.manifest.kind
+        )
+        self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks)
+
+    def _open_stream(self) -> PairStream:
+        """The pairs of this rank; absent shards are found here, before a model is loaded."""
+        plan = LanePlan(
+            self.manifest,
+            seed=self.recipe.seed,
+            world_size=self.ranks.world_size,
+            rank=self.ranks.rank,
+            global_batch=self.recipe.train.global_batch,
+            shuffle_shards=self.recipe.data.shuffle_shards,
+        )
+        data = self.recipe.data
+        stream = PairStream(
+            plan,
+            ShardReaders(self.shards, self.manifest, image_workers=data.workers),
+            self.pacing,
+            workers=data.workers,
+            timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
+            pin=self.ranks.device.type == "cuda",
+        )
+        self.ranks.together(stream.check_present)  # a shard may be missing for one rank alone
+        return stream
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What will be done, for the head of the terminal."""
+        recipe, spec = self.recipe, self.recipe.train
+        trainable = sum(
+            getattr(p, "ds_numel", p.numel())
+            for p in self.engine.module.policy.parameters()
+            if p.requires_grad
+        )
+        stages = f"{len(self.pacing.stages)} stages, {recipe.curriculum.order}"
+        rows = [
+            (
+                "train",
+                f"{spec.steps} steps x {spec.global_batch} pairs, {trainable:,} parameters, "
+                f"{spec.precision}, ZeRO-{self.engine.zero_optimization_stage()}, "
+                f"{self.ranks.world_size} x {self.ranks.device.type}",
+            ),
+            ("speed", str(self.tuning)),
+            ("pairs", f"{self.manifest.num_pairs} in {self.manifest.tiers} tiers; {stages}"),
+        ]
+        if self.pacing.unreached:
+            never = ", ".join(str(stage.index + 1) for stage in self.pacing.unreached)
+            rows.append(("note", f"stages {never} never open: train.steps ends before them"))
+        return [*rows, *self.growth.describe()]
+
+    # The run
+
+    def resume(self) -> bool:
+        """Go to the newest checkpoint, if there is one; whether there was."""
+        cursor = self.checkpoints.load_newest(self._read_checkpoint)
+        for problem in self.checkpoints.passed_over:
+            self.terminal.warn(f"checkpoint {problem}; it is passed over")
+        if cursor is not None:
+            self.cursor = self.came_from = cursor
+        return cursor is not None
+
+    def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
+        note = read_partitions(self.engine, self.ranks, folder, saved_ranks)
+        if note is not None:
+            self.terminal.line(note)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every step is taken and the result is exported."""
+        if self.cursor.step < self.recipe.train.steps:
+            return False
+        # The run may have been extended and killed before its last export.
+        return self.exports.is_published(self.checkpoints.folder_of(self.cursor.step))
+
+    def run(self, after_step: Callable[[], object] = lambda: None) -> None:
+        """Train to the last step; NumericsError and StopRequested end it early, checkpoint made.
+
+        ``after_step`` is called when a step is taken and logged, before its checkpoint.
+        """
+        self.log.start_after(self.cursor.step)
+        if self.ranks.is_first:
+            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+            self.samples.start_after(self.cursor.step)
+        steps = self.recipe.train.steps
+        label = "train" if self.cursor.step == 0 else "train (resumed)"
+        progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
+        with progress as self.progress:
+            while self.cursor.step < steps:
+                self._sample_if_due()
+                pairs = self._next_pairs()
+                if self._take_step(pairs):
+                    after_step()
+                    self._checkpoint_if_due()
+        self._sample_if_due()
+        if self.ranks.asked_to_stop():
+            self._stop()
+        self.exports.publish(self.checkpoints.folder_of(self.cursor.step))
+        self.stream.close()
+
+    def _stop(self) -> None:
+        if self.cursor != self.came_from:
+            self._save()
+        raise StopRequested(
+            f"stopped on request after step {self.cursor.step}; the same command goes on from there"
+        )
+
+    def _next_pairs(self) -> PairBatch:
+        """The pairs of the next step; all ranks learn here that one cannot go on, or is to stop."""
+        failure: CdpoError | None = None
+        stop = False
+        try:
+            with phase("data"):
+                step, skips = self.cursor.step, self.cursor.skips
+                pairs = self.stream.next(step, skips, self.ranks.hear_of_stop)
+        except CdpoError as error:
+            failure = error
+        except WaitInterrupted:  # without pairs, but in time for the others, who wait below
+            stop = True
+        code = failure.exit_code if failure else 0
+        stop = stop or self.ranks.stop.requested
+        code, stopping = self._highest_of_ranks(code, int(stop))
+        if code:
+            # The launcher ends the other ranks when the first has left: all must know the reason.
+            self.ranks.agree(failure)
+        if stopping:
+            self._stop()
+        return pairs
+
+    def _take_step(self, pairs: PairBatch) -> bool:
+        """One optimiser step; whether it was taken (all ranks skip together)."""
+        stage = self.pacing.stage_at(self.cursor.step)
+        self.growth.enter(stage)
+        lr = self._set_learning_rate()
+        failpoint("train.step")
+        for index, part in enumerate(pairs.split(self.batches.micro_batch)):
+            self._seed_dropout(index)
+            self._forward_backward(part)
+        if self.engine.optimizer.overflow:
+            self._skip()
+            return False
+        self._finish_step(stage, lr)
+        return True
+
+    def _forward_backward(self, pairs: PairBatch) -> None:
+        batch = self.batch_maker.make(pairs)
+        loss: Loss = self.engine(batch)
+        with phase("backward"):
+            if failpoint("train.loss") == "nan":
+                loss.loss.data.fill_(float("nan"))
+                self.engine.backward(loss.loss * float("nan"))
+            else:
+                self.engine.backward(loss.loss)
+        with phase("log"):
+            self.log.add(loss, batch.draw.timesteps)
+        # At the last micro-batch of a step this reduces, clips and updates; or, where the norm of
+        # the gradient is not finite on any rank, drops the gradients on all of them.
+        with phase("optimizer"):
+            self.engine.step()
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Adapter dropout draws from torch's own generator: make it a function of the step."""
+        if self.recipe.adapter.dropout:
+            batch = self.cursor.step + sum(self.cursor.skips)
+            item = (batch << 16 | self.ranks.rank) << 16 | micro_batch
+            keys = keyed.make_keys(self.recipe.seed, Stream.ADAPTER_DROPOUT, [item])
+            torch.manual_seed(int(keyed.integers(keys, 2**31)))
+
+    def _set_learning_rate(self) -> float:
+        """Linear warm-up, then constant; a function of the step, so a resume needs no scheduler."""
+        spec = self.recipe.train
+        warm = min(1.0, (self.cursor.step + 1) / max(1, spec.warmup_steps))
+        lr = spec.optimizer.lr * warm
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _finish_step(self, stage: Stage, lr: float) -> None:
+        self.cursor = self.cursor.advanced()
+        self.skipped_in_a_row = 0
+        host = {
+            "step": self.cursor.step,
+            "stage": stage.index + 1,
+            "tiers": list(stage.tiers),
+            **self.growth.row,
+            "lr": lr,
+            "skipped": sum(self.cursor.skips),
+        }
+        with phase("log"):
+            self.log.close_step(host, self.engine.get_global_grad_norm())
+        shown: dict[str, float | str] = {
+            "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
+            **{name: str(count) for name, count in self.growth.row.items()},
+            **self.log.latest,
+        }
+        self.progress.advance(1, **shown)
+
+    def _skip(self) -> None:
+        """Count a non-finite step; it advances neither schedule nor curriculum."""
+        self.log.discard_step()
+        self.cursor = self.cursor.skipped(self.pacing)
+        self.skipped_in_a_row += 1
+        searching = SCALE_SEARCH if self.recipe.train.precision == "fp16" else 0
+        if self.skipped_in_a_row > searching:
+            self.terminal.warn(
+                f"step {self.cursor.step + 1}: loss or gradients not finite; batch skipped on all "
+                "ranks"
+            )
+        if self.skipped_in_a_row >= self.recipe.train.max_skipped + searching:
+            self._save()
+            raise NumericsError(
+                f"{self.skipped_in_a_row} batches in a row gave non-finite loss or gradients after "
+                f"step {self.cursor.step}, whose state is saved: lower train.optimizer.lr or "
+                "objective.beta, or train in a wider precision"
+            )
+
+    # What the run leaves behind
+
+    def _sample_if_due(self) -> None:
+        if self.samples.is_due(self.cursor.step):
+            policy = self.engine.module.policy
+            policy.eval()
+            with self.log.clock_stopped(), uncompiled(policy):
+                try:
+                    self.samples.draw(policy, self.cursor.step)
+                except NumericsError as error:  # a missing picture is no reason to stop training
+                    self.terminal.warn(f"no sample picture of step {self.cursor.step}: {error}")
+            policy.train()
+
+    def _checkpoint_if_due(self) -> None:
+        step = self.cursor.step
+        if step == self.recipe.train.steps or step % self.recipe.checkpoint.every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
+        with self.log.clock_stopped():
+            self.checkpoints.save(self.cursor, self._write_checkpoint)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Both parts on every rank, whatever fails: each of them meets the other ranks."""
+        errors: list[OSError | RuntimeError] = []
+        partitions = partial(write_partitions, self.engine, rank=self.ranks.rank)
+        for write in (partitions, self.exports.write_adapters):
+            try:
+                write(folder)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _highest_of_ranks(self, *values: int) -> list[int]:
+        """Each value, the highest of all ranks: one small all-reduce."""
+        if self.ranks.world_size == 1:
+            return list(values)
+        highest = torch.tensor(values, dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return [int(value) for value in highest.tolist()]

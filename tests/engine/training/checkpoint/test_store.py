@@ -1,0 +1,184 @@
+"""What ranks agree on about a checkpoint; the files here are made up, DeepSpeed's elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cdpo.engine.basics.errors import CheckpointError, RecipeError
+from cdpo.engine.curriculum.pacing import Cursor
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.training.checkpoint import store as checkpoint
+from cdpo.engine.training.checkpoint.store import CheckpointStore
+from together import on_ranks
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Callable[..., Recipe]) -> Recipe:
+    return tiny_recipe()
+
+
+def store(ranks: Ranks, recipe: Recipe) -> CheckpointStore:
+    folder = Path(recipe.run_dir) / "checkpoints"
+    return CheckpointStore(folder, ranks, recipe, data_hash="d" * 64, keep=2)
+
+
+def save(recipe: Recipe, *steps: int, ranks: int = 2) -> list[object]:
+    def work(each: Ranks) -> None:
+        def write(folder: Path) -> None:
+            name = f"zero_pp_rank_{each.rank}_mp_rank_00_optim_states.pt"
+            (folder / name).write_bytes(bytes(64 + each.rank))
+
+        for step in steps:
+            store(each, recipe).save(Cursor(step, ()), write)
+
+    return on_ranks(ranks, work)
+
+
+def load(recipe: Recipe, ranks: int = 2) -> list[object]:
+    """The step that each rank goes on from, or its error."""
+
+    def work(each: Ranks) -> int | None:
+        cursor = store(each, recipe).load_newest(lambda folder, ranks: None)
+        return cursor and cursor.step
+
+    return on_ranks(ranks, work)
+
+
+def folders(recipe: Recipe) -> list[str]:
+    return sorted(path.name for path in Path(recipe.run_dir).glob("checkpoints/*"))
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the files that are hashed again."""
+    names: list[str] = []
+
+    def note(folder: Path, name: str, entry: dict[str, object]) -> None:
+        names.append(name)
+        real(folder, name, entry)
+
+    real = checkpoint.check_file
+    monkeypatch.setattr(checkpoint, "check_file", note)
+    yield names
+
+
+def agreed(outcomes: list[object], message: str) -> None:
+    assert all(isinstance(outcome, CheckpointError) for outcome in outcomes), outcomes
+    assert {str(outcome) for outcome in outcomes} == {str(outcomes[0])}
+    assert message in str(outcomes[0])
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_every_file_is_read_once_by_one_rank(recipe, checked, readers) -> None:
+    save(recipe, 4)
+    written = sorted(checked)
+    assert len(written) == 3 == len(set(written))  # two partitions and the recipe
+    checked.clear()
+    assert load(recipe, readers) == [4] * readers
+    assert sorted(checked) == written
+
+
+def test_a_file_that_one_rank_cannot_read_is_passed_over_by_all(recipe, monkeypatch) -> None:
+    save(recipe, 2, 4)
+    real = checkpoint.check_file
+
+    def stale(folder: Path, name: str, entry: dict[str, object]) -> None:
+        if "pp_rank_1_" in name and folder.name.endswith("4"):
+            raise OSError(116, "Stale file handle")
+        real(folder, name, entry)
+
+    monkeypatch.setattr(checkpoint, "check_file", stale)
+    assert load(recipe) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"step": 4', '"step": 5'),
+        ('"skips": []', '"skips": [1]'),
+        ('"world_size": 2', '"world_size": 1'),
+        ('"format": 2', '"format": 1'),
+        ("{", "["),
+    ],
+)
+def test_a_manifest_that_has_changed_is_no_manifest(recipe, before, after) -> None:
+    save(recipe, 2, 4)
+    path = Path(recipe.run_dir) / "checkpoints" / "step-00000004" / "MANIFEST.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    assert load(recipe) == [2, 2]
+
+
+def test_a_list_is_no_manifest_either(recipe) -> None:
+    save(recipe, 2, 4)
+    (Path(recipe.run_dir) / "checkpoints" / "step-00000004" / "MANIFEST.json").write_text("[]")
+    assert load(recipe) == [2, 2]
+
+
+def test_a_folder_under_the_name_of_another_step_does_not_count(recipe) -> None:
+    save(recipe, 2)
+    folder = Path(recipe.run_dir) / "checkpoints"
+    (folder / "step-00000002").rename(folder / "step-00000009")
+    agreed(load(recipe), "step-00000009: it is the checkpoint of step 2, under another name")
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(recipe) -> None:
+    assert load(recipe) == [None, None]
+    save(recipe, 2)
+    folder = Path(recipe.run_dir) / "checkpoints"
+    (folder / "step-00000002").rename(folder / "moved")
+    agreed(load(recipe), "are gone, of which there were some")
+
+
+def test_older_ones_stay_until_the_new_one_is_read_back(recipe, monkeypatch) -> None:
+    save(recipe, 2, 4)
+    real = checkpoint.check_file
+
+    def rotten(folder: Path, name: str, entry: dict[str, object]) -> None:
+        if folder.name.endswith("6") and "pp_rank_1_" in name:
+            raise ValueError(f"{name} has changed since it was written")
+        real(folder, name, entry)
+
+    monkeypatch.setattr(checkpoint, "check_file", rotten)
+    agreed(save(recipe, 6), "step-00000006 cannot be written: zero_pp_rank_1")
+    agreed(save(recipe, 6), "step-00000004 is untouched")
+    assert {"step-00000002", "step-00000004"} <= set(folders(recipe))
+    latest = Path(recipe.run_dir) / "checkpoints" / "latest"
+    assert latest.read_text() == "step-00000004\n"
+    assert load(recipe) == [4, 4]
+
+
+def test_no_rank_waits_for_one_that_cannot_write_the_recipe(recipe, monkeypatch) -> None:
+    def full(recipe: Recipe, path: Path) -> None:
+        raise RecipeError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_resolved", full)
+    agreed(save(recipe, 2), "No space left on device")
+
+
+def test_an_old_one_that_cannot_be_removed_is_no_reason_to_stop(recipe, monkeypatch) -> None:
+    save(recipe, 2, 4)
+    # A file system over the network keeps names of files that somebody has open.
+    real = checkpoint.shutil.rmtree
+
+    def busy(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.name == "step-00000002":
+            if not ignore_errors:
+                raise OSError(39, "Directory not empty")
+        else:
+            real(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    assert save(recipe, 6) == [None, None]
+    assert load(recipe) == [6, 6]
+
+
+def test_what_the_manifest_names(recipe) -> None:
+    save(recipe, 2)
+    path = Path(recipe.run_dir) / "checkpoints" / "step-00000002" / "MANIFEST.json"
+    assert len(json.loads(path.read_text())["files"]) == 3

@@ -1,0 +1,160 @@
+"""What `train.py --dry-run` prints for each shipped recipe of a real model, under each ZeRO stage.
+
+Sizes and operations are held against published figures, memory against a computation of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.training.dry_run import plan as plan_module
+from cdpo.engine.training.dry_run.plan import print_plan
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "tests" / "assets" / "configs"
+RANKS = 4
+GIB = 1 << 30
+VAE = 83_653_863
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Published figures of a recipe's model, and the adapter's size."""
+
+    configs: str
+    unet: int
+    text: int
+    adapter: int
+    tera: float
+    """Operations of a unit, 10^12 FLOP."""
+    teacher: int = 0
+
+
+def attention_adapter(widths: dict[int, int], context: int, rank: int = 8) -> int:
+    """r (in + out) of to_q, to_k, to_v, to_out of self- and cross-attention, in so many
+    transformer blocks of each width.
+    """
+    return sum(
+        count * rank * (6 * 2 * width + 2 * (context + width)) for width, count in widths.items()
+    )
+
+
+SD_BLOCKS = {320: 5, 640: 5, 1280: 6}
+XL_BLOCKS = {640: 5 * 2, 1280: 6 * 10}
+SD15 = 859_520_964
+EXPECTED = {
+    "sd15": Expected("sd15", SD15, 123_060_480, attention_adapter(SD_BLOCKS, 768), 0.803),
+    "sd21": Expected("sd21", 865_910_724, 340_387_840, attention_adapter(SD_BLOCKS, 1024), 2.149),
+    "sdxl": Expected("sdxl", 2_567_463_684, 817_720_320, attention_adapter(XL_BLOCKS, 2048), 6.761),
+    # Stable Diffusion 1.5 and a projection of the guidance, 256 to 320; the adapter is that of
+    # latent-consistency/lcm-lora-sdv1-5, whose page says 67.5 M.
+    "lcm": Expected("sd15", SD15 + 256 * 320, 123_060_480, 67_500_000, 2.148, teacher=SD15),
+}
+
+
+def recipe_of(name: str, folder: Path, stage: int = 2) -> Recipe:
+    """A shipped recipe, its model being configs alone."""
+    expected = EXPECTED[name]
+    model = shutil.copytree(CONFIGS / expected.configs, folder / "model", dirs_exist_ok=True)
+    if name == "lcm":
+        path = model / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time_cond_proj_dim": 256}))
+    mine = [f"model.path={model}", "model.vae=null", f"deepspeed=ds_configs/zero{stage}.json"]
+    return load_recipe(ROOT / "recipes" / f"{name}_cdpo.yaml", mine)
+
+
+def printed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The rows of all tables by their names, as text."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(ROOT)
+    out = io.StringIO()
+    print_plan(recipe, RANKS, Terminal(stdout=out))
+    lines = (re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines())
+    return {name: cells for name, *cells in lines if cells}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_dry_run_of_a_shipped_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, recipe = EXPECTED[name], recipe_of(name, tmp_path)
+    rows = printed(recipe, monkeypatch)
+    assert rows["denoiser"] == [f"{expected.unet:,}", "0"]
+    assert rows["VAE"] == [f"{VAE:,}", "0"]
+    text = [int(rows[key][0].replace(",", "")) for key in rows if key.startswith("text_encoder")]
+    assert sum(text) == expected.text and len(text) == (2 if name == "sdxl" else 1)
+    adapter, trained = (int(cell.replace(",", "")) for cell in rows["adapter"])
+    assert adapter == trained
+    if name == "lcm":
+        assert trained == pytest.approx(expected.adapter, rel=0.005)
+    else:
+        assert trained == expected.adapter
+
+    unit = rows["forward, one image"]
+    assert unit[0] == "1.00" and flops(unit[1]) / 1e12 == pytest.approx(expected.tera, rel=0.01)
+    training = float(rows["forward and backward, one image"][0])
+    frozen = 8 if name == "lcm" else 2
+    assert rows["frozen passes, one pair"][0] == f"{frozen:.2f}"
+    assert float(rows["all passes, one pair"][0]) == pytest.approx(2 * training + frozen, abs=0.02)
+    a_step = recipe.train.global_batch * (2 * training + frozen)
+    assert float(rows["all passes, one step"][0]) == pytest.approx(a_step, rel=0.005)
+
+    # Stages differ in memory alone: the other two need not count what was counted.
+    counted = {
+        "forward_flops": int(flops(unit[1])),
+        "training_flops": int(training * flops(unit[1])),
+        "activation_bytes": int(float(rows["activations"][0]) * GIB),
+    }
+    assert counted["activation_bytes"] > GIB
+    assert_memory(rows, expected, trained, stage=2)
+    for what, value in counted.items():
+        monkeypatch.setattr(plan_module, what, lambda *_, value=value, **__: value)
+    for stage in (1, 3):
+        other = printed(recipe_of(name, tmp_path, stage), monkeypatch)
+        assert f"{RANKS}, ZeRO-{stage} of ds_configs/zero{stage}.json" in other["ranks"]
+        assert other["activations"][0] == rows["activations"][0]
+        assert_memory(other, expected, trained, stage)
+
+
+def assert_memory(rows: dict[str, list[str]], expected: Expected, trained: int, stage: int) -> None:
+    """bf16 weights and gradients; AdamW keeps two moments and the weights in float32."""
+
+    def shared(elements: int, since: int) -> int:
+        return math.ceil(elements / RANKS) if stage >= since else elements
+
+    policy = expected.unet + trained
+    gathered = min(10**9, policy + expected.teacher) if stage == 3 else 0
+    sizes = {
+        "policy weights": 2 * shared(policy, 3),
+        "teacher": 2 * shared(expected.teacher, 3),
+        "gathered weights": 2 * gathered,
+        "gradients": 2 * shared(trained, 2),
+        "float32 gradients": 4 * shared(trained, 1),
+        "AdamW, float32 weights": 12 * shared(trained, 1),
+        "reduction buckets": 2 * 2 * min(50_000_000, trained),
+        "text encoders": 2 * expected.text,
+        "VAE, float32": 4 * VAE,
+    }
+    for name, size in sizes.items():
+        if size:
+            assert float(rows[name][0]) == pytest.approx(size / GIB, abs=0.0051), name
+        else:
+            assert name not in rows
+    assert rows["reference"] == ["–", "the policy's own"]
+    whole = sum(sizes.values()) / GIB + float(rows["activations"][0])
+    assert float(rows["total"][0]) == pytest.approx(whole, abs=0.02)
+
+
+def flops(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15}[unit]

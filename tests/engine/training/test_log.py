@@ -1,0 +1,194 @@
+"""Metrics against plain numpy over all pairs of a step, however they were split and summed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cdpo.engine.objectives import Loss
+from cdpo.engine.training.log import MetricRing, MetricsFile
+
+NUM_TIMESTEPS = 1000
+NAMES = ("winner_error", "loser_error", "margin", "accuracy")
+
+
+def micro_batch(seed: int, timesteps: list[int], scale: float = 1.0) -> tuple[Loss, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits, winner, loser = (
+        scale * torch.randn(len(timesteps), generator=generator) for _ in range(3)
+    )
+    loss = -torch.nn.functional.logsigmoid(logits).mean()
+    return Loss(loss, logits, winner, loser), torch.tensor(timesteps)
+
+
+def ring(capacity: int = 4) -> MetricRing:
+    return MetricRing(capacity, NUM_TIMESTEPS, torch.device("cpu"))
+
+
+def oracle(parts: list[tuple[Loss, torch.Tensor]]) -> dict[str, float | None]:
+    """Means over all pairs of a step, and over those with t in each quarter of 0..999."""
+    logits = np.concatenate([loss.logits.numpy() for loss, _ in parts]).astype(float)
+    columns = {
+        "winner_error": np.concatenate([loss.winner_error.numpy() for loss, _ in parts]),
+        "loser_error": np.concatenate([loss.loser_error.numpy() for loss, _ in parts]),
+        "margin": logits,
+        "accuracy": np.where(logits > 0, 1.0, np.where(logits < 0, 0.0, 0.5)),
+    }
+    times = np.concatenate([timesteps.numpy() for _, timesteps in parts])
+    expected: dict[str, float | None] = {"loss": float(np.log1p(np.exp(-logits)).mean())}
+    for name, values in columns.items():
+        expected[name] = float(values.astype(float).mean())
+        for quartile in range(4):
+            inside = (times >= 250 * quartile) & (times < 250 * (quartile + 1))
+            mean = float(values[inside].astype(float).mean()) if inside.any() else None
+            expected[f"{name}_q{quartile + 1}"] = mean
+    return expected
+
+
+def assert_row(row: dict[str, object], expected: dict[str, float | None]) -> None:
+    for name, value in expected.items():
+        assert row[name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
+
+
+def test_a_row_is_the_mean_over_the_pairs_of_its_step():
+    metrics = ring()
+    part = micro_batch(0, [0, 249, 250, 499, 500, 749, 750, 999])
+    metrics.add(*part)
+    metrics.close_row({"step": 7, "lr": 0.1}, 2.5)
+    [row] = metrics.flush(world_size=1)
+    assert (row["step"], row["lr"], row["grad_norm"]) == (7, 0.1, 2.5)
+    assert_row(row, oracle([part]))
+
+
+def test_micro_batches_add_up_whatever_their_size():
+    parts = [micro_batch(1, [10, 600]), micro_batch(2, [300, 999, 5, 5, 700]), micro_batch(3, [0])]
+    metrics = ring()
+    for part in parts:
+        metrics.add(*part)
+    metrics.close_row({}, torch.tensor(1.5))
+    [row] = metrics.flush(world_size=1)
+    assert row["grad_norm"] == 1.5
+    assert_row(row, oracle(parts))
+
+
+def test_a_quartile_without_pairs_has_no_mean():
+    metrics = ring()
+    metrics.add(*micro_batch(0, [0, 100, 800]))
+    metrics.close_row({}, 1.0)
+    [row] = metrics.flush(world_size=1)
+    for name in NAMES:
+        assert row[f"{name}_q1"] is not None and row[f"{name}_q4"] is not None
+        assert row[f"{name}_q2"] is None and row[f"{name}_q3"] is None
+
+
+def test_a_tie_is_neither_right_nor_wrong():
+    metrics = ring()
+    metrics.add(*micro_batch(0, [1, 2, 3], scale=0.0))
+    metrics.close_row({}, 1.0)
+    [row] = metrics.flush(world_size=1)
+    assert row["accuracy"] == 0.5 and row["margin"] == 0.0
+
+
+def test_small_numbers_do_not_drown_in_large_sums():
+    """Sums are float64: 1e-9 beside 1 is there after a thousand micro-batches."""
+    metrics = ring()
+    zero = torch.zeros(1)
+    for _ in range(1000):
+        tiny, one = torch.full((1,), 1e-9), torch.ones(1)
+        metrics.add(Loss(torch.tensor(0.0), zero, one, zero), torch.tensor([5]))
+        metrics.add(Loss(torch.tensor(0.0), zero, tiny, zero), torch.tensor([5]))
+    metrics.close_row({}, 1.0)
+    [row] = metrics.flush(world_size=1)
+    assert row["winner_error"] - 0.5 == pytest.approx(0.5e-9, rel=1e-3)
+
+
+def test_rows_are_flushed_in_order_and_the_ring_starts_again():
+    metrics = ring(capacity=2)
+    assert metrics.flush(world_size=1) == []
+    for first in (0, 2):
+        parts = [micro_batch(first + index, [index, 900]) for index in range(2)]
+        for index, part in enumerate(parts):
+            assert not metrics.is_full
+            metrics.add(*part)
+            metrics.close_row({"step": first + index}, 0.0)
+        assert metrics.is_full
+        rows = metrics.flush(world_size=1)
+        assert [row["step"] for row in rows] == [first, first + 1]
+        for row, part in zip(rows, parts, strict=True):
+            assert_row(row, oracle([part]))
+    assert metrics.flush(world_size=1) == []
+
+
+def test_a_discarded_step_leaves_nothing_even_if_it_was_nan():
+    metrics = ring()
+    kept, bad, after = micro_batch(0, [5, 900]), micro_batch(1, [400, 1]), micro_batch(2, [3])
+    metrics.add(*kept)
+    metrics.close_row({"step": 1}, 1.0)
+    nan = torch.tensor(float("nan"))
+    metrics.add(
+        Loss(nan, bad[0].logits * nan, bad[0].winner_error * nan, nan * torch.ones(2)), bad[1]
+    )
+    metrics.discard_row()
+    metrics.add(*after)
+    metrics.close_row({"step": 2}, 1.0)
+    rows = metrics.flush(world_size=1)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert_row(rows[0], oracle([kept]))
+    assert_row(rows[1], oracle([after]))
+
+
+def test_rows_survive_as_strict_json():
+    """A gradient norm that is not known is null: NaN is no JSON, and other readers refuse it."""
+    metrics = ring()
+    metrics.add(*micro_batch(0, [5]))
+    metrics.close_row({"step": 1}, None)
+    [row] = metrics.flush(world_size=1)
+    assert row["grad_norm"] is None
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+# The file
+
+
+def rows(*steps: int) -> list[dict[str, object]]:
+    return [{"step": step, "loss": 0.5 * step} for step in steps]
+
+
+def test_rows_are_appended(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.read() == []
+    file.append(rows(1, 2))
+    file.append(rows(3))
+    assert file.read() == rows(1, 2, 3)
+    assert [json.loads(line) for line in file.path.read_text().splitlines()] == rows(1, 2, 3)
+
+
+def test_rewind_drops_what_came_after_the_checkpoint(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.rewind(5)
+    assert not file.path.exists()
+    file.append(rows(1, 2, 3, 4))
+    file.rewind(2)
+    assert file.read() == rows(1, 2)
+    file.append(rows(3))
+    assert file.read() == rows(1, 2, 3)
+    file.rewind(0)
+    assert file.read() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.5}', "\0\0\0\0"])
+def test_rewind_drops_a_torn_last_line(tmp_path: Path, torn: str):
+    """A line may end anywhere; whole but for its line end, the next row must not join it."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append(rows(1, 2))
+    with file.path.open("a") as stream:
+        stream.write(torn)
+    assert file.read()[:2] == rows(1, 2)
+    file.rewind(3)
+    file.append(rows(4))
+    assert [row["step"] for row in file.read()] in ([1, 2, 4], [1, 2, 3, 4])
+    file.rewind(2)
+    file.append(rows(3))
+    assert file.read() == rows(1, 2, 3)

@@ -1,0 +1,171 @@
+"""Knobs of memory and speed through the trainer: losses, loss scaling, offload to host and disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from cdpo.engine.training.trainer import SCALE_SEARCH
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from launching import World, losses, metrics
+
+ROOT = Path(__file__).parents[2]
+CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")  # see test_trainer.py
+LOG_2 = math.log(2)
+KNOBS = (
+    "speed.channels_last=on",
+    "speed.fused_kernels=on",
+    "speed.activation_checkpointing=true",
+    "speed.encoders=offload",
+)
+
+
+@pytest.fixture(scope="module")
+def plain(world: World) -> list[float]:
+    run = world.folder / "plain_speed"
+    world.train(run, *CALM).succeeded()
+    return losses(run)
+
+
+def test_checkpointing_and_offloaded_encoders_change_no_loss(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    outcome = world.train(
+        tmp_path / "run", *CALM, "speed.activation_checkpointing=true", "speed.encoders=offload"
+    ).succeeded()
+    assert losses(tmp_path / "run") == plain
+    assert "speed  attention sdpa, activation checkpointing, encoders offloaded" in outcome.text
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_all_eager_knobs_at_once_under_each_stage(
+    world: World, plain: list[float], tmp_path: Path, zero: int
+) -> None:
+    world.train(tmp_path / "run", *CALM, *KNOBS, zero=zero).succeeded()
+    assert losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-4)
+
+
+def test_prepare_and_compare_take_the_knobs(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mine = [f"run_dir={run}", "train.steps=2", *KNOBS]
+    for verb in ("prepare", "train", "compare"):
+        world.server.run(verb, world.recipe, mine).succeeded()
+    assert (run / "compare" / "report.html").exists()
+
+
+def test_a_missing_attention_package_is_one_line(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", "speed.attention=flash")
+    assert outcome.code == 2
+    assert "speed.attention=flash" in outcome.text and "pip install" in outcome.text
+    assert "Traceback" not in outcome.text
+
+
+def test_compilation_is_refused_under_zero_3(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", "speed.compile=regional", zero=3)
+    assert outcome.code == 2
+    assert "does not go with ZeRO-3" in outcome.text and "Traceback" not in outcome.text
+
+
+# --------------------------------------------------------------------------------------------------
+# fp16
+
+
+def config(tmp_path: Path, **fp16: object) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": fp16}))
+    return f"deepspeed={path}"
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_fp16_finds_its_loss_scale_starts_at_log_2_and_trains(
+    world: World, tmp_path: Path, zero: int
+) -> None:
+    world.train(tmp_path / "run", "train.precision=fp16", zero=zero).succeeded()
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert all(math.isfinite(loss) and loss != found[0] for loss in found[1:])
+    # At beta = 5000 gradients overflow under the first scales, 2**16 and below.
+    skipped = [row["skipped"] for row in metrics(tmp_path / "run")]
+    assert 0 < skipped[0] <= skipped[-1] < SCALE_SEARCH
+
+
+def test_each_overflow_halves_the_loss_scale(world: World, tmp_path: Path) -> None:
+    """Three powers of two more at the start are three skipped batches more; from 2**8 none is."""
+    skipped = {}
+    for power in (8, 14, 17):
+        run = tmp_path / str(power)
+        start = config(tmp_path, initial_scale_power=power, hysteresis=1)
+        world.train(run, start, "train.precision=fp16", "train.steps=1").succeeded()
+        [row] = metrics(run)
+        assert row["loss"] == pytest.approx(LOG_2, abs=1e-6) and math.isfinite(row["grad_norm"])
+        skipped[power] = row["skipped"]
+    assert skipped[8] == 0 < skipped[14]
+    assert skipped[17] == skipped[14] + 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Offload
+
+
+def shipped(name: str, tmp_path: Path) -> str:
+    """A file of ds_configs/, its disk being a folder of this test."""
+    text = (ROOT / "ds_configs" / name).read_text()
+    path = tmp_path / name
+    path.write_text(text.replace("/local_nvme", str(tmp_path)))
+    return f"deepspeed={path}"
+
+
+def test_an_optimiser_in_host_memory_computes_the_same_and_resumes(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    run, offload = tmp_path / "run", shipped("zero2_offload.json", tmp_path)
+    world.train(run, *CALM, offload, failpoint="train.step@5:kill")
+    assert len(metrics(run)) == 4
+    world.train(run, *CALM, offload).succeeded()
+    assert losses(run) == plain
+
+
+@pytest.mark.slow
+def test_weights_and_optimiser_in_host_memory_compute_the_same_on_two_ranks_and_resume(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    run, offload = tmp_path / "run", shipped("zero3_offload.json", tmp_path)
+    world.train(run, *CALM, offload, ranks=2, failpoint="train.step@5:kill")
+    assert len(metrics(run)) == 4
+    world.train(run, *CALM, offload, ranks=2).succeeded()
+    assert losses(run) == pytest.approx(plain, abs=1e-5)
+
+
+needs_aio = pytest.mark.skipif(
+    not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio and its headers"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # DeepSpeed compiles its reader at first use
+@needs_aio
+def test_weights_on_a_disk_compute_the_same_and_resume(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    run, offload = tmp_path / "run", shipped("zero3_nvme.json", tmp_path)
+    world.train(run, *CALM, offload, failpoint="train.step@5:kill", seconds=800)
+    assert len(metrics(run)) == 4
+    world.train(run, *CALM, offload).succeeded()
+    assert losses(run) == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.skipif(AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is here")
+def test_a_disk_without_libaio_is_one_line(world: World, tmp_path: Path) -> None:
+    outcome = world.train(tmp_path / "run", shipped("zero3_nvme.json", tmp_path))
+    assert outcome.code == 2
+    assert "libaio" in outcome.text and "Traceback" not in outcome.text
+
+
+def test_a_disk_that_is_not_there_is_named(world: World, tmp_path: Path) -> None:
+    path = ROOT / "ds_configs" / "zero3_nvme.json"
+    outcome = world.train(tmp_path / "run", f"deepspeed={path}")
+    assert outcome.code == 2
+    assert "/local_nvme" in outcome.text and "Traceback" not in outcome.text
