@@ -46,7 +46,7 @@ setup(
     python_requires=">=3.11",
     package_dir=FOLDERS,
     packages=packages(),
-    package_data={"cdpo.engine": ["*/templates/*"]},
+    package_data={"cdpo.engine": ["**/templates/*"]},
     entry_points={"console_scripts": ["cdpo=cdpo.engine.command_line:main"]},
     zip_safe=False,
     # Lower bounds are what was tried; upper bounds the next release that may break us.

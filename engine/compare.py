@@ -16,7 +16,7 @@ from cdpo.engine.recipe import Recipe
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     """The verb on one rank, after the recipe has been read and the ranks have met."""
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
-    from cdpo.engine.comparison import Comparison
+    from cdpo.engine.comparing.comparison import Comparison
 
     comparison = Comparison(ranks, recipe, terminal)
     terminal.header(f"compare  {recipe.run_dir}", comparison.describe())

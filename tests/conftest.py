@@ -20,6 +20,8 @@ from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from launching import ForkServer, World, make_world
+from pictures import draw_picture
+from PIL import Image
 
 CPU = torch.device("cpu")
 
@@ -80,3 +82,9 @@ def server() -> Iterator[ForkServer]:
 def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
     """A tiny world whose shards are made; runs go into folders of their own."""
     return make_world(tmp_path_factory.mktemp("world"), server)
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """Draws a picture of a size and a hue."""
+    return draw_picture

@@ -26,7 +26,7 @@ def import_the_engine() -> None:
     """What all verbs import; libraries stay quiet, as under the entry scripts."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    import cdpo.engine.comparison
+    import cdpo.engine.comparing.comparison
     import cdpo.engine.preparing.sampled
     import cdpo.engine.training.trainer  # noqa: F401
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cdpo.engine.reporting.stats import Estimate
-from cdpo.engine.reporting.wording import signed_interval
+from cdpo.engine.comparing.report.stats import Estimate
+from cdpo.engine.comparing.report.wording import signed_interval
 from quality_bench.plan import METHODS, PLAIN
 from rich.console import Console
 from rich.table import Table

@@ -1,13 +1,10 @@
-"""Starting DeepSpeed: our optimiser, buckets of the right size, no compiler at first launch.
+"""DeepSpeed started our way: our optimiser, buckets of the right size, no compiler at first launch.
 
-AdamW that keeps a moving average of what it trains, as one more optimiser state.
-
-DeepSpeed hands an optimiser the float32 master weights of this rank's partition, and steps it only
-when the step is taken. So the average is divided among the ranks under every ZeRO stage, is saved
-and restored with Adam's moments, follows them in offloading, and needs no communication: it costs
-four bytes a trained parameter and one read and write of them a step.
-
-Whole float32 values of what DeepSpeed trains, whichever ZeRO stage has divided them.
+The optimiser is AdamW, with a moving average of what it trains as one more state where a recipe
+wants it. DeepSpeed hands an optimiser the float32 master weights of this rank's partition, and
+steps it only when the step is taken. So the average is divided among the ranks under every ZeRO
+stage, is saved and restored with Adam's moments, follows them in offloading, and needs no
+communication: it costs four bytes a trained parameter and one read and write of them a step.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from ..basics.errors import DataError
 from ..basics.failpoints import failpoint
 from ..basics.files import sync_path, write_atomically
 from ..models import Backbone
@@ -185,31 +184,3 @@ class Exports:
     def _stamp(self, checkpoint: Path) -> dict[str, object]:
         manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
         return {"checkpoint": manifest, "formats": sorted(self.formats)}
-
-
-def load_tuned(recipe: Recipe, backbone: Backbone) -> None:
-    """Put what a finished run exported into a fresh backbone, as any user of it would."""
-    folder = tuned_folder(recipe)
-    if folder.name == FOLDERS["merged"]:
-        backbone.load_denoiser(folder)
-    else:
-        backbone.load_adapter(folder)
-
-
-def tuned_folder(recipe: Recipe) -> Path:
-    """The export that stands for a run; of several equal ones the smallest. DataError if none."""
-    kind = AVERAGES if recipe.compare.weights == "ema" else ""
-    form = min(recipe.export.formats, key=list(FOLDERS).index)
-    folder = Path(recipe.run_dir) / kind / FOLDERS[form]
-    if not folder.is_dir():
-        raise DataError(f"no tuned weights in {folder}: run train first")
-    return folder
-
-
-def tuned_hash(recipe: Recipe) -> str:
-    """sha256 over the weights files of :func:`tuned_folder`."""
-    digest = hashlib.sha256()
-    for path in sorted(tuned_folder(recipe).rglob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,8 +1,7 @@
 """What a training run tells the outside, every N steps: metrics.jsonl, the monitors, warnings.
 
-Metrics of every optimiser step, kept on the device and moved to the host once in N steps.
-
-A step's row holds sums over pairs, so rows add up over micro-batches and ranks; the division comes
+Metrics of every optimiser step are kept on the device and moved to the host once in N steps. A
+step's row holds sums over pairs, so rows add up over micro-batches and ranks; the division comes
 last. One all-reduce and one copy serve all rows since the previous flush.
 """
 

@@ -58,9 +58,10 @@ def test_anything_else_shows_the_usage(arguments, code, monkeypatch, capsys):
     assert "cdpo prepare|train|compare --recipe R" in shown
 
 
-def test_the_tools_run_as_a_module(tmp_path):
+def test_the_tools_run_by_the_console_script(tmp_path):
+    script = "from cdpo.engine.command_line import main; main()"
     done = subprocess.run(
-        [sys.executable, "-m", "cdpo.engine.shards", "check", str(tmp_path)],
+        [sys.executable, "-c", script, "shards", "check", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,

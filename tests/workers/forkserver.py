@@ -25,7 +25,7 @@ from typing import Any
 with contextlib.redirect_stderr(io.StringIO()):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
-    import cdpo.engine.comparison
+    import cdpo.engine.comparing.comparison
     import cdpo.engine.preparing.sampled
     import cdpo.engine.training.trainer  # noqa: F401
 

@@ -1,12 +1,10 @@
-"""The command line ``cdpo shards``, or ``python -m cdpo.engine.shards``.
+"""The command line ``cdpo shards``.
 
     cdpo shards check runs/mine/shards
     cdpo shards show runs/mine/shards --sheet sheet.png
     cdpo shards merge runs/a/shards runs/b/shards --into sets/both
 
 It leaves with 0, or with the exit code of what is wrong: 2 usage, 3 data, 6 a model folder.
-
-``python -m cdpo.engine.shards``: the same as ``cdpo shards``.
 """
 
 from __future__ import annotations
@@ -168,7 +166,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

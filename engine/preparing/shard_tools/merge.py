@@ -1,10 +1,8 @@
-"""Making one set of shards out of several that were prepared apart, of other prompts or data.
+"""Making one set of shards, and its statistics, out of several of other prompts or data.
 
 The pairs of all sets are filled into new shards as `prepare` fills them: by a permutation that is
 keyed by the pairs' ids. So the order of the sets does not matter, pairs of all of them lie in every
 shard, and what is made is byte for byte what one `prepare` would have made of those pairs.
-
-The statistics of a set that was made out of several.
 """
 
 from __future__ import annotations

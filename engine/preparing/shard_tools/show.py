@@ -1,9 +1,7 @@
-"""``cdpo shards show``: a set of shards on one screen.
+"""``cdpo shards show``: a set of shards on one screen, in numbers.
 
-What a set of shards holds, in numbers: counts by tier, and how scores and their gaps spread.
-
-The counts are the manifest's; the spreads are of pairs read here and there in every tier, so that
-a set of any size is looked at in seconds.
+Counts by tier are the manifest's; how scores and their gaps spread is of pairs read here and there
+in every tier, so that a set of any size is looked at in seconds.
 """
 
 from __future__ import annotations

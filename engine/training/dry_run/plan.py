@@ -1,11 +1,9 @@
 """What a recipe will take, computed and not measured: sizes, operations, memory of each rank.
 
-``train.py --dry-run`` prints it. Networks are built from their configs on the meta device, so no
-weights and no shards are read, and a plan for a cluster can be made on a laptop.
-
-Operations are counted, not assumed, and given in units of one denoiser forward over one image.
-
-The plan of a run as tables for a terminal of 80 columns.
+``train.py --dry-run`` prints it as tables for a terminal of 80 columns. Networks are built from
+their configs on the meta device, so no weights and no shards are read, and a plan for a cluster can
+be made on a laptop. Operations are counted, not assumed, and given in units of one denoiser forward
+over one image.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cdpo.engine.basics import failpoints
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_list_is_the_code() -> None:

@@ -10,7 +10,7 @@ from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Generate, Masked, Paired, Ranked, Recipe
 from cdpo.engine.recipe.reading import KNOBS, describe_schema, load_recipe, save_resolved
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MINIMAL = {
     "run_dir": "runs/x",
     "model": {"path": "m"},

@@ -22,7 +22,7 @@ from cdpo.engine.sources.prompts import read_prompts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MINIMAL = """\
 run_dir: runs/x
 model: {path: some/model}

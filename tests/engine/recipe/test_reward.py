@@ -178,7 +178,7 @@ def test_parts_of_a_sum_are_part_of_its_identity():
 
 
 def test_the_examples_of_the_documentation_are_valid_and_name_every_type(load):
-    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
     examples = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.S)]
     rewards = [load(example["reward"]).reward for example in examples if "reward" in example]
     assert {reward.type for reward in rewards} == {

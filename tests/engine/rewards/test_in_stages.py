@@ -15,6 +15,7 @@ import torch
 import webdataset
 import yaml
 from cdpo.engine.basics.errors import DataError
+from cdpo.engine.comparing.scores import SideScoring
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.sampled import Preparation
@@ -24,7 +25,6 @@ from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.pixels import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest
-from cdpo.engine.side_scoring import SideScoring
 from PIL import Image
 
 Prepare = Callable[..., tuple[Recipe, RewardSource]]

@@ -18,7 +18,7 @@ from cdpo.engine.sources.prompts import MAX_LINE_BYTES, read_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXTS = [f"prompt number {number}" for number in range(300)]
 
 

@@ -6,7 +6,7 @@ from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
 

@@ -11,7 +11,7 @@ from cdpo.engine.training.trainer import SCALE_SEARCH
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from launching import World, losses, metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")  # see test_trainer.py
 LOG_2 = math.log(2)
 KNOBS = (

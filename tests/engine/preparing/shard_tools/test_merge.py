@@ -143,7 +143,13 @@ def test_a_killed_merge_leaves_no_set_and_starts_over(write, tmp_path, capsys):
     a, b = write("a", [range(8)]), write("b", [range(8, 16)])
     arguments = ["merge", str(a), str(b), "--into", str(tmp_path / "c"), "--pairs-per-shard", "2"]
     killed = subprocess.run(
-        [sys.executable, "-m", "cdpo.engine.shards", *arguments],
+        [
+            sys.executable,
+            "-c",
+            "from cdpo.engine.command_line import main; main()",
+            "shards",
+            *arguments,
+        ],
         env=os.environ | {"CDPO_FAILPOINT": "merge.shard@3:kill"},
         timeout=120,
     )

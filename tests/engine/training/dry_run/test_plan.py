@@ -23,7 +23,7 @@ from cdpo.kernels.fuse import fuse
 from diffusers import UNet2DConditionModel
 from launching import World
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 CONFIGS = ROOT / "tests" / "assets" / "configs"
 CPU = torch.device("cpu")
 

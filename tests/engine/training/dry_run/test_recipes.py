@@ -20,7 +20,7 @@ from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.training.dry_run import plan as plan_module
 from cdpo.engine.training.dry_run.plan import print_plan
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 CONFIGS = ROOT / "tests" / "assets" / "configs"
 RANKS = 4
 GIB = 1 << 30

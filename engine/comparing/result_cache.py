@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .basics.files import atomic_file
-from .basics.keyed import content_id
+from ..basics.files import atomic_file
+from ..basics.keyed import content_id
 
 Tables = dict[str, NDArray[np.float64]]
 

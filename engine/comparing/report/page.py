@@ -16,14 +16,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..basics.files import write_atomically
+from ...basics.files import write_atomically
 from . import wording
-from .curves import tier_timeline, training_panels
-from .embed import Embedded, embed
+from .content import PromptSample, PromptSet, ReportData, WorstLoss
+from .curves import both_errors_rose, spans, tier_timeline, training_panels
+from .figures import Embedded, embed
 from .findings import findings
-from .method_panels import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
-from .metric_rows import both_errors_rose, spans
-from .report_data import PromptSample, PromptSet, ReportData, WorstLoss
+from .methods import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
 from .stats import Estimate
 
 _TEMPLATES = Path(__file__).parent / "templates"

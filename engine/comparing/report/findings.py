@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .report_data import PromptSet, ReportData, ScorerResult
+from .content import PromptSet, ReportData, ScorerResult
 from .stats import Estimate
 
 LOST = 0.2  # share of base's diversity

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cdpo.engine.basics.errors import CdpoError
-from cdpo.engine.compared_runs import read_runs
+from cdpo.engine.comparing.runs import read_runs
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe, save_resolved
 from safetensors.numpy import save_file

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from .basics.files import write_atomically
-from .compared_runs import ComparedRun
-from .display.grids import image_grid
-from .display.terminal import Terminal
-from .kept_tables import Tables
-from .preparing.candidates import CandidateSet
-from .recipe import Recipe, Reward
-from .recipe.identity import save_resolved
-from .reporting import wording
-from .reporting.findings import findings
-from .reporting.report import write_report
-from .reporting.report_data import (
+from ...basics.files import write_atomically
+from ...display.grids import image_grid
+from ...display.terminal import Terminal
+from ...preparing.candidates import CandidateSet
+from ...recipe import Recipe, Reward
+from ...recipe.identity import save_resolved
+from ...training.log import MetricsFile
+from ...training.samples import progression
+from ..result_cache import Tables
+from ..runs import ComparedRun
+from . import wording
+from .content import (
     Diversity,
     PromptSample,
     PromptSet,
@@ -32,10 +32,10 @@ from .reporting.report_data import (
     SharedSeed,
     WorstLoss,
 )
-from .reporting.results import save_results
-from .reporting.stats import mean_estimate, worst_pairs
-from .training.log import MetricsFile
-from .training.samples import progression
+from .findings import findings
+from .page import write_report
+from .results import save_results
+from .stats import mean_estimate, worst_pairs
 
 WORST_SHOWN = 8
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model

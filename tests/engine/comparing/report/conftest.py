@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting.report_data import (
+from cdpo.engine.comparing.report.content import (
     Diversity,
     PromptSample,
     PromptSet,
@@ -18,21 +18,14 @@ from cdpo.engine.reporting.report_data import (
     SharedSeed,
     WorstLoss,
 )
-from cdpo.engine.reporting.stats import mean_estimate, worst_pairs
-from PIL import Image, ImageDraw
+from cdpo.engine.comparing.report.stats import mean_estimate, worst_pairs
+from pictures import draw_picture
 
 HOSTILE = (
     "<script>document.title = 'pwned'</script>"
     "<img src=x onerror=\"document.title = 'pwned'\">'\"><svg onload=alert(1)>"
 )
 LONG_WORD = "a" + "very" * 40 + "longword"
-
-
-def draw_picture(size: int = 32, hue: int = 0) -> Image.Image:
-    image = Image.new("RGB", (size, size), "white")
-    color = f"hsl({hue * 47 % 360}, 70%, 50%)"
-    ImageDraw.Draw(image).ellipse((size // 8, size // 8, size - size // 8, size // 2), fill=color)
-    return image
 
 
 def make_metrics(steps: int = 50, stages: int = 5) -> list[dict[str, Any]]:
@@ -162,11 +155,6 @@ def make_methods(
 @pytest.fixture
 def methods() -> Callable[..., ReportData]:
     return make_methods
-
-
-@pytest.fixture
-def picture() -> Callable[..., Image.Image]:
-    return draw_picture
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.kept_tables import KeptTables
+from cdpo.engine.comparing.result_cache import KeptTables
+from cdpo.engine.comparing.scores import SideScoring, mean_distance
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import clip_of, load_reward
-from cdpo.engine.side_scoring import SideScoring, mean_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

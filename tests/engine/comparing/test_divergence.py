@@ -10,7 +10,7 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from cdpo.engine.divergence import Divergence
+from cdpo.engine.comparing.divergence import Divergence
 from cdpo.engine.models import lcm, sd, sdxl
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.preparing.candidates import CandidateSet

@@ -54,9 +54,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..basics.files import write_atomically
+from ...basics.files import write_atomically
+from .content import Diversity, PromptSet, ReportData, ScorerResult
 from .findings import findings
-from .report_data import Diversity, PromptSet, ReportData, ScorerResult
 from .stats import Estimate
 from .wording import outcome, verdict
 

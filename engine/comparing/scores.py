@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .basics.errors import DataError
-from .basics.failpoints import failpoint
-from .kept_tables import KeptTables, Tables
-from .preparing.candidates import CandidateSet
-from .ranks import Ranks
-from .recipe import Reward
-from .rewards import ClipModel, RewardModel, score_together
+from ..basics.errors import DataError
+from ..basics.failpoints import failpoint
+from ..preparing.candidates import CandidateSet
+from ..ranks import Ranks
+from ..recipe import Reward
+from ..rewards import ClipModel, RewardModel, score_together
+from .result_cache import KeptTables, Tables
 
 Images = Sequence[Sequence[Image.Image]]
 """Of one prompt: those of each side."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting.stats import (
+from cdpo.engine.comparing.report.stats import (
     mean_estimate,
     num_dropped,
     paired_difference,
@@ -57,7 +57,7 @@ def test_same_seed_same_interval() -> None:
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).normal(size=(30, 2))
     whole = mean_estimate(values, 300)
-    monkeypatch.setattr("cdpo.engine.reporting.stats._CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr("cdpo.engine.comparing.report.stats._CHUNK_ELEMENTS", 700)
     cut = mean_estimate(values, 300)
     assert (cut.low, cut.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
 
@@ -129,5 +129,5 @@ def test_kept_draws_are_those_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     """Large comparisons draw in blocks, small ones once for all estimates: the same numbers."""
     values = np.random.default_rng(2).normal(size=(30, 2))
     kept = mean_estimate(values, resamples=500, seed=7)
-    monkeypatch.setattr("cdpo.engine.reporting.stats._CHUNK_ELEMENTS", 30 * 100)
+    monkeypatch.setattr("cdpo.engine.comparing.report.stats._CHUNK_ELEMENTS", 30 * 100)
     assert mean_estimate(values, resamples=500, seed=7) == kept

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cdpo.engine.reporting.report import render_report
-from cdpo.engine.reporting.report_data import ReportData
+from cdpo.engine.comparing.report.content import ReportData
+from cdpo.engine.comparing.report.page import render_report
 
 CHROMIUM = next(
     (

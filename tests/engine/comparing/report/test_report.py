@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting import wording
-from cdpo.engine.reporting.embed import embed
-from cdpo.engine.reporting.report import render_report, write_report
-from cdpo.engine.reporting.report_data import PromptSet, ReportData, ScorerResult
-from cdpo.engine.reporting.results import save_results
-from cdpo.engine.reporting.stats import Estimate
+from cdpo.engine.comparing.report import wording
+from cdpo.engine.comparing.report.content import PromptSet, ReportData, ScorerResult
+from cdpo.engine.comparing.report.figures import embed
+from cdpo.engine.comparing.report.page import render_report, write_report
+from cdpo.engine.comparing.report.results import save_results
+from cdpo.engine.comparing.report.stats import Estimate
 from PIL import Image
 
 Report = Callable[..., ReportData]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .basics.errors import DataError, RecipeError
-from .recipe import Model, Recipe
-from .recipe.reading import load_recipe
-from .reporting.metric_rows import both_errors_rose
-from .reporting.report_data import TUNED, RunFacts
-from .training.exports import tuned_hash
-from .training.log import MetricsFile
+from ..basics.errors import DataError, RecipeError
+from ..models import Backbone
+from ..recipe import Model, Recipe
+from ..recipe.reading import load_recipe
+from ..training.export_formats import (
+    FOLDERS,
+)
+from ..training.exports import AVERAGES
+from ..training.log import MetricsFile
+from .report.content import TUNED, RunFacts
+from .report.curves import both_errors_rose
 
 # What decides the images of an untuned model; teachers and solvers belong to training.
 SAME_MODEL = ("backbone", "path", "revision", "variant", "vae", "unet", "lcm_lora", "resolution")
@@ -114,3 +119,31 @@ def _located(value: object) -> object:
 
 def _shown(value: object) -> str:
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+def load_tuned(recipe: Recipe, backbone: Backbone) -> None:
+    """Put what a finished run exported into a fresh backbone, as any user of it would."""
+    folder = tuned_folder(recipe)
+    if folder.name == FOLDERS["merged"]:
+        backbone.load_denoiser(folder)
+    else:
+        backbone.load_adapter(folder)
+
+
+def tuned_folder(recipe: Recipe) -> Path:
+    """The export that stands for a run; of several equal ones the smallest. DataError if none."""
+    kind = AVERAGES if recipe.compare.weights == "ema" else ""
+    form = min(recipe.export.formats, key=list(FOLDERS).index)
+    folder = Path(recipe.run_dir) / kind / FOLDERS[form]
+    if not folder.is_dir():
+        raise DataError(f"no tuned weights in {folder}: run train first")
+    return folder
+
+
+def tuned_hash(recipe: Recipe) -> str:
+    """sha256 over the weights files of :func:`tuned_folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(tuned_folder(recipe).rglob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

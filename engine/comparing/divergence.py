@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .basics.keyed import content_id
-from .models import Backbone, Framing
-from .models.protocol import Conditioning
-from .preparing.candidates import CandidateSet
+from ..basics.keyed import content_id
+from ..models import Backbone, Framing
+from ..models.protocol import Conditioning
+from ..preparing.candidates import CandidateSet
 
 
 class Divergence:

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting import wording
-from cdpo.engine.reporting.findings import findings
-from cdpo.engine.reporting.method_charts import diversity_chart, drift_chart
-from cdpo.engine.reporting.method_panels import method_tables, win_tables
-from cdpo.engine.reporting.report import render_report
-from cdpo.engine.reporting.report_data import ReportData, ScorerResult
-from cdpo.engine.reporting.results import save_results
-from cdpo.engine.reporting.stats import Estimate
+from cdpo.engine.comparing.report import wording
+from cdpo.engine.comparing.report.content import ReportData, ScorerResult
+from cdpo.engine.comparing.report.findings import findings
+from cdpo.engine.comparing.report.methods import (
+    diversity_chart,
+    drift_chart,
+    method_tables,
+    win_tables,
+)
+from cdpo.engine.comparing.report.page import render_report
+from cdpo.engine.comparing.report.results import save_results
+from cdpo.engine.comparing.report.stats import Estimate
 
 Methods = Callable[..., ReportData]
 

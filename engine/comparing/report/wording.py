@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from .report_data import PromptSet, ReportData, ScorerResult
+from .content import PromptSet, ReportData, ScorerResult
 from .stats import Estimate
 
 Outcome = Literal["better", "worse", "unclear"]

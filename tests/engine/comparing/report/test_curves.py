@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cdpo.engine.reporting.curves import PANELS, tier_timeline, training_curves, training_panels
-from cdpo.engine.reporting.metric_rows import (
+from cdpo.engine.comparing.report.curves import (
+    PANELS,
     both_errors_rose,
     column,
     smoothed,
@@ -18,6 +18,9 @@ from cdpo.engine.reporting.metric_rows import (
     spans,
     thinned,
     tier_intervals,
+    tier_timeline,
+    training_curves,
+    training_panels,
 )
 
 Metrics = Callable[..., list[dict[str, Any]]]

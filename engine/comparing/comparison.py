@@ -16,23 +16,22 @@ import numpy as np
 from diffusers import ModelMixin
 from numpy.typing import NDArray
 
-from .basics.failpoints import failpoint
-from .basics.keyed import Stream
-from .compared_runs import ComparedRun, read_runs
-from .comparison_report import Measured, write_comparison
-from .display.terminal import Terminal
+from ..basics.failpoints import failpoint
+from ..basics.keyed import Stream
+from ..display.terminal import Terminal
+from ..models import Backbone, load_backbone
+from ..models.adapters import twin_of
+from ..models.tuning import tune_denoiser, tune_for_sampling
+from ..preparing.candidates import CandidateSampler, CandidateSet, drawn_by
+from ..ranks import Ranks
+from ..recipe import Recipe, Reward
+from ..rewards import clip_of, load_reward
+from ..sources.prompts import read_prompts
 from .divergence import Divergence
-from .kept_tables import KeptTables
-from .models import Backbone, load_backbone
-from .models.adapters import twin_of
-from .models.tuning import tune_denoiser, tune_for_sampling
-from .preparing.candidates import CandidateSampler, CandidateSet, drawn_by
-from .ranks import Ranks
-from .recipe import Recipe, Reward
-from .rewards import clip_of, load_reward
-from .side_scoring import SideScoring
-from .sources.prompts import read_prompts
-from .training.exports import load_tuned
+from .report.build import Measured, write_comparison
+from .result_cache import KeptTables
+from .runs import ComparedRun, load_tuned, read_runs
+from .scores import SideScoring
 
 BASE = "base"
 
