@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 WARM_UP = 3  # steps in which kernels are compiled, algorithms chosen and memory gathered
 TOP, WIDTH = 15, 60  # lines of a table, characters of a name
-LOSS_KERNEL = "forward_kernel"  # of kernels/paired_dpo_programs.py: launched once a micro-batch
+LOSS_KERNEL = "forward_kernel"  # of kernels/paired_dpo_loss/: launched once a micro-batch
 
 
 def shortened(recipe: Recipe, run_dir: Path, num_steps: int) -> Recipe:

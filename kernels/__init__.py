@@ -1,4 +1,4 @@
-"""Custom kernels of cdpo, one file each; import them as `cdpo.kernels`.
+"""Custom kernels of cdpo, a file or a folder each; import them as `cdpo.kernels`.
 
 This folder is called `kernels`, and so is a package on PyPI that transformers and diffusers import
 when it is installed. With the repository's root on `sys.path` Python finds this folder under that
@@ -37,8 +37,7 @@ else:
     from .geglu import geglu
     from .group_norm_silu import group_norm_silu
     from .paired_add_noise import paired_add_noise
-    from .paired_differences import PairedDifferences, paired_differences
-    from .paired_dpo_loss import PairedLoss, paired_dpo_loss
+    from .paired_dpo_loss import PairedDifferences, PairedLoss, paired_differences, paired_dpo_loss
     from .philox import philox_normal, philox_uint32
 
     __all__ = [

@@ -140,7 +140,7 @@ def test_triton_tickets_are_left_as_they_were_found(monkeypatch):
 
     kept = torch.zeros(64, dtype=torch.int32)
     for name in ("paired_dpo_loss", "group_norm_silu"):
-        module = importlib.import_module(f"cdpo.kernels.{name}")
+        module = importlib.import_module(f"cdpo.kernels.{name}.op")
         monkeypatch.setattr(module, "zero_tickets", lambda count, device: kept)
     x = torch.randn(3, 12, 40, 41, requires_grad=True)
     policy = torch.randn(6, 5000, requires_grad=True)

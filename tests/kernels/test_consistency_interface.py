@@ -10,7 +10,7 @@ from cdpo.kernels import consistency_outputs, consistency_solver_step, paired_dp
 from consistency_cases import LATENTS, NETWORKS, PREDICTIONS, Case, make
 from torch import Tensor
 
-module = importlib.import_module("cdpo.kernels.consistency_step")
+module = importlib.import_module("cdpo.kernels.consistency_step.op")
 
 
 # ---------------------------------------------------------------------------------------- memory

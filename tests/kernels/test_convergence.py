@@ -43,7 +43,7 @@ class Implementation(NamedTuple):
 OURS = Implementation(paired_add_noise, paired_dpo_loss)
 PLAIN = Implementation(
     importlib.import_module("cdpo.kernels.paired_add_noise").paired_add_noise_ref,
-    importlib.import_module("cdpo.kernels.paired_dpo_loss").paired_dpo_loss_ref,
+    importlib.import_module("cdpo.kernels.paired_dpo_loss.op").paired_dpo_loss_ref,
 )
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-module = importlib.import_module("cdpo.kernels.group_norm_silu")
+module = importlib.import_module("cdpo.kernels.group_norm_silu.op")
 
 EPS32 = 2.0**-23
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

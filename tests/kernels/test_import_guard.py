@@ -36,7 +36,7 @@ def test_libraries_and_ops_with_our_folders_first(folders):
     import cdpo.kernels
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("cdpo::")]
     assert len(names) == len(set(names)) and "cdpo::paired_dpo_loss" in names, names
-    assert cdpo.kernels.paired_dpo_loss.__module__ == "cdpo.kernels.paired_dpo_loss"
+    assert cdpo.kernels.paired_dpo_loss.__module__ == "cdpo.kernels.paired_dpo_loss.op"
     """
     parts = [LIBRARIES, textwrap.dedent(ours)]
     succeeds("".join(parts if folders == [ROOT] else reversed(parts)), *folders)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import (
+from ..dispatch import (
     NO_FUSION,
     CompileSpec,
     as_float32,
@@ -43,9 +43,9 @@ from .dispatch import (
     triton,
     zero_tickets,
 )
-from .layout import empty_samples, match_samples, sample_strides
-from .paired_differences import DISTANCES, check_comparison, differences
-from .paired_dpo_programs import backward_kernel, forward_kernel
+from ..layout import empty_samples, match_samples, sample_strides
+from .differences import DISTANCES, check_comparison, differences
+from .programs import backward_kernel, forward_kernel
 
 MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
 MAX_WARPS = 8

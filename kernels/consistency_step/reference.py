@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype
+from ..dispatch import compute_dtype
 
 
 def solver_step(

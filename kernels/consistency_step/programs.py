@@ -6,7 +6,7 @@ Formulas, layout and what a program does are told in `consistency_step.py`, whic
 # Triton functions have no Python types:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from .dispatch import tl, triton
+from ..dispatch import tl, triton
 
 # ---------------------------------------------------------------------------------------- helpers
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import (
+from ..dispatch import (
     NO_FUSION,
     CompileSpec,
     check_floating,
@@ -45,7 +45,7 @@ from .dispatch import (
     triton,
     zero_tickets,
 )
-from .group_norm_programs import (
+from .programs import (
     backward_apply_kernel,
     backward_sums_kernel,
     forward_apply_kernel,

@@ -6,7 +6,7 @@ Formulas, layout and what a program does are told in `group_norm_silu.py`, which
 # Triton functions have no Python types:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from .dispatch import tl, triton
+from ..dispatch import tl, triton
 
 # ----------------------------------------------------------------------------------- shared pieces
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import (
+from ..dispatch import (
     as_float32,
     check_choice,
     check_floating,

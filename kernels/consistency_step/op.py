@@ -37,9 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .consistency_programs import backward_kernel, outputs_kernel, solver_kernel
-from .consistency_reference import consistency_function, consistency_gradient, solver_step
-from .dispatch import (
+from ..dispatch import (
     FLOATS,
     NO_FUSION,
     CompileSpec,
@@ -55,7 +53,9 @@ from .dispatch import (
     takes_triton,
     triton,
 )
-from .layout import empty_whole_samples, match_samples
+from ..layout import empty_whole_samples, match_samples
+from .programs import backward_kernel, outputs_kernel, solver_kernel
+from .reference import consistency_function, consistency_gradient, solver_step
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MAX_BLOCK = 1024  # 8 elements a thread of 4 warps: 16-byte loads of half-precision values
