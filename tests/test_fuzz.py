@@ -10,7 +10,8 @@ import pytest
 from cdpo.engine.basics.errors import DataError, RecipeError, ShardError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum.pairs import Pair
-from cdpo.engine.recipe.reading import load_recipe, recipe_hash, save_resolved
+from cdpo.engine.recipe.identity import recipe_hash, save_resolved
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import (
     Manifest,

@@ -6,6 +6,8 @@ any other exception is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_OK = 0
 EXIT_DEFECT = 1
 EXIT_USAGE = 2
@@ -17,11 +19,23 @@ EXIT_STOPPED = 75
 
 
 class CdpoError(Exception):
-    """Base of the errors that are the user's to mend: the message says what, where and the fix."""
+    """Base of the errors that are the user's to mend: the message says what, where and the fix.
+
+    ``key`` is what it is about, as a program would name it: a dotted key of the recipe, a file, a
+    column, a sample. ``kind`` is what is wrong with it, in one or two words joined by a hyphen that
+    stay when the message is worded anew: `unknown`, `missing`, `damaged`, `mismatch` ...
+    """
 
     exit_code = EXIT_DEFECT
     of_all_ranks = False
     """Whether every rank raises it now, and none need be told."""
+
+    def __init__(self, message: str, key: str | None = None, kind: str | None = None) -> None:
+        super().__init__(message, key, kind)
+        self.message, self.key, self.kind = message, key, kind
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class RecipeError(CdpoError):
@@ -61,15 +75,22 @@ class StopRequested(CdpoError):
 
 
 class ShardError(DataError):
-    """Something in a tar is wrong. ``key`` and ``member`` are None where they play no part."""
+    """Something in a tar is wrong. ``key`` (of the sample) and ``member`` are None where they play
+    no part.
+    """
 
     def __init__(
-        self, shard: str, reason: str, key: str | None = None, member: str | None = None
+        self,
+        shard: str,
+        reason: str,
+        key: str | None = None,
+        member: str | None = None,
+        kind: str | None = None,
     ) -> None:
-        super().__init__(shard, reason, key, member)
-        self.shard, self.reason, self.key, self.member = shard, reason, key, member
+        sample = f", key {key}" if key is not None else ""
+        part = f", member {member}" if member is not None else ""
+        super().__init__(f"shard {shard}{sample}{part}: {reason}", key, kind)
+        self.shard, self.reason, self.member = shard, reason, member
 
-    def __str__(self) -> str:
-        key = f", key {self.key}" if self.key is not None else ""
-        member = f", member {self.member}" if self.member is not None else ""
-        return f"shard {self.shard}{key}{member}: {self.reason}"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.shard, self.reason, self.key, self.member, self.kind)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import Any, BinaryIO
 
-from .errors import DataError
+from .errors import CdpoError, DataError
 
 
-class HashingFile:
-    """A file open for writing that counts and hashes what passes through."""
+class NewFile(io.RawIOBase):
+    """A file open for writing in order, that counts and hashes what passes through.
+
+    Libraries take it where they take a file; it does not seek, and closing it closes nothing.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
         self.bytes = 0
 
-    def write(self, data: bytes) -> int:
-        """Append ``data``."""
-        self._sha256.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
+    def writable(self) -> bool:
+        """It is for nothing else."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Append ``data``, whole."""
+        view = memoryview(data)
+        self._sha256.update(view)
+        self.bytes += view.nbytes
+        return self._file.write(view)
 
     @property
     def sha256(self) -> str:
@@ -34,81 +42,33 @@ class HashingFile:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[HashingFile]:
-    """Write ``path`` under the name ``path.tmp`` and rename it when the block ends well.
+def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> Iterator[NewFile]:
+    """A new file for ``path``, which takes the place of the old one when the block ends well.
 
-    When the block raises, the temporary file goes and ``path`` is as it was. A full disk or a
-    folder that cannot be written raises DataError.
+    It is written under the name ``path.tmp``, in folders made if need be, and both its content and
+    its name are on the disk before the block is left. When the block raises, the temporary file
+    goes and ``path`` is as it was.
+
+    Raises:
+        error: for an OSError, such as a full disk; None lets the OSError through.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield HashingFile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """As :func:`atomic_file`, for libraries that write a file by its name: give them this one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: a renamed file may otherwise vanish in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path | str, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write`` with a binary file beside ``path``, then rename it onto ``path``."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield NewFile(file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes 0600; others who may read the run folder may read its report.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        sync_path(path.parent)
+    except BaseException as raised:
+        with suppress(OSError):
+            temporary.unlink()
+        if error is not None and isinstance(raised, OSError):
+            reason = raised.strerror or raised
+            raise error(f"cannot write {path}: {reason}", str(path), "unwritable") from raised
         raise
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file, down to the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_path(path: Path) -> None:

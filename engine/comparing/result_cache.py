@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..basics.files import atomic_file
+from ..basics.files import replacing
 from ..basics.keyed import content_id
 
 Tables = dict[str, NDArray[np.float64]]
@@ -38,7 +38,7 @@ class KeptTables:
         """Keep tables; they appear when they are whole. DataError when the disk is full."""
         data = {name: np.ascontiguousarray(table, np.float64) for name, table in tables.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._path(subject)) as file:
+        with replacing(self._path(subject)) as file:
             file.write(save(data, metadata={"subject": subject, **made_of}))
 
     def _path(self, subject: str) -> Path:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..basics.files import write_atomically
 from .drawing import (
     INK,
     LOSER,
@@ -22,6 +21,7 @@ from .drawing import (
     stack,
     text_block,
     wrap_text,
+    write_png,
 )
 
 _COLUMNS = 12
@@ -57,7 +57,7 @@ def draw_contact_sheet(path: Path | str, rows: Sequence[ContactRow]) -> None:
     if not rows:
         raise ValueError("a contact sheet needs at least one prompt, got none")
     sheet = padded(stack([_prompt_block(row) for row in rows], gap=40), 24)
-    write_atomically(path, lambda file: sheet.save(file, format="PNG", optimize=True))
+    write_png(sheet, path)
 
 
 def _prompt_block(row: ContactRow) -> Image.Image:

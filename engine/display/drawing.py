@@ -6,8 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, cast
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ..basics.files import replacing
 
 WHITE = "#ffffff"
 INK = "#1f2328"
@@ -158,3 +161,9 @@ def padded(image: Image.Image, margin: int) -> Image.Image:
     canvas = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin), WHITE)
     canvas.paste(image, (margin, margin))
     return canvas
+
+
+def write_png(image: Image.Image, path: Path | str) -> None:
+    """Put a picture on the disk, whole or not at all. Raises OSError."""
+    with replacing(path, error=None) as file:
+        image.save(cast("IO[bytes]", file), format="PNG", optimize=True)

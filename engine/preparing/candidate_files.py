@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ..basics.errors import ShardError
-from ..basics.files import atomic_file
+from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..shards.sample import image_id
 from ..shards.tar_index import SampleIndex, index_samples, read_span
@@ -44,7 +44,7 @@ def write_candidates(
     """
     path = candidates_path(folder, prompt)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file, tar_writer(file) as tar:
+    with replacing(path) as file, tar_writer(file) as tar:
         for number, image in enumerate(images):
             picture = _encode(image)
             record = {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..basics.errors import DataError
 from ..basics.failpoints import failpoint
-from ..basics.files import atomic_file
+from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..display.terminal import Terminal
 from ..models import Backbone
@@ -85,7 +85,7 @@ class LatentStore:
             for start in range(0, len(chosen), batch_size)
         ]
         tensors = {"latents": torch.cat(parts), "candidates": torch.as_tensor(candidates)}
-        with atomic_file(self._path(prompt)) as file:
+        with replacing(self._path(prompt)) as file:
             file.write(save(tensors, metadata=made_of))
         failpoint("prepare.latents")
 
@@ -236,7 +236,7 @@ class PictureLatents:
             "images": torch.tensor(encoded, dtype=torch.int64),
         }
         metadata = self._metadata(images) | {"problems": json.dumps(problems)}
-        with atomic_file(self._path(number)) as file:
+        with replacing(self._path(number)) as file:
             file.write(save(tensors, metadata=metadata))
 
     def _unreadable(self, wanted: dict[int, np.ndarray], tolerance: Tolerance) -> np.ndarray:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..basics.errors import DataError
 from ..basics.failpoints import failpoint
-from ..basics.files import atomic_file, atomic_path
+from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..display.terminal import Terminal
 from ..ranks import Ranks
@@ -127,10 +127,8 @@ class Scoring:
             },
             schema=SCHEMA,
         )
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
-        with atomic_file(path) as file:
-            file.write(buffer.getvalue().to_pybytes())
+        with replacing(path) as file:
+            pq.write_table(table, file)
 
 
 SOURCE = b"scores of"  # key of the table's metadata: which images, which reward
@@ -242,15 +240,13 @@ class ImportScoring:
             ),
         }
         table = pa.table(columns).replace_schema_metadata({SOURCE: self.source})
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
-        with atomic_file(self._path(number)) as out:
-            out.write(buffer.getvalue().to_pybytes())
+        with replacing(self._path(number)) as out:
+            pq.write_table(table, out)
 
     def _merge(self) -> None:
         """All parts as one table, in the order of the source, a part in memory at a time."""
         schema = pq.read_schema(self._path(0))
-        with atomic_path(self.table_path) as path, pq.ParquetWriter(path, schema) as writer:
+        with replacing(self.table_path) as file, pq.ParquetWriter(file, schema) as writer:
             for number in range(self.index.num_parts):
                 writer.write_table(pq.read_table(self._path(number)))
         shutil.rmtree(self.parts)

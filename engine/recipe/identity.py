@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from ..basics.errors import RecipeError
+from ..basics.files import replacing
 from .keys import KNOBS, SCHEMA
 from .schema import Recipe
 from .yaml_subset import dump, shown
@@ -33,24 +32,9 @@ RESOLVED_HEADER = """\
 
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
     """Write every knob of ``recipe`` as YAML, atomically; read back, it is the same recipe."""
-    path = Path(path)
     text = RESOLVED_HEADER + dump(recipe.model_dump(mode="json"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=path.name + ".", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
+    with replacing(path, error=RecipeError) as file:
+        file.write(text.encode())
 
 
 def training_identity(recipe: Recipe) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..basics.errors import DataError
-from ..basics.files import atomic_file
+from ..basics.files import replacing
 from .contents import Contents, Kind, contents_of
 
 FORMAT_VERSION = 1  # of Manifest.format_version
@@ -199,7 +199,7 @@ def parse_manifest(text: bytes, path: str, sha256: str | None = None) -> Manifes
 def save_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Write ``folder``/manifest.json atomically and return its path."""
     path = Path(folder) / FILE_NAME
-    with atomic_file(path) as file:
+    with replacing(path) as file:
         file.write(_canonical(manifest, indent=1))
     return path
 

@@ -15,7 +15,7 @@ import webdataset
 
 from ..basics.errors import DataError, ShardError
 from ..basics.failpoints import failpoint
-from ..basics.files import HashingFile, atomic_file
+from ..basics.files import NewFile, replacing
 from ..basics.keyed import Permutation, Stream
 from .contents import Contents
 from .manifest import ShardEntry
@@ -103,7 +103,7 @@ def write_shard(
     """
     path = Path(path)
     tiers, keys = set(), set()
-    with atomic_file(path) as file, tar_writer(file) as tar:
+    with replacing(path) as file, tar_writer(file) as tar:
         for meta, images in samples:
             key = sample_key(meta.pair_id)
             if key in keys:
@@ -120,7 +120,7 @@ def write_shard(
     )
 
 
-def tar_writer(file: HashingFile) -> webdataset.TarWriter:
+def tar_writer(file: NewFile) -> webdataset.TarWriter:
     """A webdataset writer of bytes, to use in a `with`: no times and no owners, so that the same
     samples give the same file.
     """

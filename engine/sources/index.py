@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..basics.errors import DataError
-from ..basics.files import atomic_file, atomic_path
+from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..recipe import Imported
 from .records import Record, RecordMaker
@@ -160,9 +160,8 @@ def _make(
     rows = 0
     (folder / "index.json").unlink(missing_ok=True)
     with (
-        atomic_path(folder / "index.arrow") as path,
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as file,
+        replacing(folder / "index.arrow") as new,
+        pa.ipc.new_file(new, SCHEMA) as file,
     ):
         for number, found in _limited(reader, maker, spec.limit):
             rows += len(found)
@@ -174,7 +173,7 @@ def _make(
                 content.update(json.dumps([name, table]).encode())
                 file.write_batch(pa.RecordBatch.from_pylist(table, SCHEMA))
     facts = IndexFacts(made_of, content.hexdigest(), rows, dict(sorted(maker.left_out.items())))
-    with atomic_file(folder / "index.json") as text:
+    with replacing(folder / "index.json") as text:
         text.write(json.dumps(asdict(facts), indent=1).encode())
     return facts
 

@@ -27,7 +27,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from ..basics.failpoints import failpoint
-from ..basics.files import sync_path, write_atomically
+from ..basics.files import replacing, sync_path
 from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
@@ -169,7 +169,8 @@ class Exports:
 
     def _put_stamp(self, checkpoint: Path) -> None:
         stamp = json.dumps(self._stamp(checkpoint)).encode()
-        write_atomically(self.run_dir / STAMP, lambda file: file.write(stamp))
+        with replacing(self.run_dir / STAMP, error=None) as file:
+            file.write(stamp)
 
     def is_published(self, checkpoint: Path) -> bool:
         """Whether the run folder holds the exports of this checkpoint in all the formats."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..basics.files import replacing
 from ..display.terminal import Terminal
 from ..objectives import Loss
 
@@ -118,12 +119,8 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self._lines() if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
-        os.replace(temporary, self.path)
+        with replacing(self.path, error=None) as file:
+            file.writelines((json.dumps(line) + "\n").encode() for line in kept)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Write rows to the end, down to the disk."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..basics import keyed
 from ..basics.failpoints import failpoint
-from ..basics.files import write_atomically
 from ..basics.keyed import Stream, content_id
+from ..display.drawing import write_png
 from ..display.grids import image_grid
 from ..models import Backbone
 from ..ranks import Ranks
@@ -74,7 +74,7 @@ class TrainingSamples:
             )
         if self.ranks.is_first:
             row = row_of(images)
-            write_atomically(self.path(step), lambda file: row.save(file, format="PNG"))
+            write_png(row, self.path(step))
 
 
 def row_of(images: list[Image.Image]) -> Image.Image:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 
-from ...basics.files import write_atomically
+from ...display.drawing import write_png
 from ...display.grids import image_grid
 from ...display.terminal import Terminal
 from ...preparing.candidates import CandidateSet
@@ -225,7 +224,7 @@ def _draw_side_by_side(measured: Measured, num_prompts: int, path: Path) -> None
     prompts = measured.prompt_sets[0][1][:num_prompts]
     rows = [[side.read(prompt)[0] for prompt in prompts] for side in measured.images.values()]
     grid = image_grid(rows, list(measured.images), list(prompts))
-    write_atomically(path, partial(grid.save, format="PNG", optimize=True))
+    write_png(grid, path)
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ...basics.files import write_atomically
+from ...basics.files import replacing
 from . import wording
 from .content import PromptSample, PromptSet, ReportData, WorstLoss
 from .curves import both_errors_rose, spans, tier_timeline, training_panels
@@ -42,7 +42,8 @@ class Bar:
 def write_report(path: Path | str, data: ReportData) -> None:
     """Write the page, under its name only when complete."""
     html = render_report(data)
-    write_atomically(path, lambda file: file.write(html.encode()))
+    with replacing(path, error=None) as file:
+        file.write(html.encode())
 
 
 def render_report(data: ReportData) -> str:

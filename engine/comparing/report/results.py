@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...basics.files import write_atomically
+from ...basics.files import replacing
 from .content import Diversity, PromptSet, ReportData, ScorerResult
 from .findings import findings
 from .stats import Estimate
@@ -64,7 +64,8 @@ from .wording import outcome, verdict
 def save_results(path: Path | str, data: ReportData) -> None:
     """Write results.json, under its name only when complete."""
     text = json.dumps(results_dict(data), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda file: file.write((text + "\n").encode()))
+    with replacing(path, error=None) as file:
+        file.write((text + "\n").encode())
 
 
 def results_dict(data: ReportData) -> dict[str, Any]:

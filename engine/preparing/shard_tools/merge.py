@@ -21,7 +21,7 @@ import numpy as np
 from ... import __version__
 from ...basics.errors import DataError, RecipeError
 from ...basics.failpoints import failpoint
-from ...basics.files import fsync_folder
+from ...basics.files import sync_path
 from ...shards.manifest import (
     FILE_NAME,
     Manifest,
@@ -283,7 +283,7 @@ def _writing(into: Path) -> Iterator[Path]:
             _clear(folder)
             folder.rmdir()
             raise
-        fsync_folder(into.parent)
+        sync_path(into.parent)
     finally:
         os.close(lock)
 

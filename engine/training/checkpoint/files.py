@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...basics.failpoints import failpoint
-from ...basics.files import write_synced
+from ...basics.files import replacing
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
@@ -27,7 +27,8 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Put the sealed manifest into a folder, down to the disk. Raises OSError."""
-    write_synced(folder / MANIFEST, json.dumps(seal(manifest), indent=1).encode())
+    with replacing(folder / MANIFEST, error=None) as file:
+        file.write(json.dumps(seal(manifest), indent=1).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from ...basics.errors import CheckpointError, RecipeError
 from ...basics.failpoints import failpoint
-from ...basics.files import sync_path, write_synced
+from ...basics.files import replacing, sync_path
 from ...basics.versions import code_version
 from ...curriculum.pacing import Cursor
 from ...ranks import Ranks
@@ -152,9 +152,9 @@ class CheckpointStore:
     def _replace_older(self, final: Path, step: int) -> None:
         """Point ``latest`` at the checkpoint of ``step`` and drop what it replaces."""
         try:
-            write_synced(self.folder / "latest.tmp", f"{final.name}\n".encode())
-            failpoint("checkpoint.latest")
-            (self.folder / "latest.tmp").rename(self.folder / "latest")
+            with replacing(self.folder / "latest", error=None) as file:
+                file.write(f"{final.name}\n".encode())
+                failpoint("checkpoint.latest")
         except OSError as exc:
             raise self._cannot_write(self.folder / "latest", exc) from None
         failpoint("checkpoint.before_prune")

@@ -11,7 +11,8 @@ import pytest
 from cdpo.engine.basics.errors import CdpoError
 from cdpo.engine.comparing.runs import read_runs
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe.reading import load_recipe, save_resolved
+from cdpo.engine.recipe.identity import save_resolved
+from cdpo.engine.recipe.reading import load_recipe
 from safetensors.numpy import save_file
 
 LORA = "lora/pytorch_lora_weights.safetensors"

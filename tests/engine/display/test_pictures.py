@@ -108,18 +108,3 @@ def test_contact_sheet_without_candidates_or_pairs(tmp_path: Path, picture: Pict
     with pytest.raises(ValueError, match="at least one prompt"):
         draw_contact_sheet(tmp_path / "none.png", [])
     assert not (tmp_path / "none.png").exists()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    from cdpo.engine.basics.files import write_atomically
-
-    path = tmp_path / "x.txt"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file: object) -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]

@@ -8,7 +8,10 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Generate, Masked, Paired, Ranked, Recipe
-from cdpo.engine.recipe.reading import KNOBS, describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe.command_line import describe_schema
+from cdpo.engine.recipe.identity import save_resolved
+from cdpo.engine.recipe.keys import KNOBS
+from cdpo.engine.recipe.reading import load_recipe
 
 ROOT = Path(__file__).parents[3]
 MINIMAL = {

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Prompts, Split, Templates
-from cdpo.engine.recipe.reading import describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe.command_line import describe_schema
+from cdpo.engine.recipe.identity import save_resolved
+from cdpo.engine.recipe.reading import load_recipe
 
 ANIMALS = {"templates": ["a {x}"], "lists": {"x": ["dog", "cat"]}}
 

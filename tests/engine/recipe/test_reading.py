@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.recipe import Recipe, reading
-from cdpo.engine.recipe.reading import (
-    KNOBS,
-    SCHEMA,
-    describe_schema,
-    diff_identity,
-    load_recipe,
-    parse_command_line,
-    recipe_hash,
-    save_resolved,
-    training_identity,
-)
+from cdpo.engine.recipe.command_line import describe_schema, parse_command_line
+from cdpo.engine.recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
+from cdpo.engine.recipe.keys import KNOBS, SCHEMA
+from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.yaml_subset import Source
 from cdpo.engine.sources.prompts import read_prompts
 from hypothesis import HealthCheck, example, given, settings

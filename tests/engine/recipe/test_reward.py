@@ -8,7 +8,9 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import ClipScoreSpec, Recipe, WeightedSpec
-from cdpo.engine.recipe.reading import describe_schema, load_recipe, save_resolved
+from cdpo.engine.recipe.command_line import describe_schema
+from cdpo.engine.recipe.identity import save_resolved
+from cdpo.engine.recipe.reading import load_recipe
 
 BASE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"train": "t"}}
 TYPES = (

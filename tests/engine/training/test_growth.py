@@ -18,7 +18,7 @@ from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.recipe import Adapter, Curriculum
-from cdpo.engine.recipe.reading import diff_identity, training_identity
+from cdpo.engine.recipe.identity import diff_identity, training_identity
 from cdpo.engine.training.growth import Growth, block_depths, growth_rows
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings

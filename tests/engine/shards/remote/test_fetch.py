@@ -17,8 +17,9 @@ import fsspec
 import pytest
 from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
 from cdpo.engine.recipe import Fetch
+from cdpo.engine.shards.remote import fetch
 from cdpo.engine.shards.remote.faults import asked_to_wait, redact
-from cdpo.engine.shards.remote.fetch import RemoteFolder, Text, bring_text, fetch, is_remote
+from cdpo.engine.shards.remote.fetch import RemoteFolder, Text, bring_text, is_remote
 from fsspec.implementations.memory import MemoryFile
 from multidict import CIMultiDict
 from shard_server import ShardServer, serving

@@ -12,7 +12,7 @@ import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.recipe import Data, Fetch
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.remote.fetch import fetch
+from cdpo.engine.shards.remote import fetch
 from cdpo.engine.shards.remote.store import RemoteStore, open_store
 from cdpo.engine.shards.store import LocalStore
 from shard_server import ShardHandler, ShardServer, serving
