@@ -25,7 +25,7 @@ _TMP = re.compile(r"[^\s'\"]*/pytest-of-\w+/pytest-\d+/(popen-gw\d+/)?[^/\s'\"]+
 def refused(
     error: type[CdpoError], kind: str, key: str | None = None, *, wording: str | None = None
 ) -> Iterator[pytest.ExceptionInfo[CdpoError]]:
-    """The block must raise ``error`` of a kind, about ``key`` if given, in the golden file's words of
+    """The block must raise ``error`` of a kind, about ``key`` if given, in the golden words of
     the name ``wording`` if given.
     """
     with pytest.raises(error) as told:
