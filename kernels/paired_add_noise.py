@@ -24,6 +24,7 @@ arXiv 2210.02747.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,10 +173,8 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(latents, target, dtype)
+def _(latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(latents, *others[-2:])
 
 
 # ----------------------------------------------------------------------------------------- public

@@ -199,16 +199,15 @@ def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 def _op(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale, huber_c = as_float32(scale), as_float32(huber_c)
-    if takes_triton(policy, reference, target):
-        return _forward_triton(policy, reference, target, scale, distance, huber_c)
-    result = _ref(policy, reference, target, scale, distance, huber_c)
-    return result.loss, result.logits, result.policy_error, result.reference_error
+    run = _forward_triton if takes_triton(policy, reference, target) else _ref
+    scalars = as_float32(scale), distance, as_float32(huber_c)
+    loss, logits, policy_error, reference_error = run(policy, reference, target, *scalars)
+    return loss, logits, policy_error, reference_error
 
 
 @_op.register_fake
 def _(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+    policy: Tensor, reference: Tensor, target: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(policy, compute_dtype(policy, reference, target))
 
@@ -223,22 +222,13 @@ def _backward_op(
     distance: str,
     huber_c: float,
 ) -> Tensor:
-    scale, huber_c = as_float32(scale), as_float32(huber_c)
-    if takes_triton(policy, target, logits):
-        return _backward_triton(grad_loss, logits, policy, target, scale, distance, huber_c)
-    return _backward_torch(grad_loss, logits, policy, target, scale, distance, huber_c)
+    run = _backward_triton if takes_triton(policy, target, logits) else _backward_torch
+    scalars = as_float32(scale), distance, as_float32(huber_c)
+    return run(grad_loss, logits, policy, target, *scalars)
 
 
 @_backward_op.register_fake
-def _(
-    grad_loss: Tensor,
-    logits: Tensor,
-    policy: Tensor,
-    target: Tensor,
-    scale: float,
-    distance: str,
-    huber_c: float,
-) -> Tensor:
+def _(grad_loss: Tensor, logits: Tensor, policy: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(policy)
 
 
