@@ -1,11 +1,16 @@
-"""Model families, one file each, behind the protocol of :mod:`cdpo.engine.models.protocol`."""
+"""Model families, one file each, behind the protocol of :mod:`cdpo.engine.models.protocol`.
+
+The file of a family has the name that recipes know it by, and its ``load`` reads the recipe's
+model: there is no list of them but that of the schema.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 
 from ..recipe import Model
-from . import lcm, sd, sdxl
 from .pretrained import fingerprint
 from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess
 
@@ -21,9 +26,10 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAMILIES = {"sd": sd.load, "sdxl": sdxl.load, "lcm": lcm.load}
 
 
 def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> Backbone:
     """The backbone a recipe names."""
-    return FAMILIES[spec.backbone](spec, device, DTYPES[precision])
+    family = import_module(f".{spec.backbone}", __package__)
+    backbone: Backbone = family.load(spec, device, DTYPES[precision])
+    return backbone

@@ -1,15 +1,15 @@
-"""Losses over pairs, one file each, behind :mod:`cdpo.engine.objectives.protocol`."""
+"""Losses over pairs, one file each, behind :mod:`cdpo.engine.objectives.protocol`.
+
+The file of an objective has the name that recipes know it by, and its ``build`` makes it of the
+recipe's section: there is no list of them but that of the schema.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
 from ..recipe import Objective as ObjectiveSpec
-from .consistency_dpo import ConsistencyDPO
-from .consistency_sft import ConsistencyFineTuning
-from .diffusion_dpo import DiffusionDPO
 from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
-from .sft import SupervisedFineTuning
 from .weighting import min_snr_weights
 
 __all__ = [
@@ -23,14 +23,7 @@ __all__ = [
 ]
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSpec], Objective]] = {
-    "diffusion_dpo": DiffusionDPO,
-    "consistency_dpo": ConsistencyDPO,
-    "sft": SupervisedFineTuning,
-    "consistency_sft": ConsistencyFineTuning,
-}
-
-
 def build_objective(spec: ObjectiveSpec) -> Objective:
     """The objective a recipe names."""
-    return OBJECTIVES[spec.type](spec)
+    objective: Objective = import_module(f".{spec.type}", __package__).build(spec)
+    return objective

@@ -26,6 +26,8 @@ from .protocol import Loss, Networks, TrainingBatch
 class ConsistencyDPO:
     """The published loss over a teacher's solver step."""
 
+    trained_images, frozen_passes = 2, 8
+
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.preference = PreferenceLoss(spec, scale=spec.beta)
 
@@ -65,6 +67,9 @@ class ConsistencyDPO:
             assert outputs.reference is not None
             assert outputs.target is not None
             return self.preference(outputs.policy, outputs.reference, outputs.target, None)
+
+
+build = ConsistencyDPO
 
 
 def _twice(tensor: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from .sft import mean_errors
 class ConsistencyFineTuning:
     """Three network calls: the teacher on 2B images, reference and policy on B."""
 
+    trained_images, frozen_passes = 1, 3
+
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
 
@@ -66,3 +68,6 @@ class ConsistencyFineTuning:
             errors = mean_errors((outputs.policy - outputs.target)[:pairs], self.spec)
             unknown = torch.full_like(errors, float("nan")).detach()
         return Loss(errors.mean(), unknown, unknown, unknown)
+
+
+build = ConsistencyFineTuning

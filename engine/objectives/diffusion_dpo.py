@@ -18,6 +18,8 @@ from .protocol import Loss, Networks, TrainingBatch
 class DiffusionDPO:
     """The published loss; one policy call and one reference call on 2B images."""
 
+    trained_images, frozen_passes = 2, 2
+
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.preference = PreferenceLoss(spec, scale=spec.beta / 2)
 
@@ -29,3 +31,6 @@ class DiffusionDPO:
         policy = networks.policy(batch.noisy, timesteps, batch.conditioning)
         with phase("loss"):
             return self.preference(policy, reference, batch.target, batch.weights)
+
+
+build = DiffusionDPO

@@ -65,4 +65,9 @@ class Loss:
 class Objective(Protocol):
     """A loss over a batch of pairs."""
 
+    trained_images: int
+    """Images of a pair that the policy is trained on, 1 or 2: what a dry run counts with."""
+    frozen_passes: int
+    """Forward passes of frozen networks for a pair, over one image each."""
+
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss: ...

@@ -18,6 +18,8 @@ from .protocol import Loss, Networks, TrainingBatch
 class SupervisedFineTuning:
     """One policy call on B images."""
 
+    trained_images, frozen_passes = 1, 0
+
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
 
@@ -31,6 +33,9 @@ class SupervisedFineTuning:
             loss = (errors if batch.weights is None else errors * batch.weights).mean()
             unknown = torch.full_like(errors, float("nan")).detach()
         return Loss(loss, unknown, unknown, unknown)
+
+
+build = SupervisedFineTuning
 
 
 def mean_errors(x: Tensor, spec: ObjectiveSpec) -> Tensor:

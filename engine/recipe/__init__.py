@@ -5,52 +5,24 @@ from .data import Curriculum, Data, Fetch
 from .model import Model
 from .prepare import Generate, Imported, Masked, Paired, Ranked
 from .prompts import Prompts, Split, Templates
-from .reward import (
-    AestheticSpec,
-    CaptionSimilaritySpec,
-    ClipScoreSpec,
-    ColorfulnessSpec,
-    CombinedReward,
-    HpsSpec,
-    ImageRewardSpec,
-    JpegIncompressibilitySpec,
-    JpegSpec,
-    Part,
-    PickScoreSpec,
-    PythonSpec,
-    Reward,
-    VoteSpec,
-    WeightedSpec,
-)
+from .reward import Reward
 from .schema import Recipe
 from .section import Sampler
 from .train import Objective, Optimizer, Speed
 
 __all__ = [
     "Adapter",
-    "AestheticSpec",
-    "CaptionSimilaritySpec",
-    "ClipScoreSpec",
-    "ColorfulnessSpec",
-    "CombinedReward",
     "Curriculum",
     "Data",
     "Fetch",
     "Generate",
-    "HpsSpec",
-    "ImageRewardSpec",
     "Imported",
-    "JpegIncompressibilitySpec",
-    "JpegSpec",
     "Masked",
     "Model",
     "Objective",
     "Optimizer",
     "Paired",
-    "Part",
-    "PickScoreSpec",
     "Prompts",
-    "PythonSpec",
     "Ranked",
     "Recipe",
     "Reward",
@@ -58,6 +30,4 @@ __all__ = [
     "Speed",
     "Split",
     "Templates",
-    "VoteSpec",
-    "WeightedSpec",
 ]

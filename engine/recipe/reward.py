@@ -1,7 +1,8 @@
 """Sections `reward` and `compare.judge` of a recipe: what ranks the images.
 
 `type` chooses; a section without it is a `clip_score`. Every type has those keys alone that change
-something there. What the types do lives in :mod:`cdpo.engine.rewards`.
+something there. What the types do lives in :mod:`cdpo.engine.rewards`, where ``made_by`` points: a
+new one is a class here, its name in ``_Single``, and a file there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class RewardSection(Section):
     """What every reward has."""
 
     type: str
+    made_by: ClassVar[str]
+    """Module and class in :mod:`cdpo.engine.rewards` that score so, imported when they are used."""
     memory_only: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     @property
@@ -85,16 +88,15 @@ class ModelReward(NetworkReward):
 class ClipScoreSpec(ModelReward):
     """Cosine between image and prompt."""
 
+    made_by = "clip:ClipScore"
     type: Literal["clip_score"] = "clip_score"
-    """`clip_score`: cosine of a CLIP model between image and prompt. Others: `pick_score`, `hps`,
-    `aesthetic`, `image_reward`, `caption_similarity`, `jpeg_compressibility`,
-    `jpeg_incompressibility`, `colorfulness`, `python`, `weighted` and `vote`: see
-    docs/rewards.md."""
+    """`clip_score`: cosine of a CLIP model between image and prompt. All types: docs/rewards.md."""
 
 
 class PickScoreSpec(ModelReward):
     """A preference model of the CLIP family."""
 
+    made_by = "clip:PickScore"
     type: Literal["pick_score"] = "pick_score"
     """`pick_score`: cosine times the model's temperature, of any CLIP-family preference model."""
     processor: str | None = None
@@ -105,6 +107,7 @@ class PickScoreSpec(ModelReward):
 class HpsSpec(NetworkReward):
     """Human preference score v2 and v2.1."""
 
+    made_by = "hps:Hps"
     type: Literal["hps"] = "hps"
     """`hps`: cosine of HPS v2.1, from its published checkpoint."""
     path: str
@@ -117,6 +120,7 @@ class HpsSpec(NetworkReward):
 class AestheticSpec(ModelReward):
     """LAION's aesthetic predictor."""
 
+    made_by = "aesthetic:Aesthetic"
     type: Literal["aesthetic"] = "aesthetic"
     """`aesthetic`: LAION's predictor of a rating from 1 to 10; the prompt does not count."""
     path: str = "openai/clip-vit-large-patch14"
@@ -129,6 +133,7 @@ class AestheticSpec(ModelReward):
 class ImageRewardSpec(NetworkReward):
     """ImageReward v1."""
 
+    made_by = "image_reward:ImageReward"
     type: Literal["image_reward"] = "image_reward"
     """`image_reward`: ImageReward v1.0, a BLIP trained on rankings, from its published file."""
     path: str
@@ -140,6 +145,7 @@ class ImageRewardSpec(NetworkReward):
 class CaptionSimilaritySpec(ModelReward):
     """Text alignment as in the papers: what a captioner sees, compared with the prompt."""
 
+    made_by = "caption_similarity:CaptionSimilarity"
     type: Literal["caption_similarity"] = "caption_similarity"
     """`caption_similarity`: a vision-language model says what it sees, a sentence model compares
     that with the prompt."""
@@ -157,6 +163,7 @@ class CaptionSimilaritySpec(ModelReward):
 class JpegSpec(RewardSection):
     """File size as JPEG."""
 
+    made_by = "pixels:JpegSize"
     type: Literal["jpeg_compressibility"] = "jpeg_compressibility"
     """`jpeg_compressibility`: minus the kB of the image as JPEG of quality 95."""
 
@@ -164,6 +171,7 @@ class JpegSpec(RewardSection):
 class JpegIncompressibilitySpec(RewardSection):
     """File size as JPEG."""
 
+    made_by = "pixels:JpegSize"
     type: Literal["jpeg_incompressibility"] = "jpeg_incompressibility"
     """`jpeg_incompressibility`: the kB of the image as JPEG of quality 95."""
 
@@ -171,6 +179,7 @@ class JpegIncompressibilitySpec(RewardSection):
 class ColorfulnessSpec(RewardSection):
     """Colourfulness as people judge it."""
 
+    made_by = "pixels:Colorfulness"
     type: Literal["colorfulness"] = "colorfulness"
     """`colorfulness`: Hasler and Süsstrunk's measure; 0 is gray, 100 extremely colourful."""
 
@@ -178,6 +187,7 @@ class ColorfulnessSpec(RewardSection):
 class PythonSpec(RewardSection):
     """A function of the user's own."""
 
+    made_by = "python_function:PythonFunction"
     type: Literal["python"] = "python"
     """`python`: a function of your own."""
     function: str
@@ -260,6 +270,7 @@ class CombinedReward(RewardSection):
 class WeightedSpec(CombinedReward):
     """Weighted sum of several rewards."""
 
+    made_by = "combined:Weighted"
     type: Literal["weighted"] = "weighted"
     """`weighted`: sum of several rewards, each standardised over the images of a prompt."""
 
@@ -267,6 +278,7 @@ class WeightedSpec(CombinedReward):
 class VoteSpec(CombinedReward):
     """Several rewards that vote."""
 
+    made_by = "combined:Vote"
     type: Literal["vote"] = "vote"
     """`vote`: share of a prompt's other images that an image beats, mean over several rewards."""
 

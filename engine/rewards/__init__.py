@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..recipe import CombinedReward, Reward
-from .aesthetic import Aesthetic
-from .caption_similarity import CaptionSimilarity
-from .clip import ClipModel, ClipScore, PickScore
-from .combined import COMBINATIONS, is_relative, score_together
-from .hps import Hps
-from .image_reward import ImageReward
-from .pixels import Colorfulness, JpegSize
-from .protocol import RewardModel, Scorer
-from .python_function import PythonFunction
+from ..recipe.reward import CombinedReward, Reward
+from .clip import ClipModel
+from .combined import is_relative, score_together
+from .protocol import RewardModel
 from .scored_call import ScoredCall, checked_scores
 
 __all__ = [
@@ -30,19 +23,6 @@ __all__ = [
     "score_together",
 ]
 
-SCORERS: dict[str, Callable[[Any, torch.device], Scorer]] = {
-    "clip_score": ClipScore,
-    "pick_score": PickScore,
-    "hps": Hps,
-    "aesthetic": Aesthetic,
-    "image_reward": ImageReward,
-    "caption_similarity": CaptionSimilarity,
-    "colorfulness": Colorfulness,
-    "jpeg_compressibility": JpegSize,
-    "jpeg_incompressibility": JpegSize,
-    "python": PythonFunction,
-}
-
 
 def load_reward(spec: Reward, device: torch.device, cache: Path | None = None) -> RewardModel:
     """The reward a recipe names; ``cache`` is a folder in which scores outlive the process.
@@ -50,11 +30,13 @@ def load_reward(spec: Reward, device: torch.device, cache: Path | None = None) -
     Raises:
         OutsideError: weights or function cannot be had; one line says which and why.
     """
+    module, _, name = spec.made_by.partition(":")
+    kind = getattr(import_module(f".{module}", __package__), name)
     if isinstance(spec, CombinedReward):
         parts = [load_reward(part.reward, device, cache) for part in spec.rewards]
-        return COMBINATIONS[spec.type](parts, [part.weight for part in spec.rewards])
-    scorer = SCORERS[spec.type](spec, device)
-    return ScoredCall(scorer, spec.label, spec.images_per_call, spec.settings(), cache)
+        combined: RewardModel = kind(parts, [part.weight for part in spec.rewards])
+        return combined
+    return ScoredCall(kind(spec, device), spec.label, spec.images_per_call, spec.settings(), cache)
 
 
 def clip_of(reward: RewardModel) -> ClipModel | None:

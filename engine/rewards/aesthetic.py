@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models import fingerprint
 from ..models.pretrained import reading
-from ..recipe import AestheticSpec
+from ..recipe.reward import AestheticSpec
 from .clip import ClipModel, read_clip
 from .tensor_files import read_tensors, take
 

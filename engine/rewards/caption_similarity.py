@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..models import fingerprint
 from ..models.pretrained import reading
-from ..recipe import CaptionSimilaritySpec
+from ..recipe.reward import CaptionSimilaritySpec
 from .clip import DTYPES
 from .sentence_model import SentenceModel
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..models import fingerprint
 from ..models.pretrained import reading
-from ..recipe import ClipScoreSpec, PickScoreSpec
+from ..recipe.reward import ClipScoreSpec, PickScoreSpec
 
 PROMPTS_KEPT = 4096  # an imported data set may have a million captions
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

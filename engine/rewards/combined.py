@@ -15,12 +15,12 @@ tuned model, are therefore scored together (:func:`score_together`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from ..recipe import CombinedReward, Reward
+from ..recipe.reward import CombinedReward, Reward
 from .protocol import RewardModel
 
 
@@ -80,12 +80,6 @@ class Vote(Combined):
     def combine(self, shares: np.ndarray) -> np.ndarray:
         mean: np.ndarray = self.weights @ shares / np.abs(self.weights).sum()
         return mean
-
-
-COMBINATIONS: dict[str, Callable[[Sequence[RewardModel], Sequence[float]], RewardModel]] = {
-    "weighted": Weighted,
-    "vote": Vote,
-}
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:

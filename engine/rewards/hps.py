@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from ..models.pretrained import reading
-from ..recipe import HpsSpec
+from ..recipe.reward import HpsSpec
 from .clip import ClipModel, read_tokenizer
 from .open_clip_weights import clip_of_open_clip
 from .tensor_files import read_tensors

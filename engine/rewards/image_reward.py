@@ -23,7 +23,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from ..models import fingerprint
 from ..models.pretrained import reading
-from ..recipe import ImageRewardSpec
+from ..recipe.reward import ImageRewardSpec
 from .aesthetic import linear_layers
 from .clip import computing_in, read_tokenizer
 from .tensor_files import count_blocks, read_tensors, take

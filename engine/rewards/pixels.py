@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from ..recipe import ColorfulnessSpec, JpegIncompressibilitySpec, JpegSpec
+from ..recipe.reward import ColorfulnessSpec, JpegIncompressibilitySpec, JpegSpec
 
 QUALITY = 95
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..basics.errors import OutsideError
-from ..recipe import PythonSpec
+from ..recipe.reward import PythonSpec
 
 
 class PythonFunction:

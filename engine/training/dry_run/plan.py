@@ -20,21 +20,12 @@ from ...display.terminal import Terminal
 from ...models import DTYPES
 from ...models.adapters import add_lora
 from ...models.tuning import choose_tuning
+from ...objectives import build_objective
 from ...recipe import Recipe
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..growth import growth_rows
 from .memory import Row, Sizes, Zero, memory_rows, total
 from .networks import MetaModel, activation_bytes, forward_flops, read_meta_model, training_flops
-
-# Images of a pair that the policy trains on, and forward passes of frozen networks for it. In
-# consistency objectives the target sees an image once and the teacher twice, with its prompt and
-# without.
-PASSES = {
-    "diffusion_dpo": (2, 2),
-    "sft": (1, 0),
-    "consistency_dpo": (2, 8),
-    "consistency_sft": (1, 3),
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,8 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     training_units = training_flops(model, policy, resolution) / unit
     if tuning.fused_kernels:
         fuse(policy)
-    trained_images, frozen_passes = PASSES[recipe.objective.type]
+    objective = build_objective(recipe.objective)
+    trained_images = objective.trained_images
     sizes = Sizes(
         policy=count_parameters(policy),
         trained=trained,
@@ -124,7 +116,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         forward_flops=unit,
         training_units=training_units,
         trained_images=trained_images,
-        frozen_passes=frozen_passes,
+        frozen_passes=objective.frozen_passes,
         memory=memory,
         batches=batches,
         zero_stage=stage,

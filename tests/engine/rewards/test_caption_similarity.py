@@ -10,7 +10,7 @@ import reward_files as files
 import torch
 import torch.nn.functional as F
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.recipe import CaptionSimilaritySpec
+from cdpo.engine.recipe.reward import CaptionSimilaritySpec
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.sentence_model import SentenceModel
 from tokenizers import Tokenizer, models, pre_tokenizers

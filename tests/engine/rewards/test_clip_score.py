@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.recipe import ClipScoreSpec
+from cdpo.engine.recipe.reward import ClipScoreSpec
 from cdpo.engine.rewards import RewardModel, load_reward
 from PIL import Image
 from safetensors.torch import load_file, save_file

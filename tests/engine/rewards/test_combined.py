@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cdpo.engine.recipe import (
+from cdpo.engine.recipe.reward import (
     ClipScoreSpec,
     ColorfulnessSpec,
     JpegSpec,

@@ -20,8 +20,9 @@ from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.sampled import Preparation
 from cdpo.engine.ranks import Ranks
-from cdpo.engine.recipe import PythonSpec, Recipe
+from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.recipe.reward import PythonSpec
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.pixels import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest

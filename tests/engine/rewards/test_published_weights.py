@@ -15,7 +15,13 @@ import reward_files as files
 import torch
 import torch.nn.functional as F
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.recipe import AestheticSpec, ClipScoreSpec, HpsSpec, ImageRewardSpec, PickScoreSpec
+from cdpo.engine.recipe.reward import (
+    AestheticSpec,
+    ClipScoreSpec,
+    HpsSpec,
+    ImageRewardSpec,
+    PickScoreSpec,
+)
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.hps import HEADS, fitted_whole
 from PIL import Image

@@ -4,12 +4,22 @@ import importlib
 import io
 import re
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from cdpo.engine import rewards
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.recipe import ColorfulnessSpec, JpegIncompressibilitySpec, JpegSpec, PythonSpec
+from cdpo.engine.recipe.keys import SCHEMA, sections_of
+from cdpo.engine.recipe.reward import (
+    ColorfulnessSpec,
+    JpegIncompressibilitySpec,
+    JpegSpec,
+    PythonSpec,
+    RewardSection,
+)
+from cdpo.engine.recipe.section import PositiveInt
 from cdpo.engine.rewards import load_reward
 from PIL import Image
 from reward_files import pictures
@@ -65,6 +75,46 @@ def test_fingerprints_tell_rewards_apart_by_their_first_letters():
     found = [load_reward(spec, CPU).fingerprint for spec in specs]
     assert all(re.fullmatch("[0-9a-f]{64}", fingerprint) for fingerprint in found)
     assert len({fingerprint[:16] for fingerprint in found}) == 3
+
+
+BRIGHTNESS = """
+import hashlib
+import numpy as np
+
+class Brightness:
+    fingerprint = hashlib.sha256(b"brightness 1").hexdigest()
+
+    def __init__(self, spec, device):
+        self.ceiling = spec.ceiling
+
+    def score_batch(self, images, prompts):
+        means = [np.asarray(image.convert("L"), float).mean() for image in images]
+        return np.minimum(means, self.ceiling)
+"""
+
+
+class BrightnessSpec(RewardSection):
+    """What a newcomer writes into the schema."""
+
+    made_by = "brightness:Brightness"
+    type: Literal["brightness"] = "brightness"
+    ceiling: PositiveInt = 255
+
+
+def test_a_new_reward_is_one_file_and_one_entry_of_the_schema(tmp_path, monkeypatch):
+    (tmp_path / "brightness.py").write_text(BRIGHTNESS)
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    images = [Image.new("RGB", (4, 4), (level,) * 3) for level in (10, 200)]
+    assert score(BrightnessSpec(), images).tolist() == [10, 200]
+    assert score(BrightnessSpec(ceiling=100), images).tolist() == [10, 100]
+    plain, capped = (load_reward(BrightnessSpec(ceiling=c), CPU).fingerprint for c in (255, 100))
+    assert plain != capped, "a knob of the schema is a part of the fingerprint"
+
+
+def test_every_reward_of_the_schema_names_what_makes_it():
+    for section in sections_of(SCHEMA["reward"]):
+        module, name = section.made_by.split(":")
+        assert callable(getattr(importlib.import_module(f"{rewards.__name__}.{module}"), name))
 
 
 @pytest.fixture
