@@ -10,9 +10,7 @@ from ..basics.errors import DataError, RecipeError
 from ..models import Backbone
 from ..recipe import Model, Recipe
 from ..recipe.reading import load_recipe
-from ..training.export_formats import (
-    FOLDERS,
-)
+from ..training.export_formats import FOLDERS
 from ..training.exports import AVERAGES
 from ..training.log import MetricsFile
 from .report.content import TUNED, RunFacts
@@ -81,32 +79,39 @@ def method_of(recipe: Recipe) -> dict[str, str | int | float | None]:
 
 
 def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:
-    key = f"compare.runs.{name}={folder}"
+    key = f"compare.runs.{name}"
+    run = f"{key}={folder}"
     resolved = Path(folder) / "recipe.yaml"
     if not resolved.is_file():
-        raise DataError(f"{key} is no run folder: it holds no recipe.yaml, which train writes")
+        message = f"{run} is no run folder: it holds no recipe.yaml, which train writes"
+        raise DataError(message, key, "missing")
     try:
         own = load_recipe(resolved)
     except RecipeError as error:
         first, *others = str(error).splitlines()
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(f"{key}: its recipe.yaml cannot be taken: {first}{more}") from None
-    _refuse_other_model(key, recipe.model, own.model)
+        message = f"{run}: its recipe.yaml cannot be taken: {first}{more}"
+        raise RecipeError(message, key, "damaged") from None
+    _refuse_other_model(key, folder, recipe.model, own.model)
     if recipe.compare.weights == "ema" and own.adapter.ema is None:
         raise DataError(
-            f"{key} keeps no moving average (its adapter.ema is null): use compare.weights=last"
+            f"{run} keeps no moving average (its adapter.ema is null): use compare.weights=last",
+            key,
+            "contradiction",
         )
     moved = own.model_copy(update={"run_dir": folder, "compare": recipe.compare})
     return ComparedRun(name, moved, tuned_hash(moved))
 
 
-def _refuse_other_model(key: str, here: Model, there: Model) -> None:
+def _refuse_other_model(key: str, folder: str, here: Model, there: Model) -> None:
     for name in SAME_MODEL:
         ours, theirs = getattr(here, name), getattr(there, name)
         if _located(ours) != _located(theirs):
             raise DataError(
-                f"{key} was tuned from another model: its model.{name} is {_shown(theirs)}, here "
-                f"it is {_shown(ours)}; runs are compared with one base"
+                f"{key}={folder} was tuned from another model: its model.{name} is "
+                f"{_shown(theirs)}, here it is {_shown(ours)}; runs are compared with one base",
+                key,
+                "mismatch",
             )
 
 
@@ -136,7 +141,7 @@ def tuned_folder(recipe: Recipe) -> Path:
     form = min(recipe.export.formats, key=list(FOLDERS).index)
     folder = Path(recipe.run_dir) / kind / FOLDERS[form]
     if not folder.is_dir():
-        raise DataError(f"no tuned weights in {folder}: run train first")
+        raise DataError(f"no tuned weights in {folder}: run train first", str(folder), "missing")
     return folder
 
 

@@ -45,18 +45,27 @@ class SideScoring:
         self._images_hash = hashlib.sha256(text.encode()).hexdigest()
 
     def scores(self, spec: Reward, reward: RewardModel) -> Tables:
-        """(prompts, images) of each side."""
+        """(prompts, images) of each side. DataError if not one image of all could be scored."""
+        identity = json.dumps(spec.identity(), sort_keys=True)
 
         def score(prompt: str, images: Images) -> NDArray[np.float64]:
             found = score_together(reward, images, prompt)
             failpoint("compare.scored")
             return np.stack(found).astype(np.float64)
 
-        made_of = {
-            "reward": json.dumps(spec.identity(), sort_keys=True),
-            "weights": reward.fingerprint,
-        }
-        return self._on_all("scores", made_of, score)
+        def score_all() -> NDArray[np.float64]:
+            whole = self._of_prompts(score)
+            if not np.isfinite(whole).any():
+                raise DataError(
+                    f"the reward {identity} could score none of {whole.size} images, for the "
+                    "reasons above",
+                    spec.type,
+                    "non-finite",
+                )
+            return whole
+
+        made_of = {"reward": identity, "weights": reward.fingerprint}
+        return self._kept_or("scores", made_of, score_all)
 
     def distances(self, clip: ClipModel, batch_size: int) -> Tables:
         """(prompts,) of each side: the mean cosine distance of two images of a prompt."""
@@ -65,34 +74,31 @@ class SideScoring:
             return np.array([mean_distance(_embedded(clip, side, batch_size)) for side in images])
 
         made_of = {"weights": clip.fingerprint, "precision": clip.precision}
-        return self._on_all("distances", made_of, measure)
+        return self._kept_or("distances", made_of, lambda: self._of_prompts(measure))
 
-    def _on_all(
-        self,
-        what: str,
-        made_of: dict[str, str],
-        work: Callable[[str, Images], NDArray[np.float64]],
+    def _kept_or(
+        self, what: str, made_of: dict[str, str], compute: Callable[[], NDArray[np.float64]]
     ) -> Tables:
-        """Tables (prompts, ...) by side, from what ``work`` makes of a prompt: (sides, ...)."""
+        """Tables (prompts, ...) by side: those kept, or what is computed (prompts, sides, ...)."""
         subject = f"{what} {json.dumps(made_of)}"
         made_of = made_of | {"images": self._images_hash}
         kept = self.ranks.on_first(lambda: self._kept.read(subject, made_of))
         if kept is not None:
             return {name: kept[name] for name in self.sides}
-        whole = np.stack(
-            self.ranks.divided(
-                self.prompts,
-                lambda prompt: work(prompt, [side.read(prompt) for side in self.sides.values()]),
-            )
-        )
-        if what == "scores" and not np.isfinite(whole).any():
-            raise DataError(
-                f"the reward {made_of['reward']} could score none of {whole.size} images, for the "
-                "reasons above"
-            )
+        whole = compute()
         tables = {name: whole[:, index] for index, name in enumerate(self.sides)}
         self.ranks.on_first(lambda: self._kept.write(subject, made_of, tables))
         return tables
+
+    def _of_prompts(
+        self, work: Callable[[str, Images], NDArray[np.float64]]
+    ) -> NDArray[np.float64]:
+        """(prompts, sides, ...) of what ``work`` makes of a prompt, (sides, ...)."""
+
+        def work_on(prompt: str) -> NDArray[np.float64]:
+            return work(prompt, [side.read(prompt) for side in self.sides.values()])
+
+        return np.stack(self.ranks.divided(self.prompts, work_on))
 
 
 def _embedded(

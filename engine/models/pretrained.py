@@ -29,7 +29,8 @@ def reading(what: str, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise OutsideError(f"{what} is no {kind}: {reason}") from None
+        key = what.partition("=")[0] if "=" in what else None
+        raise OutsideError(f"{what} is no {kind}: {reason}", key, "unreadable") from None
 
 
 def read_network(

@@ -48,10 +48,13 @@ def load_function(name: str) -> Callable[..., Any]:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise OutsideError(
             f"reward.function={name} cannot be imported: {reason}; install its package, or put its "
-            "folder on PYTHONPATH"
+            "folder on PYTHONPATH",
+            "reward.function",
+            "not-installed",
         ) from None
     if not callable(found):
-        raise OutsideError(f"reward.function={name} is a {type(found).__name__}, not a function")
+        message = f"reward.function={name} is a {type(found).__name__}, not a function"
+        raise OutsideError(message, "reward.function", "wrong-type")
     return found  # type: ignore[no-any-return]
 
 

@@ -72,7 +72,8 @@ class ScoreCache:
             with self._file.open("ab") as file:
                 file.write(b"".join(_record(*item) for item in scores.items()))
         except OSError as error:
-            raise DataError(f"cannot write {self._file}: {os.strerror(error.errno or 0)}") from None
+            message = f"cannot write {self._file}: {os.strerror(error.errno or 0)}"
+            raise DataError(message, str(self._file), "unwritable") from None
 
 
 def _record(key: bytes, score: float) -> bytes:
@@ -154,7 +155,9 @@ class ScoredCall:
             if isinstance(error, torch.AcceleratorError):  # stays: the next image would fail too
                 raise OutsideError(
                     f"{self.label}: the device failed over {len(places)} images from "
-                    f"{names[places[0]]} on: {_first_line(error)}; start again"
+                    f"{names[places[0]]} on: {_first_line(error)}; start again",
+                    self.label,
+                    "device",
                 ) from None
             if len(places) > 1:
                 return self._one_by_one(images, prompts, places, names)
@@ -176,9 +179,8 @@ class ScoredCall:
 
     def _halve(self, tried: int, error: Exception) -> None:
         if tried == 1:
-            raise OutsideError(
-                f"{self.label}: out of memory with one image at a time: {_first_line(error)}"
-            )
+            message = f"{self.label}: out of memory with one image at a time: {_first_line(error)}"
+            raise OutsideError(message, self.label, "too-large")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.batch_size = tried // 2
@@ -191,7 +193,8 @@ class ScoredCall:
         self.failed += 1
         reason = f"{type(error).__name__}: {_first_line(error)}"
         if not self.succeeded and self.failed == HOPELESS:
-            raise DataError(f"{self.label} failed on each of the first {HOPELESS} images: {reason}")
+            message = f"{self.label} failed on each of the first {HOPELESS} images: {reason}"
+            raise DataError(message, self.label, "non-finite")
         if self.failed <= NAMED:
             Terminal().warn(f"{self.label}: no score for {name}, which is left out: {reason}")
         elif self.failed == NAMED + 1:
@@ -204,7 +207,9 @@ def checked_scores(scores: object, count: int, label: str = "the reward") -> np.
     if scores.shape != (count,) or not np.issubdtype(scores.dtype, np.floating):
         raise DataError(
             f"{label} returned {scores.dtype} of shape {scores.shape} for {count} images; one "
-            "floating number an image is wanted"
+            "floating number an image is wanted",
+            label,
+            "mismatch" if scores.shape != (count,) else "wrong-type",
         )
     return scores.astype(np.float32)
 

@@ -128,7 +128,6 @@ class ComparisonReport:
             notes=self._notes(),
             runs=[run.facts() for run in self.runs],
             base_name=self._base,
-            tuned_name=self._tuned[0],
         )
 
     def _notes(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a report is made of. `compare` fills this in; report.py and results.py only show it."""
+"""What a report is made of. `build.py` fills this in; the other files here only show it."""
 
 from __future__ import annotations
 
@@ -209,15 +209,16 @@ class ReportData:
     runs: Sequence[RunFacts] = ()
     """In the order of the tables."""
     base_name: str = "base"
-    tuned_name: str = TUNED
-    """Of the first run."""
-    pixelated: bool | None = None
-    """Show images with hard pixels; by default if they are smaller than 128 pixels."""
 
     @property
     def run_names(self) -> list[str]:
         """Of all runs, in the order of the tables."""
-        return [run.name for run in self.runs] or [self.tuned_name]
+        return [run.name for run in self.runs] or [TUNED]
+
+    @property
+    def tuned_name(self) -> str:
+        """Of the first run."""
+        return self.run_names[0]
 
     @property
     def is_of_several(self) -> bool:

@@ -1,6 +1,5 @@
-"""Training curves and the tier timeline, from rows of metrics.jsonl: SVG for the report (see
-:mod:`.figures`), PNG for folders and trackers. Rows become arrays that are sorted, filled with NaN,
-smoothed and thinned.
+"""Training curves and the tier timeline, from rows of metrics.jsonl, which become arrays that are
+sorted, filled with NaN, smoothed and thinned.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .figures import COLORS, Format, render
+from .figures import COLORS, render
 
 Row = Mapping[str, Any]
 
@@ -163,30 +162,14 @@ PANELS = (
 )
 
 
-def training_curves(metrics: Sequence[Row], fmt: Format = "svg") -> bytes:
-    """All panels in one figure."""
-    rows = sorted_rows(metrics)
-
-    def draw(figure: Figure) -> None:
-        for axes, panel in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
-            _draw_panel(axes, rows, panel)
-            axes.set_title(panel.title, loc="left", fontsize=10)
-
-    return render(draw, (9.6, 7.8), fmt)
-
-
-def training_panels(metrics: Sequence[Row], fmt: Format = "svg") -> list[tuple[Panel, bytes]]:
+def training_panels(metrics: Sequence[Row]) -> list[tuple[Panel, Markup]]:
     """Each panel that has data as a figure of its own, so that a page can lay them out."""
     rows = sorted_rows(metrics)
     present = [panel for panel in PANELS if _has_data(rows, panel)]
-    return [
-        (panel, render(partial(_draw_alone, rows, panel), (3.8, 2.2), fmt)) for panel in present
-    ]
+    return [(panel, render(partial(_draw_panel, rows, panel), (3.8, 2.2))) for panel in present]
 
 
-def tier_timeline(
-    metrics: Sequence[Row], num_tiers: int | None = None, fmt: Format = "svg"
-) -> bytes:
+def tier_timeline(metrics: Sequence[Row], num_tiers: int | None = None) -> Markup:
     """Which tiers are in use at every step: a bar a tier, the easiest at the bottom."""
     rows = sorted_rows(metrics)
     intervals = tier_intervals(rows)
@@ -209,19 +192,15 @@ def tier_timeline(
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
-    return render(draw, (9.6, 0.9 + 0.3 * count), fmt)
+    return render(draw, (9.6, 0.9 + 0.3 * count))
 
 
 def _has_data(rows: Sequence[Row], panel: Panel) -> bool:
     return any(np.isfinite(column(rows, line.metric)).any() for line in panel.lines)
 
 
-def _draw_alone(rows: Sequence[Row], panel: Panel, figure: Figure) -> None:
-    _draw_panel(figure.subplots(), rows, panel)
-
-
-def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
-    steps = column(rows, "step")
+def _draw_panel(rows: Sequence[Row], panel: Panel, figure: Figure) -> None:
+    axes, steps = figure.subplots(), column(rows, "step")
     for index, span in enumerate(spans(rows, "stage")):
         if index % 2:
             axes.axvspan(span.start, span.end, color=COLORS["shade"], linewidth=0, zorder=0)

@@ -1,4 +1,4 @@
-"""Charts in the report's look, SVG that follows its theme or PNG, and pictures as data URIs.
+"""Charts in the report's look, as SVG that follows its theme, and pictures as data URIs.
 
 SVG comes with its colours as CSS variables (``var(--chart-ink, #1f2328)``), so that inside the
 report it follows the light or dark theme and on its own it is a light chart.
@@ -11,15 +11,14 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image, features
 
 from ...display.drawing import to_rgb
-
-Format = Literal["svg", "png"]
 
 # Names are CSS variables of the report. The hues are told apart by readers with colour blindness.
 COLORS = {
@@ -60,17 +59,14 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def render(draw: Callable[[Figure], None], size: tuple[float, float], fmt: Format) -> bytes:
-    """What ``draw`` puts on a figure of this size in inches."""
+def render(draw: Callable[[Figure], None], size: tuple[float, float]) -> Markup:
+    """What ``draw`` puts on a figure of this size in inches; matplotlib escapes the texts in it."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        if fmt == "png":
-            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-            return buffer.getvalue()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _themed(buffer.getvalue().decode()).encode()
+    return Markup(_themed(buffer.getvalue().decode()))
 
 
 def _themed(svg: str) -> str:

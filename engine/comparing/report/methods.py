@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from . import wording
 from .content import Diversity, PromptSet, ReportData, ScorerResult
-from .figures import COLORS, Format, embed, render
+from .figures import COLORS, embed, render
 from .stats import Estimate
 from .wording import outcome
 
@@ -30,9 +30,7 @@ _LONGEST = 22  # characters of a name: more would leave no room for the chart
 _NAMES_A_LINE = 2  # beneath a chart
 
 
-def drift_chart(
-    prompt_set: PromptSet, result: ScorerResult, base_name: str, fmt: Format = "svg"
-) -> bytes:
+def drift_chart(prompt_set: PromptSet, result: ScorerResult, base_name: str) -> Markup:
     """A scorer's difference from base over the KL proxy, a point a run; base is at 0, 0.
 
     The axis of the KL proxy is that of its root, which is a distance (as in Gao et al., arXiv
@@ -40,13 +38,13 @@ def drift_chart(
     """
     num_lines = math.ceil((1 + len(result.summaries)) / _NAMES_A_LINE)
     size = (3.8, 2.5 + 0.2 * num_lines)
-    return render(partial(_draw_drift, prompt_set, result, base_name), size, fmt)
+    return render(partial(_draw_drift, prompt_set, result, base_name), size)
 
 
-def diversity_chart(diversity: Diversity, fmt: Format = "svg") -> bytes:
+def diversity_chart(diversity: Diversity) -> Markup:
     """A bar a model, base first, with its interval; a dashed line where base is."""
     height = 0.75 + 0.3 * len(diversity.estimates)
-    return render(partial(_draw_diversity, diversity), (3.8, height), fmt)
+    return render(partial(_draw_diversity, diversity), (3.8, height))
 
 
 def _draw_drift(
@@ -226,16 +224,9 @@ def win_tables(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _win(estimate: Estimate) -> dict[str, Any]:
-    shifted = Estimate(estimate.mean - 0.5, estimate.low - 0.5, estimate.high - 0.5)
-    share, _, interval = wording.percent_interval(estimate).partition(" [")
-    heat = 2 * HEAT * abs(shifted.mean) if math.isfinite(shifted.mean) else 0
-    return {
-        "share": share,
-        "range": f"[{interval}" if interval else "",
-        "side": "above" if shifted.mean > 0 else "below",
-        "heat": f"{100 * heat:.0f}%",
-        "outcome": wording.outcome(shifted),
-    }
+    heat = 2 * HEAT * abs(estimate.mean - 0.5) if math.isfinite(estimate.mean) else 0
+    side = "above" if estimate.mean > 0.5 else "below"
+    return {"side": side, "heat": f"{100 * heat:.0f}%", **wording.share_of_wins(estimate)}
 
 
 def drift_panels(data: ReportData) -> list[dict[str, Any]]:
@@ -245,15 +236,12 @@ def drift_panels(data: ReportData) -> list[dict[str, Any]]:
         on = f"{prompt_set.name} prompts"
         for result in prompt_set.scorers if prompt_set.divergence else ():
             svg = drift_chart(prompt_set, result, data.base_name)
-            panels.append(_panel(f"{result.scorer} against KL proxy", on, svg))
+            title = f"{result.scorer} against KL proxy"
+            panels.append({"title": title, "note": on, "svg": svg})
         if prompt_set.diversity is not None:
-            panels.append(_panel("Diversity", on, diversity_chart(prompt_set.diversity)))
+            svg = diversity_chart(prompt_set.diversity)
+            panels.append({"title": "Diversity", "note": on, "svg": svg})
     return panels
-
-
-def _panel(title: str, note: str, svg: bytes) -> dict[str, Any]:
-    # Our own drawing: matplotlib escapes the names that stand in it.
-    return {"title": title, "note": note, "svg": Markup(svg.decode())}
 
 
 def shared_seed_grids(data: ReportData) -> list[dict[str, Any]]:

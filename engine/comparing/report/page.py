@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,6 @@ from .stats import Estimate
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PIXEL_ART_BELOW = 128
-
-
-@dataclass(frozen=True)
-class Bar:
-    """Where an interval, its mean and zero lie in a table cell, in percent of the cell's width."""
-
-    low: float
-    width: float
-    mean: float
-    zero: float
 
 
 def write_report(path: Path | str, data: ReportData) -> None:
@@ -105,20 +94,9 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
                     "outcome": wording.outcome(difference),
                 }
             )
-            share, _, interval = wording.percent_interval(wins).partition(" [")
-            tiles.append(
-                {
-                    "value": share,
-                    "range": f"[{interval}" if interval else "",
-                    "label": f"{whose}win rate, {prompt_set.name} prompts",
-                    "outcome": wording.outcome(_minus_half(wins)),
-                }
-            )
+            label = f"{whose}win rate, {prompt_set.name} prompts"
+            tiles.append({"label": label, **wording.share_of_wins(wins)})
     return tiles
-
-
-def _minus_half(estimate: Estimate) -> Estimate:
-    return Estimate(estimate.mean - 0.5, estimate.low - 0.5, estimate.high - 0.5)
 
 
 def _table(data: ReportData) -> list[dict[str, Any]]:
@@ -159,10 +137,11 @@ def _extent(data: ReportData, scorer: str) -> tuple[float, float]:
     return min(bounds) - margin, max(bounds) + margin
 
 
-def _bar(difference: Estimate, extent: tuple[float, float]) -> Bar | None:
+def _bar(difference: Estimate, extent: tuple[float, float]) -> dict[str, float] | None:
+    """Where an interval, its mean and zero lie in a table cell, in percent of the cell's width."""
     if not math.isfinite(difference.mean):
         return None
-    low, high, zero = difference.low, difference.high, 0.0
+    low, high = difference.low, difference.high
     if not math.isfinite(low):
         low = high = difference.mean
     start, end = extent
@@ -170,7 +149,12 @@ def _bar(difference: Estimate, extent: tuple[float, float]) -> Bar | None:
     def place(value: float) -> float:
         return round(100 * (value - start) / (end - start), 2)
 
-    return Bar(place(low), round(place(high) - place(low), 2), place(difference.mean), place(zero))
+    return {
+        "low": place(low),
+        "width": round(place(high) - place(low), 2),
+        "mean": place(difference.mean),
+        "zero": place(0.0),
+    }
 
 
 def _sample_set(prompt_set: PromptSet) -> dict[str, Any]:
@@ -229,17 +213,15 @@ def _worst(loss: WorstLoss) -> dict[str, Any]:
 
 
 def _panels(data: ReportData) -> list[dict[str, Any]]:
-    # Our own drawing: the only text in it is that of curves.PANELS.
     return [
-        {"title": panel.title, "note": panel.note, "svg": Markup(svg.decode())}
+        {"title": panel.title, "note": panel.note, "svg": svg}
         for panel, svg in training_panels(data.metrics)
     ]
 
 
 def _timeline(data: ReportData) -> Markup | None:
-    if not spans(data.metrics, "tiers"):
-        return None
-    return Markup(tier_timeline(data.metrics, data.num_tiers).decode())
+    has_tiers = spans(data.metrics, "tiers")
+    return tier_timeline(data.metrics, data.num_tiers) if has_tiers else None
 
 
 def _progression(data: ReportData) -> Embedded | None:
@@ -249,8 +231,7 @@ def _progression(data: ReportData) -> Embedded | None:
 
 
 def _is_pixelated(data: ReportData) -> bool:
-    if data.pixelated is not None:
-        return data.pixelated
+    """Images so small are shown with hard pixels."""
     images = [i for s in data.prompt_sets for p in s.samples for i in (*p.base, *p.tuned)]
     images += [i for s in data.prompt_sets for row in s.rows for i in row.images.values()]
     images += [image for loss in data.worst for image in (loss.base, loss.tuned)]

@@ -114,11 +114,6 @@ def mean_estimate(values: ArrayLike, resamples: int = 10_000, seed: int = 0) -> 
     return Estimate(mean, float(low), float(high))
 
 
-def num_dropped(base: ArrayLike, tuned: ArrayLike) -> int:
-    """Image pairs that no estimate uses because a score is NaN."""
-    return int(np.isnan(_pair(base, tuned)[0]).sum())
-
-
 def worst_pairs(base: ArrayLike, tuned: ArrayLike, count: int) -> list[tuple[int, int]]:
     """(prompt, image) indices where tuned falls below base by most, the worst first.
 

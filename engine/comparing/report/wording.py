@@ -65,6 +65,17 @@ def percent_interval(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f}% [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
+def share_of_wins(win_rate: Estimate) -> dict[str, str]:
+    """Its parts for a page: value, range, and what the interval says against one half."""
+    value, _, interval = percent_interval(win_rate).partition(" [")
+    shifted = Estimate(win_rate.mean - 0.5, win_rate.low - 0.5, win_rate.high - 0.5)
+    return {
+        "value": value,
+        "range": f"[{interval}" if interval else "",
+        "outcome": outcome(shifted),
+    }
+
+
 def sample_size(result: ScorerResult) -> str:
     """``60 × 4``: prompts and images a prompt, and how many pairs had no score; of several runs the
     most that any lacks.

@@ -148,7 +148,6 @@ def make_methods(
             RunFacts(name, f"runs/{name}", {"objective.beta": 5000.0, "curriculum.order": "random"})
             for name in names
         ],
-        tuned_name=names[0],
     )
 
 

@@ -90,7 +90,7 @@ def test_a_chart_without_intervals(methods: Methods, hostile: str) -> None:
     nothing = Estimate(float("nan"), float("nan"), float("nan"))
     point = Estimate(0.1, float("nan"), float("nan"))
     training = replace(methods().prompt_sets[0], divergence={hostile: nothing, "plain $x$": point})
-    assert drift_chart(training, training.scorers[0], "base").startswith(b"<svg")
+    assert drift_chart(training, training.scorers[0], "base").startswith("<svg")
 
 
 def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> None:
@@ -102,7 +102,7 @@ def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> Non
     wins = win_tables(data)[0]
     cell, mirrored = wins["rows"][0][2], wins["rows"][2][0]
     assert (cell["side"], mirrored["side"]) == ("above", "below")
-    assert float(cell["share"][:-1]) + float(mirrored["share"][:-1]) == pytest.approx(100, abs=0.11)
+    assert float(cell["value"][:-1]) + float(mirrored["value"][:-1]) == pytest.approx(100, abs=0.11)
 
 
 def test_a_pair_that_any_run_lacks_is_counted(methods: Methods, hostile: str) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from cdpo.engine.comparing.report.stats import (
     mean_estimate,
-    num_dropped,
     paired_difference,
     paired_summary,
     win_matrix,
@@ -72,7 +71,7 @@ def test_pairs_without_a_score_count_for_neither_side() -> None:
     base = np.array([[1.0, 2.0], [3.0, np.nan], [np.nan, np.nan]])
     tuned = np.array([[2.0, np.inf], [5.0, 100.0], [1.0, 1.0]])
     summary = paired_summary(base, tuned, 100)
-    assert num_dropped(base, tuned) == summary.num_dropped == 4
+    assert summary.num_dropped == 4
     assert (summary.num_pairs, summary.num_prompts) == (2, 2)
     assert summary.base.mean == 2.0 and summary.tuned.mean == 3.5
     assert summary.difference.mean == pytest.approx(summary.tuned.mean - summary.base.mean)
