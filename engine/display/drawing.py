@@ -18,6 +18,9 @@ MUTED = "#6e7781"
 WINNER = "#1a7f37"
 LOSER = "#d1571b"
 
+_SMALLEST = 96  # pixels
+_FRAME = 3
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -97,37 +100,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_image(
-    image: Image.Image, smallest: int = 96, largest: int = 256, scale: float | None = None
-) -> Image.Image:
+def fit_image(image: Image.Image, largest: int = 256) -> Image.Image:
     """An RGB copy at a size fit for viewing.
 
-    Small images grow by a whole factor with hard pixels, since a blurred 32-pixel image hides what
-    the model drew; large ones shrink to ``largest``. ``scale`` overrides both.
+    Small images grow by a whole factor with hard pixels to 96 pixels or a little more, since a
+    blurred 32-pixel image hides what the model drew; large ones shrink to ``largest``.
     """
     image = to_rgb(image)
     side = max(image.size)
-    if scale is None:
-        grow = math.ceil(smallest / side)
-        scale = grow if grow > 1 else min(1.0, largest / side)
+    grow = math.ceil(_SMALLEST / side)
+    scale = grow if grow > 1 else min(1.0, largest / side)
     if scale == 1:
         return image.copy()
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def framed(image: Image.Image, color: str, thickness: int = 3) -> Image.Image:
+def framed(image: Image.Image, color: str) -> Image.Image:
     """The image with a coloured frame around it."""
-    size = (image.width + 2 * thickness, image.height + 2 * thickness)
-    frame = Image.new("RGB", size, color)
-    frame.paste(image, (thickness, thickness))
-    return frame
+    return padded(image, _FRAME, color)
 
 
-def captioned(image: Image.Image, caption: str, size: int = 12, color: str = MUTED) -> Image.Image:
+def captioned(image: Image.Image, caption: str, color: str = MUTED) -> Image.Image:
     """The image with one centred line beneath it."""
-    line = ellipsise(caption, size, image.width)
-    return stack([image, text_block([line], size, color, width=image.width)], gap=4)
+    line = ellipsise(caption, 12, image.width)
+    return stack([image, text_block([line], 12, color, width=image.width)], gap=4)
 
 
 def stack(images: Sequence[Image.Image], gap: int = 0, horizontal: bool = False) -> Image.Image:
@@ -143,7 +140,7 @@ def stack(images: Sequence[Image.Image], gap: int = 0, horizontal: bool = False)
     return canvas
 
 
-def flow(tiles: Sequence[Image.Image], width: int, gap: int = 8) -> Image.Image:
+def flow(tiles: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
     """Tiles in reading order, broken into rows no wider than ``width`` (one tile at least)."""
     rows: list[list[Image.Image]] = [[]]
     used = 0
@@ -156,9 +153,9 @@ def flow(tiles: Sequence[Image.Image], width: int, gap: int = 8) -> Image.Image:
     return stack([stack(row, gap, horizontal=True) for row in rows], gap)
 
 
-def padded(image: Image.Image, margin: int) -> Image.Image:
-    """White space on all sides."""
-    canvas = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin), WHITE)
+def padded(image: Image.Image, margin: int, color: str = WHITE) -> Image.Image:
+    """The image with space on all sides."""
+    canvas = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin), color)
     canvas.paste(image, (margin, margin))
     return canvas
 

@@ -19,16 +19,15 @@ def image_grid(
     rows: Sequence[Sequence[Image.Image]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    scale: float | None = None,
 ) -> Image.Image:
     """One picture of ``rows`` of images on white, labels in grey, row labels at the left.
 
-    Without ``scale`` small images grow to 96 pixels or a little more and large ones shrink to 256.
-    Rows may differ in length. Labels wrap, and what does not fit ends in ``...``.
+    Small images grow to 96 pixels or a little more and large ones shrink to 256. Rows may differ in
+    length. Labels wrap, and what does not fit ends in ``...``.
     """
     if not any(rows):
         raise ValueError("an image grid needs at least one image, got none")
-    cells = [[fit_image(image, scale=scale) for image in row] for row in rows]
+    cells = [[fit_image(image) for image in row] for row in rows]
     num_columns = max(len(row) for row in cells)
     widths = [max(r[c].width for r in cells if c < len(r)) for c in range(num_columns)]
     heights = [max((cell.height for cell in row), default=1) for row in cells]

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..models import fingerprint
+from ..models import DTYPES, fingerprint
 from ..models.pretrained import reading
 from ..recipe.reward import CaptionSimilaritySpec
-from .clip import DTYPES
 from .sentence_model import SentenceModel
 
 

@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from ..models import fingerprint
+from ..models import DTYPES, fingerprint
 from ..models.pretrained import reading
 from ..recipe.reward import ClipScoreSpec, PickScoreSpec
 
 PROMPTS_KEPT = 4096  # an imported data set may have a million captions
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_clip(

@@ -12,7 +12,6 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +23,13 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..models import fingerprint
 from ..models.pretrained import reading
 from ..recipe.reward import ImageRewardSpec
-from .aesthetic import linear_layers
+from .aesthetic import LAYERS, linear_layers
 from .clip import computing_in, read_tokenizer
-from .tensor_files import count_blocks, read_tensors, take
+from .tensor_files import count_blocks, filled, read_tensors, take
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of ratings, as published
 TOKENS = 35
 HEAD_WIDTH = 64  # of ViT-L and of BERT: heads follow, which tensors do not tell
-LAYERS = (0, 2, 4, 6, 7)
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 RENAMED = (
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -114,7 +112,7 @@ def _vision(tensors: Tensors) -> BlipVisionModel:
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    return _filled(BlipVisionModel, config, renamed)
+    return filled(BlipVisionModel, config, renamed)
 
 
 def _text(tensors: Tensors, vision_width: int) -> BlipTextModel:
@@ -130,19 +128,4 @@ def _text(tensors: Tensors, vision_width: int) -> BlipTextModel:
         is_decoder=True,  # what gives transformers' layers their cross-attention
     )
     used = {name: value for name, value in tensors.items() if not UNUSED.fullmatch(name)}
-    return _filled(BlipTextModel, config, used, add_pooling_layer=False)
-
-
-def _filled(kind: Any, config: Any, tensors: Tensors, **options: Any) -> Any:
-    model, report = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        output_loading_info=True,
-        **options,
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"{problem.replace('_', ' ')}, e.g. {min(report[problem])}")
-    return model
+    return filled(BlipTextModel, config, used, add_pooling_layer=False)

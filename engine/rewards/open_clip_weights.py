@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from .tensor_files import count_blocks, take
+from .tensor_files import count_blocks, filled, take
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -53,13 +53,7 @@ def clip_of_open_clip(tensors: Tensors, heads: int, eos_token_id: int) -> CLIPMo
     both towers. ValueError for tensors that are missing, left over or of another shape.
     """
     config = _config(tensors, heads, eos_token_id)
-    renamed = dict(_renamed(tensors))
-    model, report = CLIPModel.from_pretrained(
-        None, config=config, state_dict=renamed, dtype=torch.float32, output_loading_info=True
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"{problem.replace('_', ' ')}, e.g. {min(report[problem])}")
+    model: CLIPModel = filled(CLIPModel, config, dict(_renamed(tensors)))
     return model
 
 

@@ -52,6 +52,24 @@ def count_blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
     return len(numbers)
 
 
+def filled(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], **options: Any) -> Any:
+    """A model of transformers, in float32, with these weights and no others; ValueError for tensors
+    that are missing, left over or of another shape, which transformers would make up or leave out.
+    """
+    model, report = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **options,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(f"{problem.replace('_', ' ')}, e.g. {min(report[problem])}")
+    return model
+
+
 def _read_pytorch(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

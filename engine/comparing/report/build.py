@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -58,15 +59,6 @@ class Measured:
     divergence: Tables = field(default_factory=dict)
     """(prompts, images) of each run; none if it was not asked for."""
 
-    def rows(self, name: str) -> slice:
-        """Where the prompts of a set are in the tables."""
-        start = 0
-        for other, prompts in self.prompt_sets:
-            if other == name:
-                return slice(start, start + len(prompts))
-            start += len(prompts)
-        raise KeyError(name)
-
 
 def write_comparison(
     recipe: Recipe,
@@ -106,7 +98,11 @@ class ComparisonReport:
         """The whole report."""
         recipe, alone = self.recipe, self.runs[0] if len(self.runs) == 1 else None
         sampler = recipe.compare.sampler
-        sets = [self._prompt_set(name, prompts) for name, prompts in self.measured.prompt_sets]
+        ends = np.cumsum([len(prompts) for _, prompts in self.measured.prompt_sets])
+        sets = [
+            self._prompt_set(name, prompts, slice(end - len(prompts), end))
+            for (name, prompts), end in zip(self.measured.prompt_sets, ends, strict=True)
+        ]
         trained = alone.recipe if alone else recipe
         trained_in = Path(trained.run_dir)
         return ReportData(
@@ -141,8 +137,8 @@ class ComparisonReport:
             notes.append("Diversity was left out: it needs two images a prompt or more.")
         return notes
 
-    def _prompt_set(self, name: str, prompts: Sequence[str]) -> PromptSet:
-        measured, rows = self.measured, self.measured.rows(name)
+    def _prompt_set(self, name: str, prompts: Sequence[str], rows: slice) -> PromptSet:
+        measured = self.measured
         scorers = [
             ScorerResult.from_scores(
                 scorer,
@@ -162,15 +158,14 @@ class ComparisonReport:
             scorers,
             samples=[self._sample(prompt, row, scorers[0]) for row, prompt in shown if alone],
             rows=[self._row(prompt, row, scorers[0]) for row, prompt in shown if not alone],
-            diversity=self._diversity(distances) if distances else None,
+            diversity=Diversity.from_distances(measured.embedder or "", distances, **self._options)
+            if distances
+            else None,
             divergence={
                 run: mean_estimate(table[rows], **self._options)
                 for run, table in measured.divergence.items()
             },
         )
-
-    def _diversity(self, distances: Tables) -> Diversity:
-        return Diversity.from_distances(self.measured.embedder or "", distances, **self._options)
 
     def _sample(self, prompt: str, row: int, scorer: ScorerResult) -> PromptSample:
         images = self.measured.images

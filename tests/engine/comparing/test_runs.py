@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cdpo.engine.basics.errors import CdpoError
+from cdpo.engine.basics.errors import CdpoError, DataError, RecipeError
 from cdpo.engine.comparing.runs import read_runs
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.identity import save_resolved
 from cdpo.engine.recipe.reading import load_recipe
+from refusals import refused
 from safetensors.numpy import save_file
 
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -62,33 +63,35 @@ def test_without_a_list_the_own_run(finished: Callable[..., Path]) -> None:
     assert run.name == "tuned" and run.folder == folder
 
 
-def refusal(recipe: Recipe) -> str:
-    with pytest.raises(CdpoError) as error:
-        read_runs(recipe)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_refusals_name_the_run_and_the_remedy(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+@pytest.mark.parametrize(
+    ("error", "kind", "overrides"),
+    [
+        (DataError, "contradiction", ["compare.weights=ema"]),
+        (DataError, "mismatch", ["model.resolution=[32, 32]"]),
+        (DataError, "mismatch", ["model.path=hub/model"]),
+        (DataError, "missing", ["compare.runs={a: nowhere}"]),
+    ],
+)
+def test_what_is_no_run_of_this_model_is_refused_by_its_name(
+    finished: Callable[..., Path],
+    tiny_recipe: Callable[..., Recipe],
+    error: type[CdpoError],
+    kind: str,
+    overrides: list[str],
 ) -> None:
-    here = tiny_recipe(run="here")
+    recipe = tiny_recipe(f"compare.runs={{a: {finished('run')}}}", *overrides, run="here")
+    with refused(error, kind, "compare.runs.a"):
+        read_runs(recipe)
+
+
+def test_a_run_with_a_damaged_recipe_is_refused_in_one_line(
+    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
+) -> None:
     folder = finished("run")
-
-    def compare(*overrides: str, path: Path = folder) -> Recipe:
-        return tiny_recipe(f"compare.runs={{a: {path}}}", *overrides, run="here")
-
-    nowhere = refusal(compare(path=tmp_path / "nowhere"))
-    assert "compare.runs.a=" in nowhere and "holds no recipe.yaml" in nowhere
-    ema = refusal(compare("compare.weights=ema"))
-    assert "keeps no moving average" in ema and "compare.weights=last" in ema
-    other = refusal(compare("model.resolution=[32, 32]"))
-    assert "model.resolution is [16, 16], here it is [32, 32]" in other
-    other = refusal(compare("model.path=hub/model"))
-    assert f"model.path is {here.model.path}, here it is hub/model" in other
     (folder / "recipe.yaml").write_text("seed: 1")
-    damaged = refusal(compare())
-    assert "its recipe.yaml cannot be taken" in damaged and damaged.endswith("(and 3 more)")
+    with refused(RecipeError, "damaged", "compare.runs.a") as told:
+        read_runs(tiny_recipe(f"compare.runs={{a: {folder}}}"))
+    assert str(told.value).endswith("(and 3 more)") and "\n" not in str(told.value)
 
 
 def test_an_unfinished_run_is_refused(
@@ -97,7 +100,8 @@ def test_an_unfinished_run_is_refused(
     folder = finished("run")
     (folder / LORA).unlink()
     (folder / "lora").rmdir()
-    assert "run train first" in refusal(tiny_recipe(f"compare.runs={{a: {folder}}}"))
+    with refused(DataError, "missing", str(folder / "lora")):
+        read_runs(tiny_recipe(f"compare.runs={{a: {folder}}}"))
 
 
 def test_the_same_folder_written_otherwise_is_the_same_model(

@@ -45,7 +45,6 @@ def test_small_images_grow_with_hard_pixels_and_large_ones_shrink(picture: Pictu
     assert np.array_equal(np.asarray(grown)[::3, ::3], np.asarray(small))
     assert drawing.fit_image(picture(1024)).size == (256, 256)
     assert drawing.fit_image(picture(200)).size == (200, 200)
-    assert drawing.fit_image(picture(32), scale=2).size == (64, 64)
     assert drawing.fit_image(Image.new("RGB", (512, 256))).size == (256, 128)
 
 

@@ -10,6 +10,7 @@ from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.recipe.reward import ClipScoreSpec
 from cdpo.engine.rewards import RewardModel, load_reward
 from PIL import Image
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -129,7 +130,6 @@ def test_a_damaged_folder_is_one_line_that_names_it(damage, tmp_path, tiny_world
     """
     folder = shutil.copytree(tiny_world / "reward", tmp_path / "reward")
     damage(folder)
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "unreadable") as told:
         load(folder)
-    assert f"reward at {folder} is no CLIP model" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(folder) in str(told.value) and "\n" not in str(told.value)

@@ -27,6 +27,7 @@ from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.pixels import colorfulness
 from cdpo.engine.shards.manifest import RewardSource, load_manifest
 from PIL import Image
+from refusals import refused
 
 Prepare = Callable[..., tuple[Recipe, RewardSource]]
 
@@ -145,20 +146,11 @@ def test_an_image_on_which_the_users_function_raises_is_named_and_dropped(
     }
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("[float('nan')] * len(images)", "no pairs in 7 prompts: .*no finite reward"),
-        ("[1.0] * len(images)", "no pairs in 7 prompts: all candidates tie"),
-        ("[1.0] * 3", "returned float64 of shape .3,. for 6 images"),
-        ("[1] * len(images)", "returned int64 of shape .6,. for 6 images"),
-        ("1 / 0", "no pairs in 7 prompts: .*no finite reward"),
-    ],
-)
-def test_a_function_that_ranks_nothing_is_an_error(prepare, function, answer, reason, capsys):
+@pytest.mark.parametrize("answer", ["[float('nan')] * len(images)", "[1.0] * len(images)", "1 / 0"])
+def test_a_function_that_ranks_nothing_is_an_error(prepare, function, answer, capsys):
     """42 images are few: more than 64 that raise end the run at once (test_scored_call)."""
     reward = function(f"def score(images, prompts):\n    return {answer}\n")
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match="no pairs in 7 prompts"):
         prepare(reward)
     if answer == "1 / 0":
         assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
@@ -183,7 +175,7 @@ def test_a_reward_that_scores_none_of_the_images_ends_a_comparison(
         sides[name].write("house", files.pictures(2, seed=number))
     spec = PythonSpec.model_validate(function("def score(images, prompts):\n    return 1 / 0\n"))
     scoring = SideScoring(tmp_path / "scores", ranks, sides, ["house"])
-    with pytest.raises(DataError, match="could score none of 4 images, for the reasons above"):
+    with refused(DataError, "non-finite", "python"):
         scoring.scores(spec, load_reward(spec, ranks.device))
     said = capsys.readouterr().err
     assert said.count("which is left out") == 4

@@ -25,6 +25,7 @@ from cdpo.engine.recipe.reward import (
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.rewards.hps import HEADS, fitted_whole
 from PIL import Image
+from refusals import refused
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
@@ -195,7 +196,7 @@ def save_preference_model(folder: Path, processor: Path, tokenizer: Path) -> CLI
 def test_pick_score_is_the_logit_of_the_whole_model(tokenizer, tmp_path):
     folder, processor = tmp_path / "weights", tmp_path / "processor"
     model = save_preference_model(folder, processor, tokenizer)
-    with pytest.raises(OutsideError, match=f"reward at {folder} is no CLIP model"):
+    with refused(OutsideError, "unreadable"):
         load_reward(PickScoreSpec(path=str(folder)), CPU)
     spec = PickScoreSpec(path=str(folder), processor=str(processor))
     pixels = files.normalised(IMAGES).float()
@@ -388,10 +389,9 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
         "HPS": HpsSpec(path=str(path), tokenizer=str(tiny_world / "reward")),
         "ImageReward": ImageRewardSpec(path=str(path), tokenizer=str(image_reward[0])),
     }[kind]
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "unreadable") as told:
         load_reward(spec, CPU)
-    assert str(caught.value).startswith(f"reward at {path} is no {kind} checkpoint: ")
-    assert "\n" not in str(caught.value)
+    assert f"reward at {path} is no {kind} checkpoint: " in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -415,18 +415,18 @@ def test_another_head_is_one_line_that_names_it(tensors, reason, tiny_world, tmp
     head = tmp_path / "head.pth"
     if tensors is not None:
         torch.save(tensors, head)
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "unreadable", "reward.head") as told:
         load_reward(AestheticSpec(path=str(tiny_world / "reward"), head=str(head)), CPU)
-    assert str(caught.value).startswith(f"reward.head={head} is no aesthetic predictor: {reason}")
-    assert "\n" not in str(caught.value)
+    assert f"{head} is no aesthetic predictor: {reason}" in str(told.value)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(open_clip, tmp_path, tiny_world):
     path = tmp_path / "hps.pt"
     torch.save(open_clip, path)
-    with pytest.raises(OutsideError, match="it has 49408 tokens, and the tokenizer"):
+    with refused(OutsideError, "unreadable") as told:
         load_reward(HpsSpec(path=str(path), tokenizer=str(tiny_world / "reward")), CPU)
-    with pytest.raises(OutsideError, match=r"reward\.tokenizer=nowhere is no CLIP tokenizer"):
+    assert "it has 49408 tokens" in str(told.value)
+    with refused(OutsideError, "unreadable", "reward.tokenizer"):
         load_reward(HpsSpec(path=str(path), tokenizer="nowhere"), CPU)
 
 
@@ -439,7 +439,5 @@ def test_a_damaged_tokenizer_is_one_line_that_names_it(damage, tokenizer, tmp_pa
     shutil.copytree(tokenizer, folder)
     own = json.loads((folder / "tokenizer.json").read_text()) | damage
     (folder / "tokenizer.json").write_text(json.dumps(own))
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "unreadable", "reward.tokenizer"):
         load_reward(HpsSpec(path="hps.pt", tokenizer=str(folder)), CPU)
-    assert str(caught.value).startswith(f"reward.tokenizer={folder} is no CLIP tokenizer: ")
-    assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from cdpo.engine.rewards.scored_call import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from refusals import refused
 
 A_LOT = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
 
@@ -104,25 +105,24 @@ def test_a_reward_that_always_fails_is_an_error_before_long():
         raise RuntimeError("wrong device")
 
     scorer = Red(before)
-    with pytest.raises(DataError, match=f"each of the first {HOPELESS} images: RuntimeError"):
+    with refused(DataError, "non-finite", "red"):
         call(scorer).score(image_range(200), ["a"] * 200)
     assert len(scorer.batches) <= 2 * HOPELESS
 
 
 @pytest.mark.parametrize(
-    ("answer", "seen"),
+    ("answer", "kind"),
     [
-        (lambda reds: np.zeros(len(reds) + 1), "float64 of shape (5,) for 4 images"),
-        (lambda reds: np.zeros((len(reds), 1)), "float64 of shape (4, 1) for 4 images"),
-        (lambda reds: list(range(len(reds))), "int64 of shape (4,) for 4 images"),
-        (lambda reds: ["good"] * len(reds), "of shape (4,) for 4 images"),
-        (lambda reds: 0.5, "float64 of shape () for 4 images"),
+        (lambda reds: np.zeros(len(reds) + 1), "mismatch"),
+        (lambda reds: np.zeros((len(reds), 1)), "mismatch"),
+        (lambda reds: list(range(len(reds))), "wrong-type"),
+        (lambda reds: ["good"] * len(reds), "wrong-type"),
+        (lambda reds: 0.5, "mismatch"),
     ],
 )
-def test_an_answer_of_another_length_or_type_is_an_error(answer, seen):
-    with pytest.raises(DataError, match="one floating number an image is wanted") as caught:
+def test_an_answer_of_another_length_or_type_is_an_error(answer, kind):
+    with refused(DataError, kind, "red"):
         call(Red(answer)).score(image_range(4), ["a"] * 4)
-    assert seen in str(caught.value)
 
 
 def test_nan_stays_nan_and_is_asked_for_again(tmp_path):
@@ -165,10 +165,9 @@ def test_out_of_memory_with_one_image_is_an_error():
     def before(reds: list[int]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nof 1 GiB")
 
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "too-large", "red") as told:
         call(Red(before)).score(image_range(4), ["a"] * 4)
-    assert str(caught.value).startswith("red: out of memory with one image at a time: CUDA out of")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(told.value)
 
 
 def test_a_device_that_has_failed_ends_the_run_and_costs_no_image_its_score():
@@ -179,20 +178,17 @@ def test_a_device_that_has_failed_ends_the_run_and_costs_no_image_its_score():
             raise torch.AcceleratorError("CUDA error: an illegal memory access\nfor debugging")
 
     scorer = Red(before)
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, "device", "red") as told:
         call(scorer).score(image_range(9), ["a cat"] * 9)
-    assert str(caught.value) == (
-        "red: the device failed over 4 images from candidate 4 of 'a cat' on: CUDA error: an "
-        "illegal memory access; start again"
-    )
+    assert "from candidate 4 of 'a cat' on: CUDA error: an illegal" in str(told.value)
     assert scorer.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_other_errors_of_the_run_are_not_taken_for_those_of_an_image():
     def before(reds: list[int]) -> None:
-        raise OutsideError("the disk is gone")
+        raise OutsideError("the disk is gone", kind="unreadable")
 
-    with pytest.raises(OutsideError, match="the disk is gone"):
+    with refused(OutsideError, "unreadable"):
         call(Red(before)).score(image_range(4), ["a"] * 4)
 
 
@@ -252,5 +248,5 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
     reward = call(Red(), cache=tmp_path)
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(DataError, match=r"cannot write .*\.scores: No space left on device"):
+    with refused(DataError, "unwritable"):
         reward.score(image_range(2), ["a"] * 2)

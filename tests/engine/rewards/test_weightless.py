@@ -22,6 +22,7 @@ from cdpo.engine.recipe.reward import (
 from cdpo.engine.recipe.section import PositiveInt
 from cdpo.engine.rewards import load_reward
 from PIL import Image
+from refusals import refused
 from reward_files import pictures
 
 CPU = torch.device("cpu")
@@ -80,6 +81,7 @@ def test_fingerprints_tell_rewards_apart_by_their_first_letters():
 BRIGHTNESS = """
 import hashlib
 import numpy as np
+from refusals import refused
 
 class Brightness:
     fingerprint = hashlib.sha256(b"brightness 1").hexdigest()
@@ -163,18 +165,17 @@ def test_an_edited_function_behind_a_wrapper_has_another_fingerprint(module):
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("body", "kind"),
     [
-        (None, "cannot be imported: No module named 'no_such_module'"),
-        ("raise RuntimeError('no\\nlicence')", "cannot be imported: no; install its package"),
-        ("def scores(): pass", "cannot be imported: module 'my_rewards' has no attribute 'score'"),
-        ("score = 3", "is a int, not a function"),
-        ("import no_such_module", "cannot be imported: No module named 'no_such_module'"),
+        (None, "not-installed"),
+        ("raise RuntimeError('no\\nlicence')", "not-installed"),
+        ("def scores(): pass", "not-installed"),
+        ("score = 3", "wrong-type"),
+        ("import no_such_module", "not-installed"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_one_line(module, body, reason):
+def test_a_function_that_cannot_be_had_is_one_line(module, body, kind):
     name = "no_such_module:score" if body is None else module(body)
-    with pytest.raises(OutsideError) as caught:
+    with refused(OutsideError, kind, "reward.function") as told:
         load_reward(PythonSpec(function=name), CPU)
-    assert str(caught.value).startswith(f"reward.function={name} ")
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert name in str(told.value) and "\n" not in str(told.value)
