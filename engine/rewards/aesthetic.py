@@ -17,7 +17,7 @@ from torch import nn
 from ..models import fingerprint
 from ..models.pretrained import reading
 from ..recipe.reward import AestheticSpec
-from .clip import ClipModel, read_clip
+from .clip import read_clip
 from .tensor_files import read_tensors, take
 
 LAYERS = (0, 2, 4, 6, 7)  # places of the linear layers; dropout, without tensors, has the others
@@ -27,8 +27,7 @@ class Aesthetic:
     """A CLIP for its image embeddings, and the layers that rate them, in float32."""
 
     def __init__(self, spec: AestheticSpec, device: torch.device) -> None:
-        parts = read_clip(f"reward at {spec.path}", "CLIP model", spec.path, spec.revision)
-        self.clip = ClipModel(*parts, device, spec.precision)
+        self.clip = read_clip(spec, device)
         with reading(f"reward.head={spec.head}", "aesthetic predictor"):
             self.head = linear_layers(read_tensors(spec.head), "layers.", LAYERS)
             width = self.clip.model.config.projection_dim

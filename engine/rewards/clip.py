@@ -26,34 +26,15 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..models import DTYPES, fingerprint
 from ..models.pretrained import reading
-from ..recipe.reward import ClipScoreSpec, PickScoreSpec
+from ..recipe.reward import ClipScoreSpec, ModelReward, PickScoreSpec
 
 PROMPTS_KEPT = 4096  # an imported data set may have a million captions
-
-
-def read_clip(
-    what: str, kind: str, path: str, revision: str | None = None, processor: str | None = None
-) -> tuple[CLIPModel, Any, Any]:
-    """Model in float32, tokenizer and image processor. OutsideError, "``what`` is no ``kind``:
-    reason", where one of them is missing or damaged.
-    """
-    with reading(what, kind):
-        model, report = CLIPModel.from_pretrained(
-            path, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-        # transformers makes up what it does not find: random weights, an empty tokenizer.
-        if report["missing_keys"]:
-            raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-        beside = path if processor is None else processor
-        of = revision if processor is None else None
-        images = CLIPImageProcessorPil.from_pretrained(beside, revision=of)
-    return model, read_tokenizer(what, kind, beside, of), images
 
 
 def read_tokenizer(
     what: str, kind: str, path: str, revision: str | None = None, subfolder: str = ""
 ) -> Any:
-    """A tokenizer with a vocabulary. OutsideError as :func:`read_clip`."""
+    """A tokenizer with a vocabulary. OutsideError, "``what`` is no ``kind``: reason"."""
     with reading(what, kind):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -111,12 +92,30 @@ class ClipModel:
         return F.normalize(projected.float(), dim=-1)[0]
 
 
+def read_clip(spec: ModelReward, device: torch.device, processor: str | None = None) -> ClipModel:
+    """The CLIP of a section; ``processor`` is where tokenizer and image processor are if not beside
+    the weights. OutsideError, "reward at PATH is no CLIP model: reason", where one of them is
+    missing or damaged.
+    """
+    what, kind = f"reward at {spec.path}", "CLIP model"
+    with reading(what, kind):
+        model, report = CLIPModel.from_pretrained(
+            spec.path, revision=spec.revision, dtype=torch.float32, output_loading_info=True
+        )
+        # transformers makes up what it does not find: random weights, an empty tokenizer.
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+        beside, of = (processor, None) if processor else (spec.path, spec.revision)
+        images = CLIPImageProcessorPil.from_pretrained(beside, revision=of)
+    tokenizer = read_tokenizer(what, kind, beside, of)
+    return ClipModel(model, tokenizer, images, device, spec.precision)
+
+
 class ClipScore:
     """A CLIP model; the embeddings of the latest prompts are kept."""
 
     def __init__(self, spec: ClipScoreSpec, device: torch.device) -> None:
-        parts = read_clip(f"reward at {spec.path}", "CLIP model", spec.path, spec.revision)
-        self.clip = ClipModel(*parts, device, spec.precision)
+        self.clip = read_clip(spec, device)
         self.fingerprint = self.clip.fingerprint
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -127,9 +126,7 @@ class PickScore:
     """exp(logit_scale) x cosine, as published."""
 
     def __init__(self, spec: PickScoreSpec, device: torch.device) -> None:
-        what = f"reward at {spec.path}"
-        parts = read_clip(what, "CLIP model", spec.path, spec.revision, spec.processor)
-        self.clip = ClipModel(*parts, device, spec.precision)
+        self.clip = read_clip(spec, device, spec.processor)
         # Not the weights' alone: a clip_score of the same folder has other scores.
         own = f"pick_score {self.clip.fingerprint}"
         self.fingerprint = hashlib.sha256(own.encode()).hexdigest()

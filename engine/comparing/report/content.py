@@ -48,17 +48,15 @@ class ScorerResult:
         scorer: str,
         model: str,
         base: ArrayLike,
-        tuned: ArrayLike | Mapping[str, ArrayLike],
+        tuned: Mapping[str, ArrayLike],
         resamples: int = 10_000,
         seed: int = 0,
     ) -> ScorerResult:
-        """Estimate everything from (prompts, images) tables of the same prompts and seeds.
-
-        ``tuned`` is the table of one run, or those of several by their names.
+        """Estimate everything from (prompts, images) tables of the same prompts and seeds, those of
+        the runs by their names.
         """
-        given = tuned if isinstance(tuned, Mapping) else {TUNED: tuned}
         base_pn = np.asarray(base, np.float64)
-        scores = {name: np.asarray(table, np.float64) for name, table in given.items()}
+        scores = {name: np.asarray(table, np.float64) for name, table in tuned.items()}
         summaries = {
             name: paired_summary(base_pn, table, resamples, seed) for name, table in scores.items()
         }

@@ -67,7 +67,7 @@ def make_report(
         tuned = base + gain + generator.normal(0, 0.04, base.shape)
         tuned[3, 2] = np.nan
         scorers = [
-            ScorerResult.from_scores(scorer, f"models/{scorer}", base, tuned, resamples=500)
+            ScorerResult.from_scores(scorer, f"models/{scorer}", base, {"tuned": tuned}, 500)
             for scorer in ("judge", "reward")[0 if judge else 1 :]
         ]
         samples = [

@@ -65,10 +65,10 @@ def test_report_has_its_parts_in_order(report: Report) -> None:
 
 def test_report_of_almost_nothing() -> None:
     assert "Nothing was scored." in render_report(ReportData("empty", []))
-    one = ScorerResult.from_scores("reward", "r", [[0.1]], [[0.2]], 10)
+    one = ScorerResult.from_scores("reward", "r", [[0.1]], {"tuned": [[0.2]]}, 10)
     html = render_report(ReportData("one", [PromptSet("training", ["p"], [one])]))
     assert "too few prompts" in html and "no interval" in html and "nan" not in html.lower()
-    lost = ScorerResult.from_scores("judge", "j", [[math.nan]], [[0.2]], 10)
+    lost = ScorerResult.from_scores("judge", "j", [[math.nan]], {"tuned": [[0.2]]}, 10)
     html = render_report(ReportData("lost", [PromptSet("training", ["p"], [lost])]))
     assert "could not score any image pair" in html
 
@@ -90,7 +90,7 @@ def scored(scorer: str, shift: float, noise: float = 0.01) -> ReportData:
     generator = np.random.default_rng(0)
     base = generator.normal(0.3, 0.1, (40, 4))
     tuned = base + shift + generator.normal(0, noise, base.shape)
-    result = ScorerResult.from_scores(scorer, "m", base, tuned, 400)
+    result = ScorerResult.from_scores(scorer, "m", base, {"tuned": tuned}, 400)
     return ReportData("t", [PromptSet("training", ["p"] * 40, [result])])
 
 
