@@ -15,71 +15,13 @@ tuned model, are therefore scored together (:func:`score_together`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from ..recipe.reward import CombinedReward, Reward
 from .protocol import RewardModel
-
-
-class Combined:
-    """Parts and weights; ``shares`` makes one part's scores of one prompt comparable."""
-
-    kind: str
-
-    def __init__(self, parts: Sequence[RewardModel], weights: Sequence[float]) -> None:
-        self.parts = parts
-        self.weights = np.asarray(weights, np.float64)
-        named = [f"{p.fingerprint} {w!r}" for p, w in zip(parts, weights, strict=True)]
-        self.fingerprint = hashlib.sha256("\n".join([self.kind, *named]).encode()).hexdigest()
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """float32 (N,); images under the same prompt are compared with each other."""
-        raw = np.asarray([part.score(images, prompts) for part in self.parts], np.float64)
-        usable = np.isfinite(raw).all(axis=0)
-        scores = np.full(len(images), np.nan)
-        texts = np.asarray(prompts, dtype=object)
-        for prompt in dict.fromkeys(prompts):
-            own = np.flatnonzero((texts == prompt) & usable)
-            if len(own):
-                scores[own] = self.combine(np.asarray([self.shares(row) for row in raw[:, own]]))
-        return scores.astype(np.float32)
-
-    def shares(self, scores: np.ndarray) -> np.ndarray:
-        """Comparable scores (n,) of one part and one prompt."""
-        raise NotImplementedError
-
-    def combine(self, shares: np.ndarray) -> np.ndarray:
-        """(parts, n) to (n,)."""
-        raise NotImplementedError
-
-
-class Weighted(Combined):
-    """Weighted sum after standardisation over a prompt's images."""
-
-    kind = "weighted"
-
-    def shares(self, scores: np.ndarray) -> np.ndarray:
-        return standardised(scores)
-
-    def combine(self, shares: np.ndarray) -> np.ndarray:
-        total: np.ndarray = self.weights @ shares
-        return total
-
-
-class Vote(Combined):
-    """Mean of Borda's shares; every reward's order counts, not its scale."""
-
-    kind = "vote"
-
-    def shares(self, scores: np.ndarray) -> np.ndarray:
-        return borda_shares(scores)
-
-    def combine(self, shares: np.ndarray) -> np.ndarray:
-        mean: np.ndarray = self.weights @ shares / np.abs(self.weights).sum()
-        return mean
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
@@ -102,6 +44,47 @@ def borda_shares(scores: np.ndarray) -> np.ndarray:
     not_above = np.searchsorted(ordered, scores, side="right")
     result: np.ndarray = (below + (not_above - below - 1) / 2) / (len(scores) - 1)
     return result
+
+
+class Combined:
+    """Parts and weights."""
+
+    kind: str
+    shares: Callable[[np.ndarray], np.ndarray]
+    """Makes one part's scores (n,) of one prompt comparable."""
+    is_mean = False
+    """Whether the weights, without their signs, count as shares of 1."""
+
+    def __init__(self, parts: Sequence[RewardModel], weights: Sequence[float]) -> None:
+        self.parts = parts
+        self.weights = np.asarray(weights, np.float64)
+        named = [f"{p.fingerprint} {w!r}" for p, w in zip(parts, weights, strict=True)]
+        self.fingerprint = hashlib.sha256("\n".join([self.kind, *named]).encode()).hexdigest()
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """float32 (N,); images under the same prompt are compared with each other."""
+        raw = np.asarray([part.score(images, prompts) for part in self.parts], np.float64)
+        usable = np.isfinite(raw).all(axis=0)
+        scores = np.full(len(images), np.nan)
+        texts = np.asarray(prompts, dtype=object)
+        for prompt in dict.fromkeys(prompts):
+            own = np.flatnonzero((texts == prompt) & usable)
+            if len(own):
+                scores[own] = self.weights @ np.asarray([self.shares(row) for row in raw[:, own]])
+        total = np.abs(self.weights).sum() if self.is_mean else 1.0
+        return (scores / total).astype(np.float32)
+
+
+class Weighted(Combined):
+    """Weighted sum after standardisation over a prompt's images."""
+
+    kind, shares = "weighted", staticmethod(standardised)
+
+
+class Vote(Combined):
+    """Mean of Borda's shares; every reward's order counts, not its scale."""
+
+    kind, shares, is_mean = "vote", staticmethod(borda_shares), True
 
 
 def is_relative(spec: Reward) -> bool:
