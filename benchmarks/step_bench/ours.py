@@ -17,7 +17,7 @@ from cdpo.engine.models.ddpm import DiscreteDDPM
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import NoiseProcess
 from cdpo.engine.models.solver_grid import SolverGrid
-from cdpo.engine.models.tuning import choose_tuning, order_weights
+from cdpo.engine.models.tuning import order_weights
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
@@ -76,11 +76,10 @@ class OurStep:
             device,
             None if built.teacher is None else lambda: built.teacher,
         )
-        tuning = choose_tuning(recipe.speed, pipeline.unet, device, zero_stage=2)
         self.module = build_networks(
-            recipe, self._backbone, build_objective(recipe.objective), tuning
+            recipe, self._backbone, build_objective(recipe.objective), zero_stage=2
         )
-        order_weights(tuning, self.module.policy, *self.module.frozen)
+        order_weights(self.module.tuning, self.module.policy, *self.module.frozen)
         if not knobs.twin_reference:
             self.module.reference = copy.deepcopy(self.module.reference)
         self.policy = in_one_dtype(self.module.policy)

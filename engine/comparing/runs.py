@@ -12,9 +12,8 @@ from ..recipe import Model, Recipe
 from ..recipe.reading import load_recipe
 from ..training.export_formats import FOLDERS
 from ..training.exports import AVERAGES
-from ..training.log import MetricsFile
+from ..training.log import MetricsFile, both_errors_rise
 from .report.content import TUNED, RunFacts
-from .report.curves import both_errors_rose
 
 # What decides the images of an untuned model; teachers and solvers belong to training.
 SAME_MODEL = ("backbone", "path", "revision", "variant", "vae", "unet", "lcm_lora", "resolution")
@@ -50,7 +49,7 @@ class ComparedRun:
     def facts(self) -> RunFacts:
         """What made it, and whether its training warned."""
         metrics = MetricsFile(self.folder / "metrics.jsonl").read()
-        rose = both_errors_rose(metrics)
+        rose = both_errors_rise(metrics, self.recipe.train.log_every)
         return RunFacts(self.name, self.recipe.run_dir, method_of(self.recipe), rose)
 
 

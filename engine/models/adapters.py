@@ -100,7 +100,9 @@ def layers_to_adapt(network: nn.Module, targets: str | tuple[str, ...]) -> list[
             f"adapter.targets: {', '.join(s for s in suffixes if s in unmatched)} matches no "
             "linear layer or convolution of the denoiser; there are "
             f"{', '.join(sorted({_suffix(name) for name in layers}))}, and the presets "
-            f"{', '.join([*PRESETS, 'all-linear'])}"
+            f"{', '.join([*PRESETS, 'all-linear'])}",
+            "adapter.targets",
+            "unknown",
         )
     return found
 

@@ -88,14 +88,18 @@ def choose_attention(
             if wanted != "auto":
                 raise RecipeError(
                     f"speed.attention={name}: {error}. Install it with {PACKAGES[name][2]}, or use "
-                    "auto"
+                    "auto",
+                    "speed.attention",
+                    "not-installed",
                 ) from None
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if wanted != "auto":
                 reason = str(error).strip().split("\n")[0]
                 raise RecipeError(
                     f"speed.attention={name} does not work with {dtype} on {device.type} "
-                    f"({reason}): use auto or sdpa"
+                    f"({reason}): use auto or sdpa",
+                    "speed.attention",
+                    "unsupported",
                 ) from None
         else:
             return name, attend

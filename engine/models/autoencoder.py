@@ -84,7 +84,9 @@ class Autoencoder:
             raise NumericsError(
                 "the denoiser made latents that are NaN or infinite: it overflows at this "
                 "precision (prepare.precision, train.precision), take bf16 or fp32, or its weights "
-                "are broken"
+                "are broken",
+                "denoiser",
+                "non-finite",
             )
         unscaled = latents.float() / self.scaling_factor + self.shift_factor
         parts = unscaled.split(self._images_a_call(self.pixel_shape(latents)))
@@ -92,7 +94,9 @@ class Autoencoder:
         if not pixels.isfinite().all():
             raise NumericsError(
                 "the VAE makes NaN of finite latents: its weights are broken or overflowed when "
-                "they were stored, name another one as model.vae"
+                "they were stored, name another one as model.vae",
+                "model.vae",
+                "non-finite",
             )
         return self._processor.postprocess(pixels, output_type="pil")
 

@@ -34,7 +34,9 @@ def check_diffusion_unet(spec: Model, unet: UNet2DConditionModel) -> None:
         raise OutsideError(
             f"{unet_name(spec)} is a latent consistency model "
             f"(time_cond_proj_dim={guidance_width}): model.backbone=lcm fits, "
-            f"not {spec.backbone}"
+            f"not {spec.backbone}",
+            unet_key(spec),
+            "mismatch",
         )
 
 
@@ -42,11 +44,17 @@ def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
     """OutsideError for a noise schedule that is not a discrete DDPM, or that DDIM cannot sample."""
     config, name = scheduler.config, f"model.path={spec.path}: its {type(scheduler).__name__}"
     if "beta_schedule" not in config:
-        raise OutsideError(f"{name} has no beta schedule: model.backbone={spec.backbone} needs one")
+        raise OutsideError(
+            f"{name} has no beta schedule: model.backbone={spec.backbone} needs one",
+            "model.path",
+            "mismatch",
+        )
     if config["prediction_type"] not in PREDICTION_TYPES:
         raise OutsideError(
             f"{name} has prediction_type={config['prediction_type']!r}; known are "
-            f"{', '.join(PREDICTION_TYPES)}"
+            f"{', '.join(PREDICTION_TYPES)}",
+            "model.path",
+            "unknown",
         )
     from_pure_noise = config.get("timestep_spacing", "leading") != "leading"
     zero_snr = config.get("rescale_betas_zero_snr", False)
@@ -54,8 +62,15 @@ def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
         raise OutsideError(
             f"{name} has rescale_betas_zero_snr with prediction_type='epsilon' and "
             f"timestep_spacing={config['timestep_spacing']!r}: from pure noise the noise says "
-            "nothing of the image; such models predict v"
+            "nothing of the image; such models predict v",
+            "model.path",
+            "contradiction",
         )
+
+
+def unet_key(spec: Model) -> str:
+    """The key of the recipe that chose the UNet."""
+    return "model.unet" if spec.unet else "model.path"
 
 
 def unet_name(spec: Model) -> str:
@@ -63,17 +78,25 @@ def unet_name(spec: Model) -> str:
     return f"model.unet={spec.unet}" if spec.unet else f"the UNet of model.path={spec.path}"
 
 
+def _vae_key(spec: Model) -> str:
+    return "model.vae" if spec.vae else "model.path"
+
+
 def _check_latents(spec: Model, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     vae_name = f"model.vae={spec.vae}" if spec.vae else f"the VAE of model.path={spec.path}"
     if vae.config.get("latents_mean") is not None:
         raise OutsideError(
-            f"{vae_name} normalises each channel (latents_mean), which this backbone does not"
+            f"{vae_name} normalises each channel (latents_mean), which this backbone does not",
+            _vae_key(spec),
+            "unsupported",
         )
     for end in ("in_channels", "out_channels"):
         if unet.config[end] != vae.config["latent_channels"]:
             raise OutsideError(
                 f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet.config[end]}, "
-                f"latent_channels={vae.config['latent_channels']}"
+                f"latent_channels={vae.config['latent_channels']}",
+                _vae_key(spec),
+                "mismatch",
             )
 
 
@@ -83,7 +106,9 @@ def _check_text(spec: Model, unet: UNet2DConditionModel, text_width: int) -> Non
     if widths != {text_width}:
         raise OutsideError(
             f"{unet_name(spec)} and the text encoder of model.path={spec.path} do not fit: "
-            f"cross_attention_dim={taken}, embeddings of width {text_width}"
+            f"cross_attention_dim={taken}, embeddings of width {text_width}",
+            unet_key(spec),
+            "mismatch",
         )
 
 
@@ -95,5 +120,7 @@ def _check_resolution(resolution: tuple[int, int], unet: UNet2DConditionModel, s
     if height % factor or width % factor:
         raise OutsideError(
             f"model.resolution={height}x{width} does not fit this model: both must be "
-            f"multiples of {factor}"
+            f"multiples of {factor}",
+            "model.resolution",
+            "mismatch",
         )

@@ -29,7 +29,9 @@ class DiscreteDDPM:
         if self.prediction_type not in PREDICTION_TYPES:
             raise OutsideError(
                 f"the scheduler predicts {self.prediction_type!r}; known are "
-                f"{', '.join(PREDICTION_TYPES)}"
+                f"{', '.join(PREDICTION_TYPES)}",
+                "prediction_type",
+                "unknown",
             )
         alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float64)
         self.num_timesteps = len(alphas_cumprod)

@@ -31,7 +31,7 @@ from diffusers import (
 from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
-from .checks import check_parts, unet_name
+from .checks import check_parts, unet_key, unet_name
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline, pipeline_name
 from .pretrained import read_network, reading
@@ -89,13 +89,17 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
         if not told_guidance:
             raise OutsideError(
                 f"{unet_name(spec)} is no latent consistency model (it has no "
-                "time_cond_proj_dim): name one as model.unet, or an LCM-LoRA as model.lcm_lora"
+                "time_cond_proj_dim): name one as model.unet, or an LCM-LoRA as model.lcm_lora",
+                unet_key(spec),
+                "mismatch",
             )
         return
     if told_guidance:
         raise OutsideError(
             f"{unet_name(spec)} is a latent consistency model already: model.lcm_lora="
-            f"{spec.lcm_lora} is for a diffusion model"
+            f"{spec.lcm_lora} is for a diffusion model",
+            "model.lcm_lora",
+            "contradiction",
         )
     with reading(f"model.lcm_lora={spec.lcm_lora}", "LoRA of this model"):
         pipeline.load_lora_weights(spec.lcm_lora)
@@ -117,7 +121,9 @@ def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DCondi
 def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
     raise RecipeError(
         f"model.teacher is not given: training needs the diffusion model that "
-        f"model.path={spec.path} was distilled from"
+        f"model.path={spec.path} was distilled from",
+        "model.teacher",
+        "missing",
     )
 
 
@@ -129,6 +135,8 @@ def _load_teacher(path: str, key: str, dtype: torch.dtype) -> UNet2DConditionMod
     if teacher.config["time_cond_proj_dim"] is not None:
         raise OutsideError(
             f"{key}={path} is itself a latent consistency model: the teacher is the diffusion "
-            "model that it was distilled from"
+            "model that it was distilled from",
+            key,
+            "mismatch",
         )
     return teacher.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
-from .checks import check_diffusion_unet, check_parts, unet_name
+from .checks import check_diffusion_unet, check_parts, unet_key, unet_name
 from .ddpm import DiscreteDDPM
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
@@ -45,7 +45,9 @@ def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:
     if None in encoders:
         raise OutsideError(
             f"model.path={spec.path} has one text encoder, where Stable Diffusion XL has two: its "
-            "refiner is not supported, give the base model"
+            "refiner is not supported, give the base model",
+            "model.path",
+            "unsupported",
         )
     check_parts(spec, pipeline, sum(encoder.config.hidden_size for encoder in encoders))
     unet, pooled = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
@@ -53,7 +55,9 @@ def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:
         raise OutsideError(
             f"{unet_name(spec)} takes no sizes and pooled text "
             f"(addition_embed_type={unet['addition_embed_type']!r}): it is not of Stable "
-            "Diffusion XL"
+            "Diffusion XL",
+            unet_key(spec),
+            "unsupported",
         )
     width = pooled + TIME_IDS * unet["addition_time_embed_dim"]
     if unet["projection_class_embeddings_input_dim"] != width:
@@ -61,7 +65,9 @@ def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:
             f"{unet_name(spec)} and text_encoder_2 of model.path={spec.path} do not fit: "
             f"projection_class_embeddings_input_dim="
             f"{unet['projection_class_embeddings_input_dim']}, where pooled text and {TIME_IDS} "
-            f"time ids make {width}"
+            f"time ids make {width}",
+            unet_key(spec),
+            "mismatch",
         )
 
 

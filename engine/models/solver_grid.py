@@ -38,7 +38,9 @@ class SolverGrid:
         if self.num_timesteps % solver_steps:
             raise RecipeError(
                 f"model.solver_steps={solver_steps} does not divide the {self.num_timesteps} "
-                "timesteps of the model's scheduler; the published value is 50"
+                "timesteps of the model's scheduler; the published value is 50",
+                "model.solver_steps",
+                "mismatch",
             )
         self._stride = self.num_timesteps // solver_steps
         self._solver_steps = solver_steps

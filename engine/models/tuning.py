@@ -22,7 +22,7 @@ from ...kernels import use as use_kernels
 from ...kernels.dispatch import INTERPRETED
 from ...kernels.fuse import fuse
 from ..basics.errors import RecipeError
-from ..recipe import Speed
+from ..recipe import Recipe, Speed
 from .attention import Attend, choose_attention, use_attention
 from .protocol import Backbone
 
@@ -62,19 +62,6 @@ class Tuning:
         return ", ".join(word for word, is_on in words.items() if is_on)
 
 
-PLAIN = Tuning(
-    channels_last=False,
-    fused_kernels=False,
-    attention="sdpa",
-    attend=None,
-    compile="off",
-    activation_checkpointing=False,
-    offload_encoders=False,
-    prompt_cache_mib=256,
-)
-"""The networks as their makers wrote them."""
-
-
 def choose_tuning(
     spec: Speed,
     denoiser: ModelMixin,
@@ -101,7 +88,9 @@ def choose_tuning(
         if zero_stage == 3:
             raise RecipeError(
                 f"speed.compile={spec.compile} does not go with ZeRO-3, whose parameters are "
-                "elsewhere while a block is compiled: use speed.compile=off, or ZeRO 1 or 2"
+                "elsewhere while a block is compiled: use speed.compile=off, or ZeRO 1 or 2",
+                "speed.compile",
+                "contradiction",
             )
         _check_compiler(spec.compile, device)
     attention, attend = choose_attention(
@@ -119,18 +108,39 @@ def choose_tuning(
     )
 
 
-def tune(network: nn.Module, tuning: Tuning) -> None:
-    """Fused layers, attention and order of images of one network, before or after adapters; again
-    it changes nothing.
+def tune_for_training(
+    recipe: Recipe,
+    backbone: Backbone,
+    policy: ModelMixin,
+    frozen: Sequence[nn.Module],
+    *,
+    zero_stage: int,
+) -> Tuning:
+    """All that is done to networks before DeepSpeed wraps them, and what that was.
 
-    Networks that share parameters (a policy and its reference) must all be tuned.
+    To be called when adapters are in place, and before hooks know the layers: fused ones are of
+    other classes. What is left is :func:`order_weights`.
+
+    Args:
+        recipe: its knobs are those of `speed`, and `train.kernels`.
+        backbone: its VAE and text encoders are tuned as for sampling.
+        policy: what trains; it alone keeps no activations, if the recipe says so.
+        frozen: reference and teacher, which may share the policy's parameters.
+        zero_stage: of the training.
+
+    Raises:
+        RecipeError: for knobs that do not work here; nothing is tuned yet.
     """
-    if tuning.fused_kernels:
-        fuse(network)
-    if tuning.attend is not None:
-        use_attention(network, tuning.attend)
-    if tuning.channels_last:
-        _order_images(network)
+    tuning = choose_tuning(recipe.speed, policy, backbone.device, zero_stage=zero_stage)
+    _choose_kernels(recipe.train.kernels, backbone.device)
+    _tune_frozen_parts(backbone, tuning)
+    if tuning.activation_checkpointing:
+        policy.enable_gradient_checkpointing()
+    for network in (policy, *frozen):
+        _tune(network, tuning)
+        if tuning.compile != "off":
+            _compile(network, regional=tuning.compile == "regional")
+    return tuning
 
 
 def order_weights(tuning: Tuning, network: nn.Module, *frozen: nn.Module) -> None:
@@ -147,45 +157,17 @@ def order_weights(tuning: Tuning, network: nn.Module, *frozen: nn.Module) -> Non
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def tune_training(policy: ModelMixin, frozen: Sequence[nn.Module], tuning: Tuning) -> None:
-    """What is for training alone: checkpoints in the policy, and all networks compiled.
-
-    To be called when adapters are in place and before DeepSpeed wraps the networks.
-    """
-    if tuning.activation_checkpointing:
-        policy.enable_gradient_checkpointing()
-    if tuning.compile != "off":
-        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
-        for network in (policy, *frozen):
-            _compile(network, regional=tuning.compile == "regional")
-
-
 def tune_for_sampling(spec: Speed, backbone: Backbone) -> None:
     """What is safe where images are drawn: all but compilation. RecipeError as `choose_tuning`."""
-    tune_frozen_parts(backbone, tune_denoiser(spec, backbone))
+    _tune_frozen_parts(backbone, tune_denoiser(spec, backbone))
 
 
 def tune_denoiser(spec: Speed, backbone: Backbone) -> Tuning:
     """The same of the denoiser alone, for one that was put in place of another."""
     tuning = choose_tuning(spec, backbone.denoiser, backbone.device)
-    tune(backbone.denoiser, tuning)
+    _tune(backbone.denoiser, tuning)
     order_weights(tuning, backbone.denoiser)
     return tuning
-
-
-def tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
-    """Tune the VAE, let it and the text encoders wait where the recipe says, and bound the memory
-    of encoded prompts.
-    """
-    backbone.limit_prompt_cache(tuning.prompt_cache_mib * 2**20)
-    pipeline = backbone.pipeline
-    tune(pipeline.vae, tuning)
-    order_weights(tuning, pipeline.vae)
-    if tuning.offload_encoders:
-        offload(pipeline.vae, ("encode", "decode"), backbone.device)
-        for name, part in pipeline.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                offload(part, ("forward",), backbone.device)
 
 
 @contextmanager
@@ -232,6 +214,31 @@ def _is_on(knob: str, on_gpu: bool) -> bool:
     return knob == "on" or (knob == "auto" and on_gpu)
 
 
+def _tune(network: nn.Module, tuning: Tuning) -> None:
+    """Fused layers, attention and order of images; again it changes nothing."""
+    if tuning.fused_kernels:
+        fuse(network)
+    if tuning.attend is not None:
+        use_attention(network, tuning.attend)
+    if tuning.channels_last:
+        _order_images(network)
+
+
+def _tune_frozen_parts(backbone: Backbone, tuning: Tuning) -> None:
+    """Tune the VAE, let it and the text encoders wait where the recipe says, and bound the memory
+    of encoded prompts.
+    """
+    backbone.limit_prompt_cache(tuning.prompt_cache_mib * 2**20)
+    pipeline = backbone.pipeline
+    _tune(pipeline.vae, tuning)
+    order_weights(tuning, pipeline.vae)
+    if tuning.offload_encoders:
+        offload(pipeline.vae, ("encode", "decode"), backbone.device)
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                offload(part, ("forward",), backbone.device)
+
+
 def _order_images(network: nn.Module) -> None:
     """Give the network channels-last images; what it computes from them stays in that order."""
     inputs: list[Any] = [network]
@@ -256,6 +263,7 @@ def _reorder_images(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 
 def _compile(network: nn.Module, *, regional: bool) -> None:
     """In place, and not as torch.compile(network): names in checkpoints and exports stay."""
+    torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     blocks = [part for part in network.modules() if isinstance(part, REPEATED_BLOCKS)]
     for part in blocks if regional else [network]:
         part.compile(**COMPILE)
@@ -268,7 +276,9 @@ def _check_compiler(mode: str, device: torch.device) -> None:
     except Exception as error:  # dynamo and inductor have no common base for what can go wrong
         reason = str(error).strip().split("\n")[0]
         raise RecipeError(
-            f"speed.compile={mode}: torch.compile does not work here ({reason}): use off"
+            f"speed.compile={mode}: torch.compile does not work here ({reason}): use off",
+            "speed.compile",
+            "unsupported",
         ) from None
 
 
@@ -276,14 +286,18 @@ def _something_small(x: Tensor) -> Tensor:
     return (x * 2).sin().sum()
 
 
-def choose_kernels(mode: str, device: torch.device) -> None:
+def _choose_kernels(mode: str, device: torch.device) -> None:
     """Have our kernels compute as ``train.kernels`` says; RecipeError if this device cannot."""
     if mode == "triton" and device.type != "cuda" and not INTERPRETED:
         raise RecipeError(
             "train.kernels=triton needs a CUDA device: use auto or torch on a CPU, or start with "
-            "TRITON_INTERPRET=1 to run the kernels there in Triton's interpreter, slowly"
+            "TRITON_INTERPRET=1 to run the kernels there in Triton's interpreter, slowly",
+            "train.kernels",
+            "unsupported",
         )
     try:
         use_kernels(mode)
     except RuntimeError as error:
-        raise RecipeError(f"train.kernels={mode}: {error}") from None
+        raise RecipeError(
+            f"train.kernels={mode}: {error}", "train.kernels", "not-installed"
+        ) from None

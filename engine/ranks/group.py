@@ -111,7 +111,8 @@ class Ranks:
         """Wait until every rank is here. Raises StopRequested on all if any was asked to stop."""
         if reason := self.asked_to_stop():
             raise StopRequested(
-                f"stopped on request ({reason}); the same command goes on from there"
+                f"stopped on request ({reason}); the same command goes on from there",
+                kind="stopped",
             )
 
     def divided(self, items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:

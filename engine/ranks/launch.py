@@ -180,7 +180,8 @@ def joined_ranks(
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise OutsideError(
             f"rank {rank} wants GPU {local_rank} but this machine has {torch.cuda.device_count()}: "
-            "start fewer ranks with --num_gpus"
+            "start fewer ranks with --num_gpus",
+            kind="too-large",
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -30,7 +30,9 @@ class RunLock:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+")  # noqa: SIM115 (held, not scoped)
         except OSError as error:
-            raise RecipeError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
+            raise RecipeError(
+                f"run_dir {run_dir} cannot be written: {error.strerror}", "run_dir", "unwritable"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -38,11 +40,15 @@ class RunLock:
             if error.errno in TAKEN:
                 raise RecipeError(
                     f"run_dir {run_dir} is in use by another process{_holder(path)}: wait for it, "
-                    "or give another"
+                    "or give another",
+                    "run_dir",
+                    "in-use",
                 ) from None
             raise RecipeError(
                 f"run_dir {run_dir} cannot be locked ({error.strerror}), and two runs in it would "
-                "destroy each other: mount its file system with locks, or give a folder elsewhere"
+                "destroy each other: mount its file system with locks, or give a folder elsewhere",
+                "run_dir",
+                "unsupported",
             ) from None
         self.owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
         try:
@@ -51,7 +57,9 @@ class RunLock:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise RecipeError(f"run_dir {run_dir} cannot be written: {error.strerror}") from None
+            raise RecipeError(
+                f"run_dir {run_dir} cannot be written: {error.strerror}", "run_dir", "unwritable"
+            ) from None
 
     def release(self) -> None:
         """Let the next run in."""
@@ -82,6 +90,8 @@ def refuse_other_folder(run_dir: Path, owner: str) -> None:
             raise RecipeError(
                 f"run_dir {run_dir} on {socket.gethostname()} is another folder than on "
                 f"{owner.split()[0]}, where rank 0 runs: give one on a file system that all "
-                "machines share"
+                "machines share",
+                "run_dir",
+                "mismatch",
             )
         time.sleep(0.1)

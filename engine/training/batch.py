@@ -96,12 +96,16 @@ def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone
     if manifest.kind == "latents" and recipe.data.posterior == "sampled":
         raise DataError(
             "data.posterior=sampled, but the shards hold the mean alone: use mean, or prepare "
-            "again with data.format=moments or raw"
+            "again with data.format=moments or raw",
+            "data.posterior",
+            "contradiction",
         )
     own, made_with = backbone.fingerprints()["vae"], manifest.vae
     if manifest.kind != "raw" and made_with.fingerprint != own:
         raise DataError(
             f"the shards were made with another VAE ({made_with.path}, "
             f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
-            "again with this model, or name that VAE as model.vae"
+            "again with this model, or name that VAE as model.vae",
+            "model.vae",
+            "mismatch",
         )

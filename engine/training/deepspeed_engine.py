@@ -144,12 +144,16 @@ def _check_disk(config: dict[str, Any]) -> None:
         if folder is None or not Path(folder).is_dir():
             raise RecipeError(
                 f"zero_optimization.{section}.nvme_path={folder} is no folder of this machine: "
-                "copy the DeepSpeed JSON and name one on a local disk"
+                "copy the DeepSpeed JSON and name one on a local disk",
+                f"zero_optimization.{section}.nvme_path",
+                "missing",
             )
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise RecipeError(
                 f"zero_optimization.{section}.device=nvme needs libaio with its headers, from "
-                "which DeepSpeed builds its reader: apt install libaio-dev"
+                "which DeepSpeed builds its reader: apt install libaio-dev",
+                f"zero_optimization.{section}.device",
+                "not-installed",
             )
 
 

@@ -131,7 +131,9 @@ def block_depths(network: nn.Module) -> dict[str, int]:
     if not (down and up):
         raise RecipeError(
             "adapter.opening=inside_out needs a UNet with down_blocks and up_blocks, which this "
-            "denoiser has not: use opening=all"
+            "denoiser has not: use opening=all",
+            "adapter.opening",
+            "unsupported",
         )
     depths = {f"down_blocks.{index}": len(down) - 1 - index for index in range(len(down))}
     depths |= {f"up_blocks.{index}": index for index in range(len(up))}

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -145,6 +148,23 @@ class MetricsFile:
 
 WINDOWS_BEFORE_WARNING = 3
 
+
+def both_errors_rise(rows: Sequence[Mapping[str, Any]], window: int) -> bool:
+    """DPO's known failure at the end of ``rows``: the margin grows while both images become less
+    likely. The trainer warns of it while it happens, and reports find it in the same way.
+
+    In each of the last three windows of ``window`` steps the errors of winners and of losers are
+    above the reference's. A winner's that is under half the loser's is noise of the timesteps.
+    False for objectives that know no reference, and of rows too few to tell.
+    """
+    recent = rows[-WINDOWS_BEFORE_WARNING * window :]
+    errors = [(row.get("winner_error"), row.get("loser_error")) for row in recent]
+    if len(errors) < WINDOWS_BEFORE_WARNING * window or None in chain(*errors):
+        return False
+    means = np.reshape(errors, (WINDOWS_BEFORE_WARNING, window, 2)).mean(axis=1)
+    return all(winner > 0 and loser > 0 and winner > 0.5 * loser for winner, loser in means)
+
+
 Event = tuple[str, float, int]
 
 
@@ -163,6 +183,7 @@ class RunLog:
         terminal: Terminal,
         write_events: Callable[[list[Event]], None] | None,
     ) -> None:
+        self._window = window
         self._ring = MetricRing(window, num_timesteps, device)
         self._file = MetricsFile(run_dir / "metrics.jsonl")
         self._global_batch = global_batch
@@ -170,7 +191,7 @@ class RunLog:
         self._terminal = terminal
         self._write_events = write_events
         self._window_started = time.monotonic()
-        self._windows_unlearning = 0
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOWS_BEFORE_WARNING * window)
         self.latest: dict[str, float] = {}
         """What the progress bar shows of the last window."""
 
@@ -186,6 +207,7 @@ class RunLog:
         self._window_started = time.monotonic()
         if self._terminal.enabled:
             self._file.rewind(step)
+            self._recent.extend(self._file.read())
 
     def add(self, loss: Loss, timesteps: Tensor) -> None:
         """Add one micro-batch to the step in progress."""
@@ -214,25 +236,15 @@ class RunLog:
         self._file.append(rows)
         if self._write_events is not None:
             self._write_events(_events(rows))
-        self._warn_if_both_errors_rise(rows)
-        shown = {name: rows[-1][name] for name in ("loss", "accuracy")}
-        self.latest = {name: value for name, value in shown.items() if value is not None}
-        self.latest["pairs_s"] = pairs_per_second
-
-    def _warn_if_both_errors_rise(self, rows: list[dict[str, Any]]) -> None:
-        """DPO's known failure: the margin grows while both images become less likely."""
-        if rows[-1]["winner_error"] is None:  # this objective knows no reference
-            return
-        winner = sum(row["winner_error"] for row in rows) / len(rows)
-        loser = sum(row["loser_error"] for row in rows) / len(rows)
-        # A rise of the winner's error that is small beside the loser's is noise of the timesteps.
-        rising = winner > 0 and loser > 0 and winner > 0.5 * loser
-        self._windows_unlearning = self._windows_unlearning + 1 if rising else 0
-        if self._windows_unlearning >= WINDOWS_BEFORE_WARNING:
+        self._recent.extend(rows)
+        if both_errors_rise(list(self._recent), self._window):
             self._terminal.warn(
                 "winner and loser errors both rise above the reference's: the policy is "
                 "unlearning, not preferring; raise objective.beta or lower train.optimizer.lr"
             )
+        shown = {name: rows[-1][name] for name in ("loss", "accuracy")}
+        self.latest = {name: value for name, value in shown.items() if value is not None}
+        self.latest["pairs_s"] = pairs_per_second
 
 
 def _events(rows: list[dict[str, Any]]) -> list[Event]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..basics.phases import Phase, phase
 from ..models import Backbone, Conditioning
 from ..models.adapters import add_lora, twin_of
-from ..models.tuning import PLAIN, Tuning, tune, tune_frozen_parts, tune_training
+from ..models.tuning import Tuning, tune_for_training
 from ..objectives import Loss, Networks, Objective, Predict, TrainingBatch
 from ..recipe import Recipe
 
@@ -21,6 +21,7 @@ class PolicyAndReference(nn.Module):
     """All networks as children of one module, so that ZeRO-3 gathers for each of them."""
 
     reference: nn.Module
+    tuning: Tuning
 
     def __init__(
         self,
@@ -68,47 +69,49 @@ class PolicyAndReference(nn.Module):
 
 
 def build_networks(
-    recipe: Recipe, backbone: Backbone, objective: Objective, tuning: Tuning = PLAIN
+    recipe: Recipe, backbone: Backbone, objective: Objective, *, zero_stage: int
 ) -> PolicyAndReference:
     """Make ``backbone.denoiser`` the policy, with a frozen reference of equal output beside it.
 
-    What ``tuning`` changes (how the networks compute, not what) it changes in all of them alike.
-    Raises RecipeError if the adapter's targets are no layers of this denoiser.
+    All of them are tuned alike, as far as goes before DeepSpeed wraps them. Raises RecipeError if
+    the adapter's targets are no layers of this denoiser, or a knob does not work here.
     """
-    tune(backbone.denoiser, tuning)  # before it is copied, and before hooks know its layers
-    tune_frozen_parts(backbone, tuning)
-    offloaded = False
-    if recipe.adapter.type == "full":
-        offloaded = recipe.train.reference == "offload"
-        reference = _frozen_copy(backbone.denoiser, backbone.device, offloaded)
-        policy = backbone.denoiser.requires_grad_(True)
+    denoiser, full = backbone.denoiser, recipe.adapter.type == "full"
+    offloaded = full and recipe.train.reference == "offload"
+    if full:
+        reference = _copied_to(torch.device("cpu") if offloaded else backbone.device, denoiser)
+        policy = denoiser.requires_grad_(True)
     else:
-        reference = twin_of(backbone.denoiser)
-        policy = add_lora(backbone.denoiser, recipe.adapter, recipe.seed)
+        reference = twin_of(denoiser)
+        policy = add_lora(denoiser, recipe.adapter, recipe.seed)
     policy.train()
-    reference.eval()
-    teacher = backbone.load_teacher()
-    if teacher is not None:
-        tune(teacher, tuning)
+    reference.requires_grad_(False).eval()
     networks = PolicyAndReference(
-        policy, reference, backbone, objective, teacher, offloaded=offloaded
+        policy, reference, backbone, objective, backbone.load_teacher(), offloaded=offloaded
     )
-    tune_training(policy, networks.frozen, tuning)
+    networks.tuning = tune_for_training(
+        recipe, backbone, policy, networks.frozen, zero_stage=zero_stage
+    )
+    if offloaded:
+        _bring_by_layer(reference, backbone.device)
     return networks
 
 
-def _frozen_copy(network: ModelMixin, device: torch.device, offloaded: bool) -> ModelMixin:
-    """A copy on the device; or in host memory, each layer brought to the device when it runs."""
-    if not offloaded:
-        return copy.deepcopy(network).requires_grad_(False)
-    reference = copy.deepcopy(network.to("cpu")).requires_grad_(False)
-    network.to(device)
+def _copied_to(device: torch.device, network: ModelMixin) -> ModelMixin:
+    """A copy there, made without a second one on the network's own device."""
+    home = network.device
+    copied = copy.deepcopy(network.to(device))
+    network.to(home)
+    return copied
+
+
+def _bring_by_layer(network: nn.Module, device: torch.device) -> None:
+    """Let each layer of a network in host memory be on the device while it runs."""
     apply_group_offloading(
-        reference,
+        network,
         onload_device=device,
         offload_device=torch.device("cpu"),
         offload_type="leaf_level",
         # On a stream of its own the next layer arrives, from pinned memory, while this one runs.
         use_stream=device.type == "cuda",
     )
-    return reference

@@ -23,7 +23,7 @@ from ..basics.phases import phase
 from ..curriculum.pacing import Cursor, Pacing, Stage
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
-from ..models.tuning import Tuning, choose_kernels, choose_tuning, order_weights, uncompiled
+from ..models.tuning import order_weights, uncompiled
 from ..objectives import Loss, build_objective
 from ..ranks import Ranks
 from ..ranks.launch import bound_waits
@@ -60,7 +60,6 @@ class Trainer:
     manifest: Manifest
     backbone: Backbone
     engine: deepspeed.DeepSpeedEngine
-    tuning: Tuning
     stream: PairStream
     batch_maker: BatchMaker
     pacing: Pacing
@@ -82,7 +81,6 @@ class Trainer:
         self.run_dir = Path(recipe.run_dir)
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
-        choose_kernels(recipe.train.kernels, ranks.device)
 
         self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
         self.manifest = ranks.on_first(self.shards.manifest)
@@ -96,16 +94,13 @@ class Trainer:
         refuse_foreign_shards(recipe, self.manifest, self.backbone)
         objective = build_objective(recipe.objective)
         stage = int(config["zero_optimization"]["stage"])
-        self.tuning = choose_tuning(
-            recipe.speed, self.backbone.denoiser, ranks.device, zero_stage=stage
-        )
-        networks = build_networks(recipe, self.backbone, objective, self.tuning)
+        networks = build_networks(recipe, self.backbone, objective, zero_stage=stage)
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
         self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
         bound_waits(recipe.cluster.timeout_minutes)
-        order_weights(self.tuning, networks.policy, *networks.frozen)
+        order_weights(networks.tuning, networks.policy, *networks.frozen)
 
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -168,7 +163,7 @@ class Trainer:
                 f"{spec.precision}, ZeRO-{self.engine.zero_optimization_stage()}, "
                 f"{self.ranks.world_size} x {self.ranks.device.type}",
             ),
-            ("speed", str(self.tuning)),
+            ("speed", str(self.engine.module.tuning)),
             ("pairs", f"{self.manifest.num_pairs} in {self.manifest.tiers} tiers; {stages}"),
         ]
         if self.pacing.unreached:
@@ -229,7 +224,9 @@ class Trainer:
         if self.cursor != self.came_from:
             self._save()
         raise StopRequested(
-            f"stopped on request after step {self.cursor.step}; the same command goes on from there"
+            f"stopped on request after step {self.cursor.step}; the same command goes on from "
+            "there",
+            kind="stopped",
         )
 
     def _next_pairs(self) -> PairBatch:
@@ -338,7 +335,9 @@ class Trainer:
             raise NumericsError(
                 f"{self.skipped_in_a_row} batches in a row gave non-finite loss or gradients after "
                 f"step {self.cursor.step}, whose state is saved: lower train.optimizer.lr or "
-                "objective.beta, or train in a wider precision"
+                "objective.beta, or train in a wider precision",
+                f"step {self.cursor.step + 1}",
+                "non-finite",
             )
 
     # What the run leaves behind

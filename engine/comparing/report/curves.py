@@ -102,15 +102,6 @@ def tier_intervals(rows: Sequence[Row]) -> dict[int, list[tuple[float, float]]]:
     return found
 
 
-def both_errors_rose(metrics: Sequence[Row]) -> bool:
-    """Whether the policy ended up worse than the reference on winners and losers alike."""
-    rows = sorted_rows(metrics)
-    if not rows:
-        return False
-    winner, loser = (smoothed(column(rows, f"{side}_error"))[-1] for side in ("winner", "loser"))
-    return bool(winner > 0 and loser > 0)
-
-
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else float("nan")
 

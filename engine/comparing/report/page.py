@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ...basics.files import replacing
 from . import wording
 from .content import PromptSample, PromptSet, ReportData, WorstLoss
-from .curves import both_errors_rose, spans, tier_timeline, training_panels
+from .curves import spans, tier_timeline, training_panels
 from .figures import Embedded, embed
 from .findings import findings
 from .methods import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
@@ -62,7 +62,7 @@ def render_report(data: ReportData) -> str:
         worst=[_worst(loss) for loss in sorted(data.worst, key=_change)],
         worst_sets={loss.prompt_set for loss in data.worst},
         panels=_panels(data),
-        both_rose=both_errors_rose(data.metrics),
+        both_rose=any(run.both_errors_rose for run in data.runs),
         timeline=_timeline(data),
         progression=_progression(data),
         pixelated=_is_pixelated(data),

@@ -206,7 +206,9 @@ class CheckpointStore:
         try:
             read(folder, manifest["world_size"])
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
-            error = CheckpointError(f"checkpoint {folder} cannot be read: {exc}")
+            error = CheckpointError(
+                f"checkpoint {folder} cannot be read: {exc}", str(folder), "unreadable"
+            )
         self.ranks.agree(error)
         return Cursor(manifest["step"], tuple(manifest["skips"]))
 
@@ -222,7 +224,9 @@ class CheckpointStore:
         if problems:
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole ({'; '.join(problems)}): "
-                "remove the folder to start afresh"
+                "remove the folder to start afresh",
+                str(self.folder),
+                "damaged",
             )
         return None, {}
 
@@ -231,12 +235,16 @@ class CheckpointStore:
         if changed:
             raise CheckpointError(
                 f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore "
-                "these values, or give another run_dir"
+                "these values, or give another run_dir",
+                changed[0].partition(":")[0],
+                "changed",
             )
         if manifest["data"] != self.data_hash:
             raise CheckpointError(
                 f"checkpoint {folder} was trained on other shards (manifest "
-                f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir"
+                f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir",
+                "shards",
+                "changed",
             )
 
     def _found(self) -> list[Path]:
@@ -251,7 +259,9 @@ class CheckpointStore:
         if not found and (self.folder / "latest").exists():
             raise CheckpointError(
                 f"the checkpoints in {self.folder} are gone, of which there were some: bring them "
-                "back, or remove the folder to start afresh"
+                "back, or remove the folder to start afresh",
+                str(self.folder),
+                "missing",
             )
         return found
 
@@ -272,7 +282,11 @@ class CheckpointStore:
             reason += f" ({shutil.disk_usage(self.folder).free >> 20} MiB free on the disk)"
         kept = [path.name for _, path in self._committed() if path.name != folder.stem]
         survivor = f"{kept[0]} is untouched" if kept else "there was none before"
-        return CheckpointError(f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}")
+        return CheckpointError(
+            f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}",
+            str(folder),
+            "unwritable",
+        )
 
 
 def _fresh_folder(folder: Path) -> None:
@@ -281,7 +295,9 @@ def _fresh_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint folder {folder} cannot be made: {error.strerror}"
+            f"checkpoint folder {folder} cannot be made: {error.strerror}",
+            str(folder),
+            "unwritable",
         ) from None
 
 

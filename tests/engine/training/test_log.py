@@ -1,13 +1,19 @@
 """Metrics against plain numpy over all pairs of a step, however they were split and summed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cdpo.engine.comparing.runs import ComparedRun
 from cdpo.engine.objectives import Loss
-from cdpo.engine.training.log import MetricRing, MetricsFile
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.training.log import MetricRing, MetricsFile, RunLog, both_errors_rise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 NUM_TIMESTEPS = 1000
 NAMES = ("winner_error", "loser_error", "margin", "accuracy")
@@ -192,3 +198,72 @@ def test_rewind_drops_a_torn_last_line(tmp_path: Path, torn: str):
     file.rewind(2)
     file.append(rows(3))
     assert file.read() == rows(1, 2, 3)
+
+
+# Winner and loser both rise
+
+
+def errors(*pairs: tuple[float | None, float | None]) -> list[dict[str, float | None]]:
+    return [{"winner_error": winner, "loser_error": loser} for winner, loser in pairs]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rises"),
+    [
+        ([(0.2, 0.3)] * 6, True),
+        ([(0.2, 0.3)] * 5, False),  # too few to tell
+        ([(0.01, 0.1)] * 6, False),  # the winner's rise is noise beside the loser's
+        ([(-0.2, 0.3)] * 6, False),
+        ([(0.2, -0.3)] * 6, False),
+        ([(-9.0, -9.0)] + [(0.2, 0.3)] * 6, True),  # before the last three windows
+        ([(0.2, 0.3)] * 2 + [(-0.2, 0.3)] * 2 + [(0.2, 0.3)] * 2, False),  # not in a row
+        ([(0.5, 0.3), (-0.1, 0.3)] * 3, True),  # by the means of windows
+        ([(None, None)] * 6, False),
+        ([], False),
+    ],
+)
+def test_both_errors_rise(pairs: list[tuple[float | None, float | None]], rises: bool) -> None:
+    assert both_errors_rise(errors(*pairs), window=2) is rises
+
+
+ERRORS = st.sampled_from([-0.1, 0.01, 0.1, 0.15, 0.2])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    window=st.integers(1, 3),
+    steps=st.lists(st.tuples(ERRORS, ERRORS, st.sampled_from(["", "", "flush", "resume"]))),
+)
+def test_a_report_finds_what_the_trainer_warned_of_last(
+    tiny_recipe: Callable[..., Recipe], window: int, steps: list[tuple[float, float, str]]
+) -> None:
+    """Whatever the errors, flushes for checkpoints and restarts of the run."""
+    recipe = tiny_recipe(f"train.log_every={window}")
+    warned: list[str] = []
+
+    def log_after(step: int) -> RunLog:
+        log = RunLog(
+            Path(recipe.run_dir),
+            window=window,
+            global_batch=1,
+            num_timesteps=NUM_TIMESTEPS,
+            world_size=1,
+            device=torch.device("cpu"),
+            terminal=SimpleNamespace(enabled=True, warn=warned.append),
+            write_events=None,
+        )
+        log.start_after(step)
+        return log
+
+    Path(recipe.run_dir).mkdir(exist_ok=True)
+    log = log_after(0)
+    for step, (winner, loser, then) in enumerate([*steps, (0.1, 0.1, "flush")], start=1):
+        warned.clear()
+        logits, *values = (torch.tensor([value]) for value in (0.0, winner, loser))
+        log.add(Loss(logits.mean(), logits, *values), torch.tensor([5]))
+        log.close_step({"step": step}, 1.0)
+        if then:
+            log.flush()
+        if then == "resume":
+            log = log_after(step)
+    assert bool(warned) is ComparedRun("a run", recipe, "").facts().both_errors_rose

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cdpo.engine.comparing.report.curves import (
     PANELS,
-    both_errors_rose,
     column,
     smoothed,
     sorted_rows,
@@ -85,10 +84,3 @@ def test_spans_and_tier_intervals() -> None:
     ]
     assert tier_intervals(rows) == {1: [(10, 13), (14, 15)], 2: [(12, 14)]}
     assert spans([{"step": 1}], "tiers") == []
-
-
-def test_both_errors_rising_is_noticed(metrics: Metrics) -> None:
-    rows = metrics(20)
-    assert not both_errors_rose(rows)
-    assert both_errors_rose([{**row, "winner_error": 1e-5} for row in rows[1:]])
-    assert not both_errors_rose([])
