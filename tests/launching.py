@@ -36,6 +36,14 @@ class Outcome:
         assert set(self.codes) == {0}, self.text
         return self
 
+    def refused(self, code: int, *texts: str) -> None:
+        """All ranks left with ``code``, the first with one clear line that holds all the texts."""
+        assert set(self.codes) == {code}, self.text
+        assert "Traceback" not in self.text
+        errors = [line for line in self.output[0].splitlines() if line.startswith("error:")]
+        assert len(errors) == 1, self.text
+        assert [text for text in texts if text not in errors[0]] == [], errors[0]
+
 
 class ForkServer:
     """See tests/workers/forkserver.py; ``env`` is for what libraries read at their import."""

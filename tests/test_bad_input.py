@@ -9,21 +9,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launching import ForkServer, Outcome, World
+from launching import ForkServer, World
 from safetensors.torch import load_file, save_file
-
-
-def refused(outcome: Outcome, code: int, *texts: str) -> None:
-    assert outcome.code == code, outcome.text
-    assert "Traceback" not in outcome.text
-    errors = [line for line in outcome.text.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, outcome.text
-    assert [text for text in texts if text not in errors[0]] == []
 
 
 def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
     for verb in ("prepare", "train", "compare"):
-        refused(server.run(verb, tmp_path / "none.yaml"), 2, "none.yaml")
+        server.run(verb, tmp_path / "none.yaml").refused(2, "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -31,26 +23,26 @@ def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
     [
         ("train.stpes=3", ["train.stpes", "train.steps"]),
         ("train.steps=many", ["train.steps", "'many'"]),
-        ("train.steps", ["dotted.key=value"]),
+        ("train.steps", ["train.steps"]),
         ("data.lanes=3", ["global_batch", "lanes"]),
-        ("train.micro_batch=3", ["train.micro_batch=3", "1, 2, 4 or 8"]),
+        ("train.micro_batch=3", ["train.micro_batch=3"]),
         ("model.backbone=lcm", ["lcm", "consistency_dpo"]),
         (
             "model.backbone=lcm objective.type=consistency_dpo",
-            ["model.teacher is not given", "model.unet or model.lcm_lora"],
+            ["model.teacher", "model.unet", "model.lcm_lora"],
         ),
         ("adapter.targets=[to_qq]", ["to_qq", "to_q"]),
     ],
 )
 def test_mistyped_recipes(world: World, tmp_path: Path, override: str, texts: list[str]) -> None:
-    refused(world.train(tmp_path / "run", *override.split()), 2, *texts)
+    world.train(tmp_path / "run", *override.split()).refused(2, *texts)
 
 
 def test_a_conflict_with_the_deepspeed_file_shows_both_values(world: World, tmp_path: Path) -> None:
     path = tmp_path / "conflict.json"
     path.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
     outcome = world.train(tmp_path / "run", f"deepspeed={path}")
-    refused(outcome, 2, "conflict.json", "0.5", "train.gradient_clip=1.0")
+    outcome.refused(2, "conflict.json", "0.5", "train.gradient_clip=1.0")
 
 
 @pytest.mark.parametrize(
@@ -59,11 +51,11 @@ def test_a_conflict_with_the_deepspeed_file_shows_both_values(world: World, tmp_
         ("prompts.train=nowhere.txt", 3, ["nowhere.txt"]),
         ("model.path=nowhere", 6, ["model.path=nowhere"]),
         ("model.unet=nowhere", 6, ["model.unet=nowhere"]),
-        ("model.backbone=sdxl", 6, ["model.backbone=sd fits, not sdxl"]),
+        ("model.backbone=sdxl", 6, ["model.backbone=sd"]),
         ("reward.path=nowhere", 6, ["nowhere"]),
-        ("model.resolution=[20, 16]", 6, ["20x16", "multiples of"]),
+        ("model.resolution=[20, 16]", 6, ["model.resolution=20x16"]),
         ("data.lanes=8 data.pairs_per_shard=1 curriculum.tiers=5", 3, ["tier"]),
-        ("curriculum.min_score_gap=100", 3, ["no pairs", "min_score_gap=100"]),
+        ("curriculum.min_score_gap=100", 3, ["min_score_gap=100"]),
     ],
 )
 def test_prepare_refuses(
@@ -72,7 +64,7 @@ def test_prepare_refuses(
     run = tmp_path / "run"
     overrides = override.replace(", ", ",").split()
     outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", *overrides])
-    refused(outcome, code, *texts)
+    outcome.refused(code, *texts)
     assert not (run / "shards" / "manifest.json").exists()
 
 
@@ -99,28 +91,28 @@ CONSISTENCY = "model.backbone=lcm objective.type=consistency_dpo model.teacher={
 @pytest.mark.parametrize(
     ("overrides", "texts"),
     [
-        ("model.path={world}/reward", ["model.path=", "/reward is no Stable Diffusion model: "]),
-        ("model.path={misfits}", ["/misfits is no Stable Diffusion model: ", "model_index.json"]),
+        ("model.path={world}/reward", ["model.path=", "/reward"]),
+        ("model.path={misfits}", ["model.path=", "/misfits", "model_index.json"]),
         (
             "model.unet={misfits}/inpainting_unet",
-            ["inpainting_unet and the VAE of", "do not fit: in_channels=9, latent_channels=4"],
+            ["inpainting_unet", "in_channels=9, latent_channels=4"],
         ),
         (
             "model.vae={misfits}/wide_vae",
-            ["wide_vae do not fit: in_channels=4, latent_channels=8"],
+            ["wide_vae", "in_channels=4, latent_channels=8"],
         ),
         (
             "model.unet={misfits}/other_text_unet",
-            ["the text encoder of", "cross_attention_dim=24, embeddings of width 16"],
+            ["other_text_unet", "cross_attention_dim=24"],
         ),
-        (CONSISTENCY, ["/sd is no latent consistency model", "time_cond_proj_dim", "model.unet"]),
+        (CONSISTENCY, ["/sd", "time_cond_proj_dim", "model.unet"]),
         (
             "model.path={misfits}/unknown_prediction",
-            ["DDIMScheduler has prediction_type='score'", "epsilon, v_prediction, sample"],
+            ["/unknown_prediction", "prediction_type='score'"],
         ),
         (
             "model.path={misfits}/without_text",
-            ["the weights of its text_encoder lack ", "mlp.fc1.bias", "mlp.fc1.weight"],
+            ["/without_text", "text_encoder", "mlp.fc1.bias", "mlp.fc1.weight"],
         ),
     ],
 )
@@ -129,7 +121,7 @@ def test_models_that_do_not_fit_are_refused_at_prepare(
 ) -> None:
     given = overrides.format(world=world.folder, misfits=models).split()
     run = tmp_path / "run"
-    refused(world.server.run("prepare", world.recipe, [f"run_dir={run}", *given]), 6, *texts)
+    world.server.run("prepare", world.recipe, [f"run_dir={run}", *given]).refused(6, *texts)
     assert not (run / "shards").exists() and not (run / "candidates").exists()
 
 
@@ -144,27 +136,27 @@ def overflowing_vae(world: World, folder: Path, layer: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("layer", "code", "texts"),
+    ("layer", "code"),
     [
         # Its images would be black and all tie: the error names what to change instead.
-        ("decoder.conv_in.weight", 4, ["VAE makes NaN", "model.vae"]),
+        ("decoder.conv_in.weight", 4),
         # Its images are as they should be, its latents are not: no shard may hold them.
-        ("encoder.conv_out.weight", 3, ["latents of ", "NaN", "model.vae"]),
+        ("encoder.conv_out.weight", 3),
     ],
 )
 def test_a_vae_that_overflows_is_found_at_prepare(
-    world: World, tmp_path: Path, layer: str, code: int, texts: list[str]
+    world: World, tmp_path: Path, layer: str, code: int
 ) -> None:
     vae, run = overflowing_vae(world, tmp_path / "vae", layer), tmp_path / "run"
     outcome = world.server.run("prepare", world.recipe, [f"run_dir={run}", f"model.vae={vae}"])
-    refused(outcome, code, *texts)
+    outcome.refused(code, "model.vae")
     assert not (run / "shards" / "manifest.json").exists()
 
 
 def test_train_without_shards_and_compare_without_an_adapter(world: World, tmp_path: Path) -> None:
-    run = f"run_dir={tmp_path / 'run'}"
-    refused(world.server.run("train", world.recipe, [run]), 3, "run prepare first")
-    refused(world.server.run("compare", world.recipe, [run]), 3, "run train first")
+    run = tmp_path / "run"
+    for verb in ("train", "compare"):
+        world.server.run(verb, world.recipe, [f"run_dir={run}"]).refused(3, str(run))
 
 
 def truncate(path: Path) -> None:
@@ -178,23 +170,17 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "texts"),
-    [
-        (lambda path: path.unlink(), ["missing"]),
-        (truncate, ["bytes"]),
-        (flip_a_bit, ["sha256"]),
-    ],
-    ids=["missing", "truncated", "changed"],
+    "damage", [Path.unlink, truncate, flip_a_bit], ids=["missing", "truncated", "changed"]
 )
 def test_damaged_shards_are_named(
-    world: World, tmp_path: Path, damage: Callable[[Path], None], texts: list[str]
+    world: World, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "shards"
     shutil.copytree(world.shards, folder)
     first = json.loads((folder / "manifest.json").read_text())["shards"][0]["name"]
     damage(folder / first)
     outcome = world.train(tmp_path / "run", f"data.path={folder}")
-    refused(outcome, 3, first, *texts)
+    outcome.refused(3, first)
     assert not (tmp_path / "run" / "checkpoints").exists() or not list(
         (tmp_path / "run" / "checkpoints").glob("step-*")
     )
@@ -207,7 +193,7 @@ def test_two_runs_in_one_folder_are_refused(world: World, tmp_path: Path) -> Non
     run.mkdir()
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(world.train(run), 2, "in use by another process")
+        world.train(run).refused(2, str(run))
     world.train(run, "train.steps=1").succeeded()
 
 

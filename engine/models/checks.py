@@ -36,7 +36,7 @@ def check_diffusion_unet(spec: Model, unet: UNet2DConditionModel) -> None:
             f"(time_cond_proj_dim={guidance_width}): model.backbone=lcm fits, "
             f"not {spec.backbone}",
             unet_key(spec),
-            "mismatch",
+            "unsupported",
         )
 
 
@@ -47,7 +47,7 @@ def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
         raise OutsideError(
             f"{name} has no beta schedule: model.backbone={spec.backbone} needs one",
             "model.path",
-            "mismatch",
+            "unsupported",
         )
     if config["prediction_type"] not in PREDICTION_TYPES:
         raise OutsideError(
@@ -95,7 +95,7 @@ def _check_latents(spec: Model, unet: UNet2DConditionModel, vae: AutoencoderKL) 
             raise OutsideError(
                 f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet.config[end]}, "
                 f"latent_channels={vae.config['latent_channels']}",
-                _vae_key(spec),
+                "model.unet" if spec.unet else _vae_key(spec),
                 "mismatch",
             )
 

@@ -91,7 +91,7 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
                 f"{unet_name(spec)} is no latent consistency model (it has no "
                 "time_cond_proj_dim): name one as model.unet, or an LCM-LoRA as model.lcm_lora",
                 unet_key(spec),
-                "mismatch",
+                "unsupported",
             )
         return
     if told_guidance:
@@ -137,6 +137,6 @@ def _load_teacher(path: str, key: str, dtype: torch.dtype) -> UNet2DConditionMod
             f"{key}={path} is itself a latent consistency model: the teacher is the diffusion "
             "model that it was distilled from",
             key,
-            "mismatch",
+            "unsupported",
         )
     return teacher.requires_grad_(False).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -37,18 +36,3 @@ def faults(world: World) -> Faults:
     run = world.folder / "uninterrupted-2"
     world.train(run, *TWO_RANKS, ranks=2, seconds=SECONDS).succeeded()
     return Faults(world, losses(run))
-
-
-@pytest.fixture(scope="session")
-def refused() -> Callable[..., str]:
-    """All ranks leave with one code, the first with one clear line that holds all the texts."""
-
-    def check(outcome: Outcome, code: int, *texts: str) -> str:
-        assert outcome.codes == [code] * len(outcome.codes), outcome.text
-        assert "Traceback" not in outcome.text
-        errors = [line for line in outcome.output[0].splitlines() if line.startswith("error:")]
-        assert len(errors) == 1, outcome.text
-        assert [text for text in texts if text not in errors[0]] == [], errors[0]
-        return errors[0]
-
-    return check

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import damage
@@ -42,51 +43,43 @@ def with_nan(latents: np.ndarray) -> np.ndarray:
     return latents
 
 
-WRONG_INSIDE: dict[str, tuple[Callable[[Path, str], None], str]] = {
-    "missing member": (without_a_member, "member latents.npy"),
-    "duplicate key": (with_a_key_twice, "comes up again"),
-    "wrong shape": (
-        lambda shard, key: damage.change_latents(shard, key, lambda x: x[:, :, :4]),
-        "member latents.npy: ",
-    ),
-    "NaN": (
-        lambda shard, key: damage.change_latents(shard, key, with_nan),
-        "member latents.npy: latents hold NaN or infinity",
-    ),
+WRONG_INSIDE: dict[str, Callable[[Path, str], None]] = {
+    "missing member": without_a_member,
+    "duplicate key": with_a_key_twice,
+    "wrong shape": partial(damage.change_latents, change=lambda x: x[:, :, :4]),
+    "NaN": partial(damage.change_latents, change=with_nan),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_INSIDE)
-def test_one_bad_sample(faults, refused, shards, tmp_path, kind) -> None:
-    change, reason = WRONG_INSIDE[kind]
+def test_one_bad_sample(faults, shards, tmp_path, kind) -> None:
     shard = shards / "tier-1-000001.tar"  # of lane 1 of two, so of rank 1
     key = damage.keys(shard)[1]
-    change(shard, key)
+    WRONG_INSIDE[kind](shard, key)
     outcome = faults.train(tmp_path / "run", f"data.path={shards}", *EASIEST_ALONE)
-    refused(outcome, 3, f"{shard}, key {key}", reason)
+    outcome.refused(3, f"{shard}, key {key}")
 
 
-WRONG_AS_A_WHOLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "missing"),
-    "truncated": (lambda shard: shard.write_bytes(shard.read_bytes()[:-2000]), "truncated"),
-    "no byte": (lambda shard: shard.write_bytes(b""), "truncated"),
-    "cut where a member begins": (damage.cut_at_last_header, "no end-of-archive blocks"),
-    "no sample": (lambda shard: damage.rewrite(shard, lambda members: []), "samples"),
-    "wrong checksum": (damage.flip_a_bit, "sha256"),
+WRONG_AS_A_WHOLE: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "truncated": lambda shard: shard.write_bytes(shard.read_bytes()[:-2000]),
+    "no byte": lambda shard: shard.write_bytes(b""),
+    "cut where a member begins": damage.cut_at_last_header,
+    "no sample": lambda shard: damage.rewrite(shard, lambda members: []),
+    "wrong checksum": damage.flip_a_bit,
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_AS_A_WHOLE)
-def test_a_bad_shard(faults, refused, shards, tmp_path, kind) -> None:
-    change, reason = WRONG_AS_A_WHOLE[kind]
+def test_a_bad_shard(faults, shards, tmp_path, kind) -> None:
     shard = shards / "tier-1-000001.tar"
-    change(shard)
+    WRONG_AS_A_WHOLE[kind](shard)
     outcome = faults.train(tmp_path / "run", f"data.path={shards}", *EASIEST_ALONE)
-    refused(outcome, 3, str(shard), reason)
+    outcome.refused(3, str(shard))
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-def test_a_tier_without_pairs(faults, refused, shards, tmp_path) -> None:
+def test_a_tier_without_pairs(faults, shards, tmp_path) -> None:
     """Neither trained on nor made."""
 
     def empty(manifest: dict) -> None:
@@ -94,13 +87,13 @@ def test_a_tier_without_pairs(faults, refused, shards, tmp_path) -> None:
 
     damage.edit_manifest(shards, empty)
     outcome = faults.train(tmp_path / "run", f"data.path={shards}")
-    refused(outcome, 3, str(shards / "manifest.json"), "tier 3 has 0 shards")
+    outcome.refused(3, str(shards / "manifest.json"), "tier 3")
     outcome = faults.prepare(tmp_path / "made", "curriculum.min_score_gap=0.9")
-    refused(outcome, 3, "pairs", "curriculum.min_score_gap")
+    outcome.refused(3, "curriculum.min_score_gap")
     assert not (tmp_path / "made" / "shards" / "manifest.json").exists()
 
 
-def test_a_reader_thread_fails_in_the_middle_of_a_run(faults, refused, shards, tmp_path) -> None:
+def test_a_reader_thread_fails_in_the_middle_of_a_run(faults, shards, tmp_path) -> None:
     """Threads read ahead what no step needs yet: the steps before it are taken and kept, and when
     the shard is good again the run goes on to the losses of one that nothing happened to.
     """
@@ -108,7 +101,7 @@ def test_a_reader_thread_fails_in_the_middle_of_a_run(faults, refused, shards, t
     for shard in bad:
         damage.flip_a_bit(shard)
     mine = (f"data.path={shards}", "data.workers=2")
-    refused(faults.train(run, *mine), 3, "tier-3-", "sha256")
+    faults.train(run, *mine).refused(3, "tier-3-")
     assert sorted(path.name for path in run.glob("checkpoints/step-*"))[-1] == "step-00000004"
     for shard in bad:
         shutil.copy(faults.world.shards / shard.name, shard)

@@ -7,6 +7,7 @@ import torch
 from cdpo.engine.basics.errors import NumericsError
 from cdpo.engine.models.autoencoder import Autoencoder
 from PIL import Image
+from refusals import refused
 
 
 def picture(height: int, width: int) -> Image.Image:
@@ -61,7 +62,7 @@ def test_large_batches_go_through_the_vae_in_parts(monkeypatch):
 def test_a_denoiser_that_overflowed_is_named_as_the_denoiser(bad):
     latents = torch.zeros(2, 4, 8, 8)
     latents[1, 0, 0, 0] = bad
-    with pytest.raises(NumericsError, match=r"denoiser made latents that are NaN.*bf16 or fp32"):
+    with refused(NumericsError, "non-finite", "denoiser"):
         autoencoder().decode(latents)
 
 
@@ -69,5 +70,5 @@ def test_a_vae_that_overflows_is_named_as_the_vae():
     """As weights do that were cast to fp16 when they were stored."""
     codec = autoencoder()
     codec.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = torch.tensor(7e4).half().float()
-    with pytest.raises(NumericsError, match=r"VAE makes NaN of finite latents.*model\.vae"):
+    with refused(NumericsError, "non-finite", "model.vae"):
         codec.decode(torch.ones(1, 4, 8, 8))

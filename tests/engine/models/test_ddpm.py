@@ -9,6 +9,7 @@ from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.models.ddpm import DiscreteDDPM
 from cdpo.engine.models.protocol import Draw
 from diffusers import DDIMScheduler
+from refusals import refused
 
 CPU = torch.device("cpu")
 SHAPE = (4, 6, 5)
@@ -193,5 +194,5 @@ def test_noise_and_timestep_come_from_different_streams():
 def test_a_prediction_type_we_do_not_know_is_refused():
     scheduler = DDIMScheduler()
     scheduler.register_to_config(prediction_type="flow_prediction")
-    with pytest.raises(OutsideError, match="'flow_prediction'; known are epsilon, v_prediction"):
+    with refused(OutsideError, "unknown", "prediction_type"):
         DiscreteDDPM(scheduler, CPU)

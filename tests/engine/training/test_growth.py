@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, World, losses, metrics
 from peft import LoraConfig, inject_adapter_in_model
+from refusals import refused
 from safetensors.torch import load_file
 from stock import assert_draws_what_the_trainer_drew
 from torch import Tensor, nn
@@ -252,7 +253,7 @@ def test_depths_with_unequally_many_blocks_and_without_a_middle() -> None:
 
 
 def test_a_network_without_blocks_cannot_open() -> None:
-    with pytest.raises(RecipeError, match=r"inside_out needs a UNet .* use opening=all"):
+    with refused(RecipeError, "unsupported", "adapter.opening"):
         Growth(nn.Linear(2, 2), Adapter(opening="inside_out"), pacing(2), CPU)
 
 

@@ -22,9 +22,7 @@ STOPPED = 75
 
 
 def stopped(outcome: Outcome) -> None:
-    assert outcome.codes == [STOPPED, STOPPED], outcome.text
-    assert "Traceback" not in outcome.text
-    assert "error: stopped on request" in outcome.text
+    outcome.refused(STOPPED)
 
 
 @pytest.mark.slow
@@ -96,7 +94,7 @@ def test_no_safe_point_within_the_grace_time(world: World, tmp_path: Path) -> No
     places = "train.step@3:stall/rank1,train.step@3:term/rank0"
     outcome = world.train(run, "cluster.grace_seconds=2", ranks=2, failpoint=places, seconds=400)
     assert outcome.code == STOPPED, outcome.text
-    assert "rank 0 came to no safe point within cluster.grace_seconds=2 of the" in outcome.text
+    assert "rank 0" in outcome.text and "cluster.grace_seconds=2" in outcome.text
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
 
 
@@ -106,7 +104,7 @@ def test_a_rank_that_never_comes_ends_the_run(world: World, tmp_path: Path) -> N
     place = "train.step@2:stall/rank1"
     outcome = world.train(tmp_path / "run", limit, ranks=2, failpoint=place, seconds=400)
     assert outcome.code == 6, outcome.text
-    assert "rank 0 has lost the others, or waited for them longer than" in outcome.text
+    assert "rank 0" in outcome.text and "cluster.timeout_minutes" in outcome.text
     assert "Traceback" not in outcome.text
 
 

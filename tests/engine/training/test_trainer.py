@@ -170,8 +170,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
 ) -> None:
     run = tmp_path / "run"
     outcome = world.train(run, "train.max_skipped=3", failpoint="train.loss@5+:nan")
-    assert outcome.code == 4
-    assert "3 batches in a row" in outcome.text and "Traceback" not in outcome.text
+    outcome.refused(4, "3 batches", "train.optimizer.lr")
     assert [row["step"] for row in metrics(run)] == [1, 2]
     assert (run / "checkpoints" / "step-00000002" / "MANIFEST.json").exists()
     # Nothing bad reached the state: going on from it equals a run that never went bad.
@@ -185,16 +184,12 @@ def test_shards_of_another_vae_are_refused(world: World, tmp_path: Path) -> None
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["vae"]["fingerprint"] = "0" * 64
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    outcome = world.train(tmp_path / "run", f"data.path={folder}")
-    assert outcome.code == 3
-    assert "another VAE" in outcome.text and "Traceback" not in outcome.text
+    world.train(tmp_path / "run", f"data.path={folder}").refused(3, "model.vae")
 
 
 @pytest.mark.slow
 def test_a_world_that_does_not_divide_the_lanes_is_refused(world: World, tmp_path: Path) -> None:
-    outcome = world.train(tmp_path / "run", ranks=3)
-    assert set(outcome.codes) == {2}
-    assert "lanes" in outcome.text and "Traceback" not in outcome.text
+    world.train(tmp_path / "run", ranks=3).refused(2, "data.lanes")
 
 
 def test_a_finished_run_says_so_and_does_nothing(world: World, tmp_path: Path) -> None:
@@ -214,9 +209,7 @@ def test_dropout_of_the_adapter_repeats_on_a_resume(world: World, tmp_path: Path
 
 
 def test_triton_cannot_be_forced_without_a_gpu(world: World, tmp_path: Path) -> None:
-    outcome = world.train(tmp_path / "run", "train.kernels=triton")
-    assert outcome.code == 2 and "train.kernels=triton needs a CUDA device" in outcome.text
-    assert "TRITON_INTERPRET=1" in outcome.text and "Traceback" not in outcome.text
+    world.train(tmp_path / "run", "train.kernels=triton").refused(2, "train.kernels=triton")
 
 
 def test_a_policy_that_overflows_costs_the_picture_not_the_run(
@@ -224,6 +217,6 @@ def test_a_policy_that_overflows_costs_the_picture_not_the_run(
 ) -> None:
     run = tmp_path / "run"
     outcome = world.train(run, "train.steps=1", "train.optimizer.lr=1e37").succeeded()
-    assert "no sample picture of step 1: the denoiser made latents that are NaN" in outcome.text
+    assert "no sample picture of step 1" in outcome.text
     assert [path.name for path in (run / "samples").iterdir()] == ["step-00000000.png"]
     assert (run / "lora" / "pytorch_lora_weights.safetensors").exists()
