@@ -10,7 +10,7 @@ communication: it costs four bytes a trained parameter and one read and write of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ def start_engine(
         weight_decay=spec.weight_decay,
         fused=device.type == "cuda",
     )
-    _skip_shared_memory_build(device)
-    _take_fp16_on_cpu(device)
+    if device.type == "cpu":
+        _suit_cpus()
     _check_disk(config)
     _fit_bucket(config, sum(p.numel() for p in trainable))
     engine, *_ = deepspeed.initialize(
@@ -115,23 +115,16 @@ def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e8)), max(trainable, 1))
 
 
-def _skip_shared_memory_build(device: torch.device) -> None:
-    """Keep DeepSpeed from compiling its shared-memory helper for CPU ranks at first launch.
+def _suit_cpus() -> None:
+    """Keep DeepSpeed from compiling its shared-memory helper at first launch, and let fp16 recipes
+    run, for tests: slowly, in PyTorch's own kernels.
 
-    It takes a C++ compiler and a minute, hangs on the lock of a build that was killed, and speeds
-    up only large all-reduces among many ranks of one machine.
+    The helper takes a C++ compiler and a minute, hangs on the lock of a build that was killed, and
+    speeds up only large all-reduces among many ranks of one machine. fp16 DeepSpeed refuses where
+    oneDNN has no instructions for it.
     """
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _take_fp16_on_cpu(device: torch.device) -> None:
-    """Let fp16 recipes run on CPUs, for tests: slowly, in PyTorch's own kernels.
-
-    DeepSpeed refuses them where oneDNN has no fp16 instructions to use.
-    """
-    if device.type == "cpu":
-        get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def _check_disk(config: dict[str, Any]) -> None:
@@ -176,11 +169,9 @@ class TrainedWeights:
             for name, parameter in self._parameters.items()
         }
 
-    @contextmanager
-    def averaged(self, wanted: bool) -> Iterator[None]:
+    def averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Within, the values are the moving averages (if ``wanted``)."""
-        with averages_in_place(self._engine.optimizer.optimizer) if wanted else nullcontext():
-            yield
+        return averages_in_place(self._engine.optimizer.optimizer) if wanted else nullcontext()
 
     def gather(self, name: str) -> Tensor:
         """One parameter, whole, float32, on the device; all ranks call together."""

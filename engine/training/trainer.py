@@ -13,7 +13,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from ..basics import keyed
 from ..basics.errors import CdpoError, NumericsError, StopRequested
@@ -241,10 +240,9 @@ class Trainer:
             failure = error
         except WaitInterrupted:  # without pairs, but in time for the others, who wait below
             stop = True
-        code = failure.exit_code if failure else 0
         stop = stop or self.ranks.stop.requested
-        code, stopping = self._highest_of_ranks(code, int(stop))
-        if code:
+        failed, stopping = self.ranks.any_is(failure is not None, stop)
+        if failed:
             # The launcher ends the other ranks when the first has left: all must know the reason.
             self.ranks.agree(failure)
         if stopping:
@@ -374,11 +372,3 @@ class Trainer:
                 errors.append(error)
         if errors:
             raise errors[0]
-
-    def _highest_of_ranks(self, *values: int) -> list[int]:
-        """Each value, the highest of all ranks: one small all-reduce."""
-        if self.ranks.world_size == 1:
-            return list(values)
-        highest = torch.tensor(values, dtype=torch.int32, device=self.ranks.device)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        return [int(value) for value in highest.tolist()]
