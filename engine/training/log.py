@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +157,13 @@ def both_errors_rise(rows: Sequence[Mapping[str, Any]], window: int) -> bool:
     False for objectives that know no reference, and of rows too few to tell.
     """
     recent = rows[-WINDOWS_BEFORE_WARNING * window :]
-    errors = [(row.get("winner_error"), row.get("loser_error")) for row in recent]
-    if len(errors) < WINDOWS_BEFORE_WARNING * window or None in chain(*errors):
+    if len(recent) < WINDOWS_BEFORE_WARNING * window:
         return False
-    means = np.reshape(errors, (WINDOWS_BEFORE_WARNING, window, 2)).mean(axis=1)
-    return all(winner > 0 and loser > 0 and winner > 0.5 * loser for winner, loser in means)
+    # None, of what an objective does not compute, becomes NaN, which is above nothing.
+    errors = [[row.get(name) for row in recent] for name in ("winner_error", "loser_error")]
+    shape = (2, WINDOWS_BEFORE_WARNING, window)
+    winner, loser = np.asarray(errors, np.float64).reshape(shape).mean(axis=2)
+    return bool(((winner > 0) & (loser > 0) & (winner > 0.5 * loser)).all())
 
 
 Event = tuple[str, float, int]
