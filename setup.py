@@ -62,7 +62,6 @@ setup(
         "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "numpy>=2.0,<3",
-        "omegaconf>=2.3,<3",
         "peft>=0.21,<0.22",
         "pillow>=11,<14",
         "pyarrow>=18,<27",

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -70,7 +68,6 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
 def _apply_overrides(
     values: dict[str, Any], overrides: Sequence[str], source: Source
 ) -> dict[str, Any]:
-    config = OmegaConf.create(values)
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals:
@@ -88,14 +85,24 @@ def _apply_overrides(
             value = source.read(raw, key)
             if isinstance(value, dict) and not is_knob(SCHEMA[key]):
                 source.fail(key, "set the keys of a section one by one, e.g. train.steps=200")
-                continue
-            try:
-                OmegaConf.update(config, key, value, merge=False)
-            except OmegaConfBaseException as error:
-                source.fail(key, str(error).splitlines()[0])
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+            else:
+                _assign(values, key, value)
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, in sections made where there are none, or a text such as a file of prompts.
+
+    Anything else in a section's place stays as it is, and is refused with the rest.
+    """
+    *sections, last = key.split(".")
+    for name in sections:
+        if values.get(name) is None or isinstance(values[name], str):
+            values[name] = {}
+        if not isinstance(values[name], dict):
+            return
+        values = values[name]
+    values[last] = value
 
 
 def _validate(values: dict[str, Any], source: Source) -> Recipe | None:

@@ -145,7 +145,7 @@ class Source:
 
     def _scalar(self, node: yaml.ScalarNode, key: str) -> Any:
         text = node.value
-        # OmegaConf would take ${...} as an instruction to look elsewhere, the environment included.
+        # Who writes ${HOME} expects what other tools do, not a folder of that name.
         if "${" in text:
             self.fail(key, f"{shown(text)}: ${{...}} is not expanded in recipes, write it out")
             return None
