@@ -42,6 +42,8 @@ class RecipeError(CdpoError):
     """The recipe, an override or the command line is wrong (names file and dotted key)."""
 
     exit_code = EXIT_USAGE
+    problems: tuple[tuple[str, str, str], ...] = ()
+    """Where a file has several: key, kind and message of each; the first are the error's own."""
 
 
 class DataError(CdpoError):

@@ -52,11 +52,13 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
         print(f"usage: {usage}\n\n{describe_schema()}")
         raise SystemExit(0)
     if options.recipe is None:
-        raise RecipeError(f"no recipe given: {usage}")
+        raise RecipeError(f"no recipe given: {usage}", "--recipe", "missing")
     if world_size is not None and (world_size < 1 or not dry_run):
         raise RecipeError(
             f"--world-size {world_size}: it is a number of ranks, 1 or more, for --dry-run; a real "
-            "run has the ranks its launcher starts"
+            "run has the ranks its launcher starts",
+            "--world-size",
+            "out-of-range" if dry_run else "contradiction",
         )
     return CommandLine(load_recipe(options.recipe, options.overrides), dry_run, world_size)
 
@@ -76,4 +78,5 @@ def describe_schema() -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; `{self.prog} --help` lists the options and all keys")
+        remedy = f"`{self.prog} --help` lists the options and all keys"
+        raise RecipeError(f"{message}; {remedy}", kind="unsupported")

@@ -19,6 +19,18 @@ from .schema import Recipe
 from .yaml_subset import Source, shown
 
 MAX_BYTES = 1 << 18  # a recipe is some 10 KB; PyYAML takes seconds for a megabyte
+KINDS = {  # of pydantic's types those that do not tell by their names
+    "missing": "missing",
+    "union_tag_not_found": "missing",
+    "extra_forbidden": "unknown",
+    "literal_error": "unknown",
+    "union_tag_invalid": "unknown",
+    "targets": "unknown",
+    "value_error": "contradiction",
+    "finite_number": "non-finite",
+    "entries": "wrong-type",
+    "string_pattern_mismatch": "wrong-type",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,7 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _apply_overrides(_read_file(Path(path), source), overrides, source)
     recipe = _validate(values, source)
     if recipe is None or source.problems:
-        raise RecipeError("\n".join(source.problems))
+        raise source.error()
     return recipe
 
 
@@ -47,21 +59,25 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
             folders = (path.parent, Path("recipes"))
             others = sorted({str(p) for f in folders for p in f.glob("[!.]*.yaml")})[:8]
             hint = f"; there are {', '.join(others)}" if others else ""
-            raise RecipeError(f"{name} {what}{hint}")
+            kind = "wrong-type" if path.exists() else "missing"
+            raise RecipeError(f"{name} {what}{hint}", str(path), kind)
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise RecipeError(f"{name} is larger than {MAX_BYTES >> 10} KiB: not a recipe")
+            size = f"larger than {MAX_BYTES >> 10} KiB"
+            raise RecipeError(f"{name} is {size}: not a recipe", str(path), "too-large")
         text = raw.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its name or text is not UTF-8"
-        raise RecipeError(f"{name} cannot be read: {reason}") from None
+        raise RecipeError(f"{name} cannot be read: {reason}", str(path), "unreadable") from None
     values = source.read(text)
     if source.problems and values is None:  # not YAML: nothing further could be said
-        raise RecipeError("\n".join(source.problems))
+        raise source.error()
     if not isinstance(values, dict):
-        kind = {type(None): "is empty", list: "is a list"}.get(type(values), "is one value")
-        raise RecipeError(f"{name} {kind}; it should be keys and values: run_dir: runs/mine")
+        what = {type(None): "is empty", list: "is a list"}.get(type(values), "is one value")
+        kind = "empty" if values is None else "wrong-type"
+        right = "it should be keys and values: run_dir: runs/mine"
+        raise RecipeError(f"{name} {what}; {right}", str(path), kind)
     return values
 
 
@@ -70,21 +86,21 @@ def _apply_overrides(
 ) -> dict[str, Any]:
     for text in overrides:
         key, equals, raw = text.partition("=")
+        wrong = None
         if not equals:
-            source.problems.append(
-                f"override {text!r}: write it as dotted.key=value, e.g. train.steps=200"
-            )
+            wrong = "unreadable", "write it as dotted.key=value, e.g. train.steps=200"
         elif "[]" in key:
-            source.problems.append(
-                f"override {text!r}: what is inside a list is written in the file"
-            )
+            wrong = "unsupported", "what is inside a list is written in the file"
         elif key not in SCHEMA:
-            source.problems.append(f"override {text!r}: unknown key; {nearest_key(key)}")
+            wrong = "unknown", f"unknown key; {nearest_key(key)}"
+        if wrong:
+            source.problems.append((key, wrong[0], f"override {text!r}: {wrong[1]}"))
         else:
             source.overrides[key] = text
             value = source.read(raw, key)
             if isinstance(value, dict) and not is_knob(SCHEMA[key]):
-                source.fail(key, "set the keys of a section one by one, e.g. train.steps=200")
+                remedy = "set the keys of a section one by one, e.g. train.steps=200"
+                source.fail(key, "wrong-type", remedy)
             else:
                 _assign(values, key, value)
     return values
@@ -114,7 +130,7 @@ def _validate(values: dict[str, Any], source: Source) -> Recipe | None:
             key = dotted(detail["loc"])
             if detail["type"].startswith("union_tag"):
                 key += ".type"
-            source.fail(key, _wording(key, detail))
+            source.fail(key, _kind(key, detail["type"]), _wording(key, detail))
         return None
 
 
@@ -122,6 +138,15 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _kind(key: str, pydantic: str) -> str:
+    """Pydantic's type of an error in the words of :class:`CdpoError`."""
+    if pydantic == "extra_forbidden" and anywhere(key) in SCHEMA:
+        return "contradiction"
+    if pydantic in KINDS:
+        return KINDS[pydantic]
+    return "wrong-type" if pydantic.endswith("_type") else "out-of-range"
 
 
 def _wording(key: str, detail: ErrorDetails) -> str:

@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
+from ..basics.errors import RecipeError
+
 MAX_DEPTH = 16  # the schema nests four deep; the bound keeps hostile files off Python's stack
+
+
+class _NotTakenError(yaml.MarkedYAMLError):
+    pass
 
 
 class Loader(yaml.SafeLoader):
@@ -34,7 +40,7 @@ class Loader(yaml.SafeLoader):
         elif self.depth >= MAX_DEPTH:
             refused = "nested too deep"
         if refused:
-            raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+            raise _NotTakenError(problem=refused, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -86,16 +92,25 @@ class Source:
     file: str
     lines: dict[str, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    """Key, which is the file's name for what concerns the whole, kind and message of each."""
     failed: set[str] = field(default_factory=set)
 
-    def fail(self, key: str, message: str) -> None:
+    def fail(self, key: str, kind: str, message: str) -> None:
         """Note a problem; of several with one key only the first is worth reading."""
         if key and key in self.failed:
             return
         self.failed.add(key)
         name = key if key.isprintable() and len(key) < 100 else shown(key)
-        self.problems.append(f"{self._place(key)}: {name + ': ' if key else ''}{message}")
+        text = f"{self._place(key)}: {name + ': ' if key else ''}{message}"
+        self.problems.append((key or self.file, kind, text))
+
+    def error(self) -> RecipeError:
+        """All problems in one error, a line each."""
+        key, kind, _ = self.problems[0]
+        error = RecipeError("\n".join(message for _, _, message in self.problems), key, kind)
+        error.problems = tuple(self.problems)
+        return error
 
     def _place(self, key: str) -> str:
         """``recipe.yaml:12`` or ``override 'a.b=c'``: where a key, or the section above it, is."""
@@ -115,7 +130,8 @@ class Source:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and not key else ""
             reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-            self.fail(key, f"{line}not YAML that can be read here: {reason}")
+            kind = "unsupported" if isinstance(error, _NotTakenError) else "damaged"
+            self.fail(key, kind, f"{line}not YAML that can be read here: {reason}")
             return None
         return None if node is None else self._plain(node, key)
 
@@ -128,16 +144,18 @@ class Source:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                self.fail(key, f"line {line}: a key must be a word")
+                self.fail(key, "wrong-type", f"line {line}: a key must be a word")
                 continue
             name = key_node.value
             inner = f"{key}.{name}" if key else name
             if "." in name:
                 remedy = "dots are for the command line, in a file put the key below its section"
-                self.problems.append(f"{self.file}:{line}: {shown(name)}: {remedy}")
+                text = f"{self.file}:{line}: {shown(name)}: {remedy}"
+                self.problems.append((inner, "unsupported", text))
                 continue
             if name in mapping:
-                self.fail(inner, f"given again on line {line}: keep one of the two")
+                twice = f"given again on line {line}: keep one of the two"
+                self.fail(inner, "duplicate", twice)
                 continue
             self.lines.setdefault(inner, line)
             mapping[name] = self._plain(value_node, inner)
@@ -147,7 +165,8 @@ class Source:
         text = node.value
         # Who writes ${HOME} expects what other tools do, not a folder of that name.
         if "${" in text:
-            self.fail(key, f"{shown(text)}: ${{...}} is not expanded in recipes, write it out")
+            remedy = f"{shown(text)}: ${{...}} is not expanded in recipes, write it out"
+            self.fail(key, "unsupported", remedy)
             return None
         kind = node.tag.rpartition(":")[2]
         try:
@@ -156,7 +175,7 @@ class Source:
             if kind == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
         except ValueError:  # more digits than Python converts
-            self.fail(key, f"{shown(text)} has too many digits")
+            self.fail(key, "out-of-range", f"{shown(text)} has too many digits")
             return None
         return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
 

@@ -8,7 +8,7 @@ from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.recipe import Recipe, reading
 from cdpo.engine.recipe.command_line import describe_schema, parse_command_line
 from cdpo.engine.recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
-from cdpo.engine.recipe.keys import KNOBS, SCHEMA
+from cdpo.engine.recipe.keys import KNOBS, SCHEMA, nearest_key
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.yaml_subset import Source
 from cdpo.engine.sources.prompts import read_prompts
@@ -37,11 +37,24 @@ def write(tmp_path):
     return write
 
 
-def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> list[str]:
+def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> dict[str, str]:
+    """Kind by key of what is wrong, of which each has one line that begins with its place."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
-    assert caught.value.exit_code == EXIT_USAGE
-    return str(caught.value).splitlines()
+    error = caught.value
+    assert error.exit_code == EXIT_USAGE
+    found = error.problems or ((error.key, error.kind, str(error)),)
+    assert str(error).splitlines() == [text for _, _, text in found]
+    assert (error.key, error.kind) == found[0][:2]
+    return {key: kind for key, kind, _ in found}
+
+
+def places(path: Path) -> list[str]:
+    """What stands between the file's name and the first colon of each line: its number."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    lines = str(caught.value).splitlines()
+    return [line.removeprefix(str(path)).partition(": ")[0] for line in lines]
 
 
 def flatten(values: dict, prefix: str = "") -> set[str]:
@@ -101,53 +114,52 @@ def test_what_yaml_1_1_would_convert_stays_text(write, text):
 
 def test_unknown_keys_name_file_line_key_and_the_nearest_valid_key(write):
     path = write(extra="train:\n  stpes: 3\nlanes: 2\nobjective: {lr: 1e-4}\n")
-    assert problems(path) == [
-        f"{path}:8: objective.lr: unknown key; did you mean train.optimizer.lr?",
-        f"{path}:6: train.stpes: unknown key; did you mean train.steps?",
-        f"{path}:7: lanes: unknown key; did you mean data.lanes?",
-    ]
-
-
-def test_an_unknown_key_like_no_other_lists_what_is_valid_there(write):
-    [line] = problems(write(extra="checkpoint: {zzzz: 1}\n"))
-    assert line.endswith("valid keys: checkpoint.every, checkpoint.keep")
+    unknown = ["objective.lr", "train.stpes", "lanes"]
+    assert problems(path) == dict.fromkeys(unknown, "unknown")
+    assert places(path) == [":8", ":6", ":7"]
+    meant = ["train.optimizer.lr", "train.steps", "data.lanes"]
+    assert [nearest_key(key) for key in unknown] == [f"did you mean {key}?" for key in meant]
+    assert nearest_key("checkpoint.zzzz") == "valid keys: checkpoint.every, checkpoint.keep"
 
 
 def test_all_problems_of_file_and_overrides_are_said_at_once(write):
     path = write("seed: -1\nmodel: {path: 5}\ntrain: {precision: fp8}\n")
-    lines = problems(path, ("train.stepz=1", "train.max_skipped=abc", "nonsense"))
-    assert lines == [
-        "override 'train.stepz=1': unknown key; did you mean train.steps?",
-        "override 'nonsense': write it as dotted.key=value, e.g. train.steps=200",
-        f"{path}: run_dir: missing: Folder of everything this run writes.",
-        f"{path}:1: seed: -1 should be greater than or equal to 0",
-        f"{path}:2: model.path: 5 should be a valid string: put it in quotes",
-        f"{path}: prompts: missing: Prompts, for training and held out.",
-        f"{path}: reward: missing: The reward that ranks candidates.",
-        f"{path}:3: train.precision: 'fp8' should be 'fp32', 'bf16' or 'fp16'",
-        "override 'train.max_skipped=abc': train.max_skipped: 'abc' should be a valid integer",
-    ]
+    overrides = ("train.stepz=1", "train.max_skipped=abc", "nonsense")
+    assert problems(path, overrides) == {
+        "train.stepz": "unknown",
+        "nonsense": "unreadable",
+        "run_dir": "missing",
+        "seed": "out-of-range",
+        "model.path": "wrong-type",
+        "prompts": "missing",
+        "reward": "missing",
+        "train.precision": "unknown",
+        "train.max_skipped": "wrong-type",
+    }
+    with refused(RecipeError, "unknown", "train.stepz", wording="recipe-problems"):
+        load_recipe(path, overrides)
 
 
 @pytest.mark.parametrize(
-    ("extra", "expected"),
+    ("extra", "key", "kind"),
     [
-        ("seed: true", ":5: seed: true should be a valid integer"),
-        ("seed: '3'", ":5: seed: '3' should be a valid integer"),
-        ("seed: 3.0", ":5: seed: 3.0 should be a valid integer, such as 3"),
-        ("train:", ":5: train: null should be a section, with keys of its own below it"),
-        ("train: [1]", ":5: train: [1] should be a section, with keys of its own below it"),
-        ("curriculum: {cumulative: yes}", "curriculum.cumulative: 'yes' should be a valid boolean"),
-        ("train: {optimizer: {lr: .nan}}", "lr: NaN should be a finite number"),
-        ("train: {optimizer: {betas: [0.9, 2]}}", "betas[1]: 2 should be less than or equal to 1"),
-        ("train: {optimizer: {betas: [0.9]}}", "train.optimizer.betas[1]: missing"),
-        ("train: {global_batch: 30}", "train.global_batch=30 is not a multiple of data.lanes=8"),
-        ("objective: {type: consistency_dpo}", "lcm is trained with consistency_dpo"),
+        ("seed: true", "seed", "wrong-type"),
+        ("seed: '3'", "seed", "wrong-type"),
+        ("seed: 3.0", "seed", "wrong-type"),
+        ("train:", "train", "wrong-type"),
+        ("train: [1]", "train", "wrong-type"),
+        ("curriculum: {cumulative: yes}", "curriculum.cumulative", "wrong-type"),
+        ("train: {optimizer: {lr: .nan}}", "train.optimizer.lr", "non-finite"),
+        ("train: {optimizer: {betas: [0.9, 2]}}", "train.optimizer.betas[1]", "out-of-range"),
+        ("train: {optimizer: {betas: [0.9]}}", "train.optimizer.betas[1]", "missing"),
+        ("train: {global_batch: 30}", None, "contradiction"),
+        ("objective: {type: consistency_dpo}", None, "contradiction"),
     ],
 )
-def test_mistyped_values_are_refused_and_shown(write, extra, expected):
-    [line] = problems(write(extra=extra))
-    assert expected in line
+def test_mistyped_values_are_refused_where_they_stand(write, extra, key, kind):
+    path = write(extra=extra)
+    assert problems(path) == {key or str(path): kind}
+    assert places(path) == [":5" if key else ""]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,70 +168,80 @@ def test_mistyped_values_are_refused_and_shown(write, extra, expected):
 
 def test_duplicate_keys_are_refused_with_both_lines(write):
     path = write(extra="train:\n  steps: 1\n  steps: 2\nseed: 1\nseed: 2\n")
-    assert problems(path) == [
-        f"{path}:6: train.steps: given again on line 7: keep one of the two",
-        f"{path}:8: seed: given again on line 9: keep one of the two",
-    ]
+    assert problems(path) == {"train.steps": "duplicate", "seed": "duplicate"}
+    assert places(path) == [":6", ":8"]
 
 
 def test_dotted_keys_belong_on_the_command_line(write):
-    [line] = problems(write(extra="train.steps: 5\ntrain: {steps: 6}\n"))
-    assert ":5: 'train.steps': dots are for the command line" in line
+    path = write(extra="train.steps: 5\ntrain: {steps: 6}\n")
+    assert problems(path) == {"train.steps": "unsupported"}
+    assert places(path) == [":5"]
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "kind"),
     [
-        ("a: &x 1\nb: *x\n", "anchors and aliases are not taken"),
-        ("a: !!python/object/apply:os.system [ls]\n", "os.system is not taken"),
-        ("a: !!binary aGk=\n", "binary is not taken"),
-        ("[" * 50_000, "nested too deep"),
-        ("{a: " * 50_000, "nested too deep"),
-        ("a: [1\n", "line 2, column 1: "),
-        ("a: 1\n---\nb: 2\n", "but found another document"),
-        ("a: 1\n\tb: 2\n", "line 2, column 1: "),
-        ('a: "\\UFFFFFFFF"\n', "not YAML"),
-        ("a: \0\n", "special characters are not allowed"),
-        ("? [1, 2]\n: 3\n", "line 1: a key must be a word"),
-        ("", "is empty; it should be keys and values"),
-        ("# nothing\n", "is empty"),
-        ("- run_dir\n", "is a list"),
-        ("run_dir\n", "is one value"),
+        ("a: &x 1\nb: *x\n", "unsupported"),
+        ("a: !!python/object/apply:os.system [ls]\n", "unsupported"),
+        ("a: !!binary aGk=\n", "unsupported"),
+        ("[" * 50_000, "unsupported"),
+        ("{a: " * 50_000, "unsupported"),
+        ("a: [1\n", "damaged"),
+        ("a: 1\n---\nb: 2\n", "damaged"),
+        ("a: 1\n\tb: 2\n", "damaged"),
+        ('a: "\\UFFFFFFFF"\n', "damaged"),
+        ("a: \0\n", "damaged"),
+        ("? [1, 2]\n: 3\n", "wrong-type"),
+        ("", "empty"),
+        ("# nothing\n", "empty"),
+        ("- run_dir\n", "wrong-type"),
+        ("run_dir\n", "wrong-type"),
     ],
 )
-def test_files_that_are_no_recipe_are_refused_at_once(write, text, reason):
-    assert reason in problems(write(text))[0]
+def test_files_that_are_no_recipe_are_refused_at_once(write, text, kind):
+    path = write(text)
+    with refused(RecipeError, kind, str(path)) as caught:
+        load_recipe(path)
+    if text.startswith("a: 1\n\t"):
+        assert "line 2, column 1: " in str(caught.value)
 
 
 def test_an_alias_bomb_is_refused_before_it_expands(write):
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     for level in range(1, 10):
         bomb += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n"
-    [line] = problems(write(bomb))
-    assert "anchors and aliases are not taken" in line
+    path = write(bomb)
+    assert problems(path) == {str(path): "unsupported"}
 
 
 def test_numbers_beyond_pythons_digit_limit_are_refused(write):
-    [line] = problems(write(extra="seed: " + "9" * 5000 + "\n"))
-    assert "has too many digits" in line
-    assert len(line) < 300
+    path = write(extra="seed: " + "9" * 5000 + "\n")
+    with refused(RecipeError, "out-of-range", "seed") as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 300
 
 
 def test_values_and_keys_cannot_forge_lines(write):
-    lines = problems(write(extra='"a\\nb": 1\nseed: "1\\nrecipe ok"\n'))
-    assert len(lines) == 2
+    path = write(extra='"a\\nb": 1\nseed: "1\\nrecipe ok"\n')
+    assert problems(path) == {"seed": "wrong-type", "a\nb": "unknown"}
 
 
 def test_huge_missing_and_unreadable_files_are_refused(tmp_path, write):
     big = write(extra="#" * reading.MAX_BYTES)
-    assert "is larger than 256 KiB" in problems(big)[0]
-    assert f"does not exist; there are {big}" in problems(tmp_path / "absent.yaml")[0]
-    assert "is not a file" in problems(tmp_path)[0]
+    absent = tmp_path / "absent.yaml"
     os.mkfifo(tmp_path / "fifo.yaml")
-    assert "is not a file" in problems(tmp_path / "fifo.yaml")[0]
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
-    assert "not UTF-8" in problems(tmp_path / "latin.yaml")[0]
-    assert "does not exist" in problems("nul\0.yaml")[0]
+    for path, kind in (
+        (big, "too-large"),
+        (absent, "missing"),
+        (tmp_path, "wrong-type"),
+        (tmp_path / "fifo.yaml", "wrong-type"),
+        (tmp_path / "latin.yaml", "unreadable"),
+        ("nul\0.yaml", "missing"),
+    ):
+        with refused(RecipeError, kind, str(path)) as caught:
+            load_recipe(path)
+        assert (str(big) in str(caught.value)) == (path in (big, absent, tmp_path / "fifo.yaml"))
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
@@ -258,29 +280,28 @@ def test_an_override_can_take_back_what_the_file_gives(write):
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "key", "kind"),
     [
-        ("train.steps", "write it as dotted.key=value"),
-        ("=3", "unknown key"),
-        ("train.steps=[", "not YAML that can be read here"),
-        ("train.steps=&a 1", "anchors and aliases are not taken"),
-        ("train={steps: 3}", "set the keys of a section one by one"),
-        ("train=3", "train: 3 should be a section"),
-        ("run_dir=", "run_dir: null should be a valid string"),
-        ("model.resolution=[1,x]", "model.resolution[1]: 'x' should be a valid integer"),
-        ("model.resolution.0=3", "unknown key; did you mean model.resolution?"),
+        ("train.steps", "train.steps", "unreadable"),
+        ("=3", "", "unknown"),
+        ("train.steps=[", "train.steps", "damaged"),
+        ("train.steps=&a 1", "train.steps", "unsupported"),
+        ("train={steps: 3}", "train", "wrong-type"),
+        ("train=3", "train", "wrong-type"),
+        ("run_dir=", "run_dir", "wrong-type"),
+        ("model.resolution=[1,x]", "model.resolution[1]", "wrong-type"),
+        ("model.resolution.0=3", "model.resolution.0", "unknown"),
     ],
 )
-def test_bad_overrides_are_named_by_their_text(write, override, expected):
-    [line] = problems(write(), (override,))
-    assert line.startswith(f"override {override!r}: ")
-    assert expected in line
+def test_bad_overrides_are_named_by_their_text(write, override, key, kind):
+    with refused(RecipeError, kind, key) as caught:
+        load_recipe(write(), [override])
+    assert str(caught.value).startswith(f"override {override!r}: ")
 
 
 @pytest.mark.parametrize("train", ["3", "[1]"])
 def test_an_override_does_not_hide_that_the_file_has_no_section_there(write, train):
-    [line] = problems(write(extra=f"train: {train}\n"), ("train.steps=5",))
-    assert f"train: {train} should be a section" in line
+    assert problems(write(extra=f"train: {train}\n"), ("train.steps=5",)) == {"train": "wrong-type"}
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "lcm"])
@@ -289,31 +310,27 @@ def test_targets_are_a_preset_or_a_list(write, targets):
 
 
 @pytest.mark.parametrize("targets", ["attn", "to_q", "[]", "[to_q, 3]", "5", "null"])
-def test_other_targets_are_refused_in_one_line_with_what_there_is(write, targets):
-    [line] = problems(write(), (f"adapter.targets={targets}",))
-    assert "should be attention, attention+ff, all-linear, lcm, or a list of layer names" in line
+def test_other_targets_are_refused(write, targets):
+    assert problems(write(), (f"adapter.targets={targets}",)) == {"adapter.targets": "unknown"}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    "overrides",
     [
-        (["adapter.type=full"], "export.formats=[diffusers] does not go with adapter.type=full"),
-        (
-            ["adapter.type=full", "export.formats=[merged]", "adapter.dora=true"],
-            "leave dora and rslora false",
-        ),
-        (
-            ["adapter.dora=true", "export.formats=[diffusers, kohya]"],
-            "kohya files of DoRA adapters mean different things",
-        ),
-        (["export.formats=[]"], "export.formats is empty"),
-        (["compare.weights=ema"], "compare.weights=ema needs an average: set adapter.ema"),
-        (["adapter.ema=1.0"], "adapter.ema: 1.0 should be less than 1"),
+        ["adapter.type=full"],
+        ["adapter.type=full", "export.formats=[merged]", "adapter.dora=true"],
+        ["adapter.dora=true", "export.formats=[diffusers, kohya]"],
+        ["export.formats=[]"],
+        ["compare.weights=ema"],
     ],
 )
-def test_exports_and_averages_that_cannot_be_are_refused(write, overrides, expected):
-    [line] = problems(write(), tuple(overrides))
-    assert expected in line
+def test_exports_and_averages_that_cannot_be_are_refused(write, overrides):
+    path = write()
+    assert problems(path, tuple(overrides)) == {str(path): "contradiction"}
+
+
+def test_an_average_that_keeps_everything_is_refused(write):
+    assert problems(write(), ("adapter.ema=1.0",)) == {"adapter.ema": "out-of-range"}
 
 
 @pytest.mark.parametrize(
@@ -321,12 +338,13 @@ def test_exports_and_averages_that_cannot_be_are_refused(write, overrides, expec
 )
 def test_interpolations_are_refused_in_files_and_overrides(write, value, monkeypatch):
     monkeypatch.setenv("HOME", "/secret")
-    for lines in (
-        problems(write(), (f"model.path={json.dumps(value)}",)),
-        problems(write(MINIMAL.replace("runs/x", json.dumps(value)))),
+    for key, text, overrides in (
+        ("model.path", MINIMAL, [f"model.path={json.dumps(value)}"]),
+        ("run_dir", MINIMAL.replace("runs/x", json.dumps(value)), []),
     ):
-        assert len(lines) == 1 and "is not expanded in recipes" in lines[0]
-        assert "/secret" not in lines[0]
+        with refused(RecipeError, "unsupported", key) as caught:
+            load_recipe(write(text), overrides)
+        assert "/secret" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -540,19 +558,19 @@ def test_launchers_arguments_are_ignored_wherever_they_stand(write, before):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "key", "kind"),
     [
-        ([], "no recipe given: deepspeed engine/train.py --recipe RECIPE.yaml"),
-        (["train.steps=3"], "no recipe given"),
-        (["--recipe"], "expected one argument"),
-        (["--recipe", "x.yaml", "--steps", "3"], "unrecognized arguments: --steps"),
-        (["--rec", "x.yaml"], "unrecognized arguments: --rec"),
-        (["--recipe", "x.yaml", "--world-size", "2"], "--world-size 2: it is a number of ranks"),
-        (["--recipe", "x.yaml", "--dry-run", "--world-size", "0"], "--world-size 0: it is"),
+        ([], "--recipe", "missing"),
+        (["train.steps=3"], "--recipe", "missing"),
+        (["--recipe"], None, "unsupported"),
+        (["--recipe", "x.yaml", "--steps", "3"], None, "unsupported"),
+        (["--rec", "x.yaml"], None, "unsupported"),
+        (["--recipe", "x.yaml", "--world-size", "2"], "--world-size", "contradiction"),
+        (["--recipe", "x.yaml", "--dry-run", "--world-size", "0"], "--world-size", "out-of-range"),
     ],
 )
-def test_usage_errors_are_recipe_errors(arguments, expected):
-    with pytest.raises(RecipeError, match="(?s)" + expected.replace(".", r"\.")):
+def test_usage_errors_are_recipe_errors(arguments, key, kind):
+    with refused(RecipeError, kind, key):
         parse_command_line("train", arguments)
 
 
@@ -562,7 +580,7 @@ def test_a_dry_run_is_asked_for_by_a_flag_of_train_alone(write):
     )
     assert (asked.dry_run, asked.world_size, asked.recipe.seed) == (True, 8, 5)
     assert not parse_command_line("train", ["--recipe", str(write())]).dry_run
-    with pytest.raises(RecipeError, match="unrecognized arguments: --dry-run"):
+    with refused(RecipeError, "unsupported"):
         parse_command_line("prepare", ["--recipe", str(write()), "--dry-run"])
 
 
