@@ -180,7 +180,7 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
             "objective": model.objective,
             "prompts": {"train": "unused"},
             "reward": {"path": "unused"},
-            "train": {"precision": knobs.precision},
+            "train": {"precision": knobs.precision, "caption_dropout": 0.0},
             "speed": {
                 "channels_last": _switch(knobs.channels_last),
                 "fused_kernels": _switch(knobs.fused_layers),

@@ -29,7 +29,8 @@ class Adapter(Section):
     """`lora`: adapters over frozen weights, which the reference shares. `full`: every weight of the
     denoiser; rank, alpha, dropout and targets mean nothing then, and the reference is a copy."""
     rank: PositiveInt = 8
-    """Rank r of every adapter: capacity, memory and file size grow with it."""
+    """Rank r of every adapter: capacity, memory and file size grow with it. The papers take
+    r = alpha = 8 and `attention` for SD, 64 and `lcm` for LCM."""
     alpha: PositiveFloat = 8
     """Adapter output is scaled by alpha / rank."""
     dropout: Fraction = 0.0

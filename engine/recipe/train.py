@@ -68,7 +68,8 @@ class Optimizer(Section):
     """AdamW."""
 
     lr: PositiveFloat = 5e-5
-    """Peak learning rate, reached after warm-up and constant from there."""
+    """Peak learning rate, reached after warm-up and constant from there. The papers use 5e-5 and
+    3e-4, their public code 1e-4."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -83,23 +84,27 @@ class Train(Section):
     steps: PositiveInt = 10_000
     """Optimiser steps in all (skipped ones do not count)."""
     global_batch: PositiveInt = 32
-    """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes."""
+    """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes.
+    The default is the papers' 16 times 2 steps of accumulation."""
     micro_batch: PositiveInt = 4
-    """Most pairs in one forward on one rank: memory only. Accumulation follows from it."""
+    """Most pairs in one forward on one rank: memory only. Accumulation follows from it. Divides
+    `global_batch` / ranks: with 32 up to 32 on one GPU and up to 4 on eight."""
     optimizer: Optimizer = Optimizer()
     """Optimiser settings."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up of the learning rate."""
     gradient_clip: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the networks; optimiser states and errors are float32 in any case."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the networks; optimiser states and errors are float32 in any case. `fp16` for
+    GPUs older than 2020, `fp32` for CPUs."""
     reference: Literal["copy", "offload"] = "copy"
     """Where full fine-tuning keeps its frozen reference: `copy` on the device (under ZeRO-3 divided
     among the ranks like the policy), `offload` in host memory, streamed to the device layer by
     layer at each use. Adapters need neither: their reference is the frozen weights."""
-    caption_dropout: Fraction = 0.0
-    """Share of pairs trained with the empty caption (winner and loser together)."""
+    caption_dropout: Fraction = 0.1
+    """Share of pairs trained with the empty caption (winner and loser together), on which guidance
+    rests; the papers use 0 to 0.25."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """`auto`: Triton on CUDA, PyTorch elsewhere; on a CPU `triton` wants TRITON_INTERPRET=1."""
     threads: NonNegativeInt = 0

@@ -213,4 +213,4 @@ def test_five_hundred_candidates_are_quick():
     formed = form_pairs("a dog", scores, Curriculum(), 0)
     assert time.process_time() - start < 1
     assert formed.num_eligible == 500 * 499 // 2
-    assert len(formed.pairs) == 5 * 16
+    assert len(formed.pairs) == 5 * 32

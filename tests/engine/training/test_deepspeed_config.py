@@ -91,7 +91,7 @@ def test_what_the_recipe_decides_is_filled_in(build):
     config = build(train={"gradient_clip": 0.5})
     assert config["zero_optimization"] == {"stage": 2}
     assert config["gradient_clipping"] == 0.5
-    assert config["bf16"] == {"enabled": False}
+    assert config["bf16"] == {"enabled": True}
     assert config["fp16"] == {"enabled": False}
     assert config["zero_allow_untested_optimizer"] is True
     assert config["zero_force_ds_cpu_optimizer"] is False
@@ -196,7 +196,7 @@ def test_all_conflicts_are_shown_with_both_values_and_both_places(build, tmp_pat
 
 
 def test_equal_values_are_no_conflict(build):
-    build({"train_batch_size": 32, "gradient_clipping": 1, "bf16": {"enabled": False}})
+    build({"train_batch_size": 32, "gradient_clipping": 1, "bf16": {"enabled": True}})
 
 
 @pytest.mark.parametrize(
