@@ -83,6 +83,7 @@ setup(
             "codespell>=2.4",
             "emoji>=2.14,<3",
             "hypothesis>=6.100",
+            "jsonschema>=4.23",
             "mypy>=1.15",
             "pre-commit>=4",
             "pytest>=8.3",

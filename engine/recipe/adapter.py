@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from .section import Fraction, PositiveFloat, PositiveInt, Section
@@ -22,6 +22,14 @@ def _known_targets(value: object) -> object:
     )
 
 
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+Targets = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_known_targets),
+    WithJsonSchema({"anyOf": [{"enum": list(TARGET_PRESETS)}, _NAMES]}),
+]
+
+
 class Adapter(Section):
     """What is trained: low-rank adapters, or all of the denoiser."""
 
@@ -35,7 +43,7 @@ class Adapter(Section):
     """Adapter output is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout on adapter inputs. It repeats on a resume, but not on another number of ranks."""
-    targets: Annotated[str | tuple[str, ...], BeforeValidator(_known_targets)] = "attention"
+    targets: Targets = "attention"
     """Layers that get adapters: a preset (`attention`, `attention+ff`, `all-linear`, or `lcm`, the
     papers' choice for LCM: attention, feed-forward, convolutions, projections), or a list of names
     of linear layers and convolutions, each by its suffix, e.g. [to_q, to_v]."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pydantic_core import PydanticUndefined
-
 from ..basics.errors import RecipeError
-from .keys import SCHEMA, is_knob
 from .reading import load_recipe
+from .reference import for_terminal
 from .schema import Recipe
-from .yaml_subset import shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
     if verb == "train":
         usage += " [--dry-run [--world-size RANKS]]"
     if options.help:
-        print(f"usage: {usage}\n\n{describe_schema()}")
+        print(f"usage: {usage}\n\n{for_terminal()}")
         raise SystemExit(0)
     if options.recipe is None:
         raise RecipeError(f"no recipe given: {usage}", "--recipe", "missing")
@@ -61,19 +57,6 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
             "out-of-range" if dry_run else "contradiction",
         )
     return CommandLine(load_recipe(options.recipe, options.overrides), dry_run, world_size)
-
-
-def describe_schema() -> str:
-    """Every knob with its default and what it does, as text for a terminal."""
-    lines = ["Keys of a recipe, with their defaults:"]
-    for key in (key for key, info in SCHEMA.items() if is_knob(info) and "[]" not in key):
-        default = SCHEMA[key].get_default()
-        text = "(required)" if default is PydanticUndefined else shown(default)
-        lines.append(f"\n  {key} = {text}")
-        lines += textwrap.wrap(
-            SCHEMA[key].description or "", 88, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
-    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,8 +14,9 @@ from pydantic_core import PydanticUndefined
 from ..basics.errors import RecipeError
 from ..basics.files import replacing
 from .keys import KNOBS, SCHEMA
+from .reference import annotated
 from .schema import Recipe
-from .yaml_subset import dump, shown
+from .yaml_subset import shown
 
 # What a checkpoint may be resumed under: the keys that decide what a run computes. Left out are
 # those that only move, watch or speed it up, and train.steps, so that a run can be extended.
@@ -31,8 +32,10 @@ RESOLVED_HEADER = """\
 
 
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
-    """Write every knob of ``recipe`` as YAML, atomically; read back, it is the same recipe."""
-    text = RESOLVED_HEADER + dump(recipe.model_dump(mode="json"))
+    """Write every knob of ``recipe`` and what it is for as YAML, atomically; read back, it is the
+    same recipe.
+    """
+    text = RESOLVED_HEADER + annotated(recipe)
     with replacing(path, error=RecipeError) as file:
         file.write(text.encode())
 

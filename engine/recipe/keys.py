@@ -20,7 +20,7 @@ def sections_of(info: FieldInfo) -> list[type[BaseModel]]:
     return [kind for kind in _alternatives(info.annotation) if issubclass(kind, BaseModel)]
 
 
-def _sections_listed(info: FieldInfo) -> list[type[BaseModel]]:
+def sections_listed(info: FieldInfo) -> list[type[BaseModel]]:
     """The section classes that a field is a list of: `tuple[Part, ...]`."""
     listed = info.annotation if get_origin(info.annotation) is tuple else None
     kinds = [kind for item in get_args(listed) for kind in _alternatives(item)]
@@ -56,7 +56,7 @@ def _walk_schema(
         for inner in inners:
             inside = _walk_schema(inner, f"{prefix}{name}.", default_types=default_types)
             found |= {key: info for key, info in inside.items() if key not in found}
-        for inner in _sections_listed(info) if not default_types else ():
+        for inner in sections_listed(info) if not default_types else ():
             inside = _walk_schema(inner, f"{prefix}{name}[].")
             found |= {key: info for key, info in inside.items() if key not in found}
     return found
@@ -103,7 +103,7 @@ def types_of(key: str) -> list[str]:
     info = SCHEMA.get(anywhere(key.rpartition("[")[0] if listed else key))
     if info is None:
         return []
-    sections = _sections_listed(info) if listed else sections_of(info)
+    sections = sections_listed(info) if listed else sections_of(info)
     if len(sections) < 2 or not all("type" in section.model_fields for section in sections):
         return []
     return [section.model_fields["type"].default for section in sections]

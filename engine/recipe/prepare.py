@@ -32,6 +32,7 @@ class Masked(Section):
     """
 
     type: Literal["masked"] = "masked"
+    """`masked`: winners, and losers that are told less of the prompt, are sampled."""
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
     """Share of the prompt embedding's entries that is zero for the losers of each tier, the easiest
     first (published: from 0.9 to 0.1)."""
@@ -73,6 +74,7 @@ class Paired(Imported):
     """Pairs that people, or another model, judged. The defaults are Pick-a-Pic v2's columns."""
 
     type: Literal["paired"] = "paired"
+    """`paired`: a data set of two images, a label and a caption."""
     images: tuple[str, str] = ("jpg_0", "jpg_1")
     """Columns (members of a tar, sub-folders) with the two images: encoded bytes, or paths."""
     label: str | None = "label_0"
@@ -98,6 +100,7 @@ class Ranked(Imported):
     """Images with scores, ranked and paired within each caption as sampled candidates are."""
 
     type: Literal["ranked"] = "ranked"
+    """`ranked`: a data set of images with captions and scores."""
     image: str = "image"
     """Column (member of a tar) with the image: encoded bytes, or a path."""
     score: str | None = "score"

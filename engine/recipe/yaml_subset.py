@@ -77,12 +77,18 @@ def compose(text: str) -> yaml.Node | None:
         loader.dispose()
 
 
-def dump(values: dict[str, Any]) -> str:
-    """YAML that :class:`Source` reads back equal."""
-    # Escapes for all but ASCII: PyYAML writes U+0085 as it is and reads it as a line break.
-    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=False, width=100)
-    assert isinstance(text, str)
-    return text
+def dump(value: Any) -> str:
+    """YAML that :class:`Source` reads back equal, in one line unless a text has several."""
+    text = yaml.dump(
+        value,
+        Dumper=Dumper,
+        sort_keys=False,
+        # Escapes for all but ASCII: PyYAML writes U+0085 as it is and reads it as a line break.
+        allow_unicode=False,
+        default_flow_style=True,
+        width=float("inf"),
+    )
+    return text.removesuffix("...\n").removesuffix("\n")
 
 
 @dataclass

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Generate, Masked, Paired, Ranked, Recipe
-from cdpo.engine.recipe.command_line import describe_schema
 from cdpo.engine.recipe.identity import save_resolved
 from cdpo.engine.recipe.keys import KNOBS
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.recipe.reference import for_terminal
 from refusals import refused
 
 ROOT = Path(__file__).parents[3]
@@ -118,7 +118,7 @@ def test_pairs_need_no_prompts_to_train_on(tmp_path):
 def test_every_recipe_shows_the_type_and_help_shows_the_keys_of_all_types():
     assert [key for key in KNOBS if key.startswith("prepare.source")] == ["prepare.source.type"]
     for key in ("on_disagreement", "score", "max_unreadable", "label", "fractions"):
-        assert f"\n  prepare.source.{key} = " in describe_schema()
+        assert f"\n  prepare.source.{key} = " in for_terminal()
 
 
 def test_the_recipe_for_pick_a_pic_gives_the_defaults(monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Prompts, Split, Templates
-from cdpo.engine.recipe.command_line import describe_schema
 from cdpo.engine.recipe.identity import save_resolved
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.recipe.reference import for_terminal
 from refusals import refused
 
 ANIMALS = {"templates": ["a {x}"], "lists": {"x": ["dog", "cat"]}}
@@ -98,6 +98,6 @@ def test_what_is_wrong_is_told_by_its_key(tmp_path, prompts, key, kind):
 
 
 def test_help_lists_the_keys_of_every_form():
-    shown = describe_schema()
+    shown = for_terminal()
     for key in ("train", "train.templates", "train.lists", "heldout.fraction", "heldout.count"):
         assert f"\n  prompts.{key} = " in shown

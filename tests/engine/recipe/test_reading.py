@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.recipe import Recipe, reading
-from cdpo.engine.recipe.command_line import describe_schema, parse_command_line
+from cdpo.engine.recipe.command_line import parse_command_line
 from cdpo.engine.recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
 from cdpo.engine.recipe.keys import KNOBS, SCHEMA, nearest_key
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.recipe.reference import for_terminal
 from cdpo.engine.recipe.yaml_subset import Source
 from cdpo.engine.sources.prompts import read_prompts
 from hypothesis import HealthCheck, example, given, settings
@@ -594,7 +595,7 @@ def test_help_lists_every_knob_with_its_default_and_meaning(capsys):
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: deepspeed engine/prepare.py --recipe")
-    assert describe_schema() in shown
+    assert for_terminal() in shown
     for key in KNOBS:
         assert f"\n  {key} = " in shown
         assert SCHEMA[key].description, f"{key} has no docstring"

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe.command_line import describe_schema
 from cdpo.engine.recipe.identity import save_resolved
 from cdpo.engine.recipe.keys import types_of
 from cdpo.engine.recipe.reading import load_recipe
+from cdpo.engine.recipe.reference import for_terminal
 from cdpo.engine.recipe.reward import ClipScoreSpec, WeightedSpec
 
 BASE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"train": "t"}}
@@ -146,7 +146,7 @@ def test_overrides_choose_and_change_a_reward_but_not_what_is_in_a_list(load, pr
 
 
 def test_help_shows_the_keys_of_every_type_and_none_twice():
-    shown = describe_schema()
+    shown = for_terminal()
     for key in ("reward.sentence_model", "reward.rewards", "compare.judge.function"):
         assert f"\n  {key} = " in shown
     assert "[]." not in shown
