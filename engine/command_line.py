@@ -1,6 +1,7 @@
 """The console script ``cdpo``: the three verbs on one process, and the tools.
 
 cdpo prepare|train|compare --recipe R   as `python engine/train.py --recipe R`
+cdpo new NAME MINE.yaml                 a copy of a shipped recipe, to start from
 cdpo shards check|show|merge ...        looking after sets of shards
 
 Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .basics.errors import EXIT_OK, EXIT_USAGE
+from .basics.errors import EXIT_OK, EXIT_USAGE, CdpoError
 
 VERBS = ("prepare", "train", "compare")
 
@@ -23,6 +24,8 @@ def main() -> None:
         from .preparing.shard_tools.command import main as shards
 
         sys.exit(shards(rest))
+    if command == "new":
+        sys.exit(_new(rest))
     if command in VERBS:
         from .ranks import run_verb
 
@@ -33,3 +36,20 @@ def main() -> None:
     asked = command in ("-h", "--help")
     print((__doc__ or "").strip(), file=sys.stdout if asked else sys.stderr)
     sys.exit(EXIT_OK if asked else EXIT_USAGE)
+
+
+def _new(arguments: list[str]) -> int:
+    from .display.terminal import Terminal
+    from .recipe.copies import copy_recipe, recipe_names
+
+    terminal = Terminal()
+    if len(arguments) != 2 or arguments[0].startswith("-"):
+        terminal.line(f"usage: cdpo new NAME MINE.yaml, where NAME is {', '.join(recipe_names())}")
+        return EXIT_OK if arguments[:1] in (["-h"], ["--help"]) else EXIT_USAGE
+    try:
+        copy_recipe(*arguments)
+    except CdpoError as error:
+        terminal.error(str(error))
+        return error.exit_code
+    terminal.line(f"{arguments[1]} is yours: its first lines are the commands that run it")
+    return EXIT_OK

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cdpo.engine import command_line
+from cdpo.engine import command_line, ranks
 from cdpo.engine.preparing.shard_tools import command
-from cdpo.engine.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +30,7 @@ def test_setup_names_a_function_that_is_there():
 @pytest.mark.parametrize("verb", ["prepare", "train", "compare"])
 def test_a_verb_runs_as_its_script_does(verb, monkeypatch):
     ran = []
-    monkeypatch.setattr(launch, "run_verb", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr(ranks, "run_verb", lambda *arguments: ran.append(arguments))
     monkeypatch.setattr(sys, "argv", ["cdpo", verb, "--recipe", "r.yaml", "seed=1"])
     command_line.main()
     module = importlib.import_module(f"cdpo.engine.{verb}")
@@ -46,6 +45,27 @@ def test_tools_get_their_arguments_and_give_the_exit_code(monkeypatch):
     with pytest.raises(SystemExit) as left:
         command_line.main()
     assert (asked, left.value.code) == ([["check", "x"]], 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["sd15_cdpo", "mine.yaml"], 0, "mine.yaml is yours"),
+        (["sd15", "mine.yaml"], 2, "sd15_cdpo"),
+        (["sd15_cdpo"], 2, "usage: cdpo new NAME MINE.yaml"),
+        (["--help"], 0, "sd15_cdpo"),
+    ],
+)
+def test_new_writes_a_copy_of_a_shipped_recipe(
+    arguments, code, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cdpo", "new", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    assert left.value.code == code
+    assert said in "".join(capsys.readouterr())
+    assert (tmp_path / "mine.yaml").exists() == (arguments == ["sd15_cdpo", "mine.yaml"])
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["tarin"], 2), (["--help"], 0)])
