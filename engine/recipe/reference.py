@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ..basics.files import replacing
 from ..basics.shipped import shipped
@@ -123,7 +123,7 @@ def markdown() -> str:
     sections = {name: info for name, info in Recipe.model_fields.items() if sections_of(info)}
     alone = [name for name in Recipe.model_fields if name not in sections]
     page = _Page()
-    page.table(row for row in page.rows(Recipe, only=alone))
+    page.table(page.rows(Recipe, only=alone))
     for name, info in sections.items():
         page.lines += ["", f"## {name}", ""]
         kinds = sections_of(info)
@@ -212,10 +212,7 @@ def _default(info: FieldInfo) -> str:
     default = info.get_default()
     if default is PydanticUndefined:
         return "required"
-    if isinstance(default, BaseModel):
-        default = default.model_dump()
-    value = _plain(json.loads(json.dumps(default)))
-    return f"`{dump(value)}`"
+    return f"`{dump(_plain(to_jsonable_python(default)))}`"
 
 
 def _one_line(text: str | None) -> str:

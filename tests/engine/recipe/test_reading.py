@@ -96,6 +96,14 @@ def test_shipped_recipes_are_short_and_say_nothing_twice(name, monkeypatch):
     assert Path(recipe.deepspeed).is_file()
 
 
+def test_what_must_be_given_is_enough_for_the_published_run():
+    whole = load_recipe(ROOT / "recipes" / "sd15_cdpo.yaml")
+    given = {key: getattr(whole, key) for key in ("run_dir", "model", "prompts", "reward")}
+    least = Recipe.model_validate(given)
+    assert recipe_hash(least) == recipe_hash(whole)
+    assert least.prepare.model_copy(update={"batch_size": 32}) == whole.prepare
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
