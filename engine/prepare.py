@@ -17,11 +17,9 @@ from cdpo.engine.recipe import Recipe
 def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     """The verb on one rank, after the recipe has been read and the ranks have met."""
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
-    from cdpo.engine.preparing.imported import Importing
-    from cdpo.engine.preparing.sampled import Preparation
+    from cdpo.engine.preparing.preparation import Preparation
 
-    is_sampled = recipe.prepare.source.type in ("generate", "masked")
-    preparation = (Preparation if is_sampled else Importing)(ranks, recipe, terminal)
+    preparation = Preparation(ranks, recipe, terminal)
     terminal.header(f"prepare  {recipe.run_dir}", preparation.describe())
     if preparation.is_finished:
         terminal.line(f"nothing to do: {preparation.shards_dir} is complete for this recipe")

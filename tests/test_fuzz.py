@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError, RecipeError, ShardError
 from cdpo.engine.basics.keyed import content_id
-from cdpo.engine.curriculum.pairs import Pair
 from cdpo.engine.recipe.identity import recipe_hash, save_resolved
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.contents import contents_of
@@ -48,7 +47,16 @@ def real(request, tmp_path_factory) -> Path:
         for number in range(COUNT):
             prompt = f"prompt {lane} {number}"
             pair_id = content_id(prompt, "0", "1")
-            meta = PairMeta.of_sampled(Pair(pair_id, prompt, 1, 0, 1, 1, 2, 0.75, 0.25), PIXELS)
+            meta = PairMeta(
+                pair_id=pair_id,
+                prompt=prompt,
+                tier=1,
+                scores=(0.75, 0.25),
+                ranks=(1, 2),
+                images=(f"{prompt}, 0", f"{prompt}, 1"),
+                original_size=(PIXELS, PIXELS),
+                crop=((0, 0), (0, 0)),
+            )
             draw = np.random.default_rng(pair_id)
             if request.param == "raw":
                 images = draw.integers(0, 256, (2, *PIXELS, 3), dtype=np.uint8)

@@ -18,11 +18,10 @@ import torch
 import webdataset
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import Backbone, load_backbone
-from cdpo.engine.preparing.imported import Importing
+from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.ranks.launch import joined_ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.rewards import RewardModel
 from cdpo.engine.shards.manifest import load_manifest
 from PIL import Image
 
@@ -30,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 SIDE = 48  # pixels of a picture, which both scale to the model's 32
 
 
-class _Loaded(Importing):
+class _Loaded(Preparation):
     """With its model in memory already: loading one is not importing."""
 
     backbone: Backbone
 
-    def _load(self) -> tuple[Backbone, RewardModel | None]:
-        return self.backbone, None
+    def _load_backbone(self) -> Backbone:
+        return self.backbone
 
 
 def write_table(path: Path, rows: int) -> None:

@@ -27,7 +27,7 @@ def import_the_engine() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import cdpo.engine.comparing.comparison
-    import cdpo.engine.preparing.sampled
+    import cdpo.engine.preparing.preparation
     import cdpo.engine.training.trainer  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Pairs in tiers, as rows of numbers: 48 bytes each, so that a million of them are no burden.
+"""Pairs in tiers, as rows of numbers: 52 bytes each, so that a million of them are no burden.
 
 Image ``k`` of record ``r`` has the number ``r K + k``, K being the images of a record.
 """
@@ -6,7 +6,7 @@ Image ``k`` of record ``r`` has the number ``r K + k``, K being the images of a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ PAIR = np.dtype(
         ("winner", np.int64),
         ("loser", np.int64),
         ("ranks", np.int32, 2),
-        ("scores", np.float32, 2),
+        ("scores", np.float64, 2),  # shares of masked prompts are no float32
     ]
 )
 DISAGREE, TOO_CLOSE, UNSCORED = "scores contradict the label", "scores too close", "without a score"
@@ -34,12 +34,14 @@ _CHUNK = 65_536
 
 @dataclass(frozen=True)
 class PairsMade:
-    """Rows of :data:`PAIR`; what was left out or changed, by reason; pairs before any budget."""
+    """Rows of :data:`PAIR`; what was left out or changed, by reason; pairs before any budget; the
+    first image of every caption whose images all tie.
+    """
 
     pairs: np.ndarray
     counts: Counter[str]
     eligible: int
-    tied_captions: int = 0
+    tied: Sequence[int] = ()
 
 
 def labelled_pairs(
@@ -102,25 +104,28 @@ def ranked_pairs(
     caption_of: Callable[[int], str],
     curriculum: Curriculum,
     seed: int,
+    most: int = MAX_OF_CAPTION,
 ) -> PairsMade:
-    """Pairs of the images (N,) of each caption, as sampled candidates give them.
+    """Pairs of the images (N,) of each caption, which are its candidates in their order.
 
-    The candidates of a caption are its images in the order of the source. DataError if one has over
-    :data:`MAX_OF_CAPTION`.
+    DataError if one has over ``most``.
     """
-    chunks, rows = [], []
+    chunks, rows, tied = [], [], []
     counts, eligible = Counter[str](), 0
     for members in _groups(caption_ids):
         caption = caption_of(int(members[0]))
-        if len(members) > MAX_OF_CAPTION:
+        if len(members) > most:
             raise DataError(
                 f"prepare.source: {len(members)} images have the caption {caption[:60]!r}, at most "
-                f"{MAX_OF_CAPTION} can be ranked together: is prepare.source.caption the right one?"
+                f"{most} can be ranked together: is prepare.source.caption the right one?",
+                "prepare.source.caption",
+                "too-large",
             )
         outcome = form_pairs(caption, scores[members], curriculum, seed)
         counts[UNSCORED] += outcome.dropped_candidates
         counts[ONE_IMAGE] += len(members) == 1
         counts[ALL_TIE] += outcome.all_tied
+        tied += [int(members[0])] * outcome.all_tied
         eligible += outcome.num_eligible
         for pair in outcome.pairs:
             images = (members[pair.winner], members[pair.loser])
@@ -131,7 +136,7 @@ def ranked_pairs(
             chunks.append(np.array(rows, PAIR))
             rows = []
     pairs = np.concatenate([*chunks, np.array(rows, PAIR)])
-    return PairsMade(pairs, +counts, eligible, counts[ALL_TIE])
+    return PairsMade(pairs, +counts, eligible, tied)
 
 
 def _groups(ids: np.ndarray) -> Iterator[np.ndarray]:

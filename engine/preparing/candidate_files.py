@@ -20,7 +20,6 @@ from PIL import Image
 from ..basics.errors import ShardError
 from ..basics.files import replacing
 from ..basics.keyed import content_id
-from ..shards.sample import image_id
 from ..shards.tar_index import SampleIndex, index_samples, read_span
 from ..shards.writer import tar_writer
 
@@ -28,6 +27,11 @@ IMAGE, RECORD = "png", "json"
 MAX_PIXELS = 4096 * 4096
 MAX_IMAGE_BYTES = 4 * MAX_PIXELS
 MAX_RECORD_BYTES = 64 * 1024
+
+
+def image_id(prompt: str, candidate: int) -> str:
+    """The name of a candidate image: its prompt's id and its number."""
+    return f"{content_id(prompt):016x}-{candidate:04d}"
 
 
 def candidates_path(folder: str | Path, prompt: str) -> Path:

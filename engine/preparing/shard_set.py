@@ -1,20 +1,32 @@
-"""From pairs in tiers to the shards of a set: which pair goes where, written by all ranks."""
+"""From pairs in tiers to the shards of a set: which pair goes where, written by all ranks; what the
+manifest says, and whether a set is still the one that is wanted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .. import __version__
 from ..basics.errors import DataError, RecipeError
 from ..basics.failpoints import failpoint
 from ..display.terminal import Terminal
+from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
 from ..shards.contents import Contents
-from ..shards.manifest import Manifest, ShardEntry, load_manifest
+from ..shards.manifest import (
+    Manifest,
+    ModelSource,
+    RewardSource,
+    ShardEntry,
+    Statistics,
+    VaeSource,
+    load_manifest,
+)
 from ..shards.reader import ShardReaders
 from ..shards.remote.fetch import is_remote, redact
 from ..shards.sample import PairMeta
@@ -53,7 +65,9 @@ def folder_of_set(recipe: Recipe) -> Path:
     if is_remote(recipe.shards_at):
         raise RecipeError(
             f"data.path={redact(recipe.shards_at)}: prepare writes into a folder; give it one, "
-            "copy that folder there, and give train the URL"
+            "copy that folder there, and give train the URL",
+            "data.path",
+            "unsupported",
         )
     return recipe.shards_dir
 
@@ -71,6 +85,50 @@ def finished_set(folder: Path, inputs: str, terminal: Terminal) -> Manifest | No
         terminal.warn(f"the shards are written again: {error}")
         return None
     return manifest
+
+
+def is_of_these_weights(manifest: Manifest, now: Mapping[str, str], terminal: Terminal) -> bool:
+    """Whether `model`, `vae`, `reward`, as many as have a hash ``now``, hold what made the shards:
+    paths may stay the same while somebody trains on.
+    """
+    changed = [name for name in now if getattr(manifest, name).fingerprint != now[name]]
+    if changed:
+        terminal.warn(
+            f"the shards are written again: the weights of {', '.join(changed)} have changed"
+        )
+    return not changed
+
+
+def manifest_of(
+    recipe: Recipe,
+    inputs: str,
+    backbone: Backbone,
+    fingerprints: Mapping[str, str],
+    ranked_by: RewardSource,
+    statistics: Statistics,
+    shards: Sequence[ShardEntry],
+) -> Manifest:
+    """The manifest of a recipe's set; ``inputs`` is the hash of what decided its content."""
+    model = recipe.model
+    return Manifest(
+        kind=recipe.data.format,
+        created_by=__version__,
+        fingerprint=inputs,
+        seed=recipe.seed,
+        lanes=recipe.data.lanes,
+        tiers=recipe.curriculum.tiers,
+        resolution=model.resolution,
+        latent_shape=backbone.latent_shape(model.resolution),
+        model=ModelSource(path=model.path, fingerprint=fingerprints["model"]),
+        vae=VaeSource(
+            path=model.vae or model.path,
+            fingerprint=fingerprints["vae"],
+            scaling_factor=backbone.scaling_factor,
+        ),
+        reward=ranked_by,
+        statistics=statistics,
+        shards=tuple(shards),
+    )
 
 
 def write_tiers(

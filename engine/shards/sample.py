@@ -14,8 +14,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..basics.errors import ShardError
-from ..basics.keyed import content_id
-from ..curriculum.pairs import Pair
 from .contents import Contents
 
 META = "json"
@@ -43,20 +41,6 @@ class PairMeta(BaseModel):
     crop: tuple[Corner, Corner]
     """Top and left of each crop."""
 
-    @classmethod
-    def of_sampled(cls, pair: Pair, resolution: tuple[int, int]) -> PairMeta:
-        """The record of a pair of sampled candidates: made at ``resolution``, nothing cropped."""
-        return cls(
-            pair_id=pair.pair_id,
-            prompt=pair.prompt,
-            tier=pair.tier,
-            scores=(pair.winner_score, pair.loser_score),
-            ranks=(pair.winner_rank, pair.loser_rank),
-            images=(image_id(pair.prompt, pair.winner), image_id(pair.prompt, pair.loser)),
-            original_size=(resolution, resolution),
-            crop=((0, 0), (0, 0)),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class PairSample:
@@ -81,11 +65,6 @@ class PairSample:
     def tier(self) -> int:
         """Difficulty, 1 the easiest."""
         return self.meta.tier
-
-
-def image_id(prompt: str, candidate: int) -> str:
-    """The name of a candidate image: its prompt's id and its number."""
-    return f"{content_id(prompt):016x}-{candidate:04d}"
 
 
 def sample_key(pair_id: int) -> str:

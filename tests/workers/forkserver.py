@@ -26,7 +26,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparing.comparison
-    import cdpo.engine.preparing.sampled
+    import cdpo.engine.preparing.preparation
     import cdpo.engine.training.trainer  # noqa: F401
 
 

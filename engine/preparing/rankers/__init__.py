@@ -6,10 +6,10 @@ from ...display.terminal import Terminal
 from ...ranks import Ranks
 from ...recipe import Recipe
 from .masked import MaskedRanker
-from .protocol import RankedPrompt, Ranker
+from .protocol import Ranker
 from .reward import RewardRanker
 
-__all__ = ["RankedPrompt", "Ranker", "make_ranker"]
+__all__ = ["Ranker", "make_ranker"]
 
 
 def make_ranker(recipe: Recipe, ranks: Ranks, terminal: Terminal) -> Ranker:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...basics.keyed import Permutation, Stream, content_id
-from ...curriculum.pairs import Pair, PromptPairs
+from ...curriculum.labelled import PAIR, PairsMade
 from ...recipe import Masked, Recipe
 from ...shards.manifest import RewardSource
-from ..candidates import CandidateSet, Start, whole_prompts
-from .protocol import RankedPrompt
+from ..candidates import Start, whole_prompts
+from ..parts import Parts
 
 
 class MaskedRanker:
@@ -68,18 +69,20 @@ class MaskedRanker:
             for winner in self._winners(prompt, tier)
         ]
 
-    def rank(self, images: CandidateSet, prompts: Sequence[str]) -> dict[str, RankedPrompt]:
+    def rank(self, parts: Parts) -> tuple[np.ndarray, PairsMade]:
+        count = len(parts.starts) - 1
         shares = np.repeat(np.asarray(self.spec.fractions, np.float32), self.pairs_per_tier)
         scores = np.concatenate([np.zeros(self.num_winners, np.float32), -shares])
-        eligible = self.num_winners * len(self.spec.fractions)
-        ranked = {}
-        for prompt in prompts:
-            pairs = self._pairs(prompt)
-            outcome = PromptPairs(
-                pairs, dropped_candidates=0, all_tied=False, num_eligible=eligible
-            )
-            ranked[prompt] = RankedPrompt(outcome, scores, _ladder(pairs))
-        return ranked
+        rows = [row for record in range(count) for row in self._pairs(record, parts)]
+        eligible = count * self.num_winners * len(self.spec.fractions)
+        made = PairsMade(np.array(rows, PAIR), Counter(), eligible)
+        return np.tile(scores, (count, 1)), made
+
+    def shown(self, scores: np.ndarray, pairs: np.ndarray) -> list[int]:
+        """The winner that is in most tiers, and its losers."""
+        winners, tiers = np.unique(pairs["winner"], return_counts=True)
+        winner = winners[tiers.argmax()]
+        return [int(winner), *pairs["loser"][pairs["winner"] == winner].tolist()]
 
     def _winners(self, prompt: str, tier: int) -> list[int]:
         """The winners that are paired in a tier. A larger budget keeps those of a smaller one."""
@@ -92,33 +95,13 @@ class MaskedRanker:
         own = f"{winner} masked {share!r}"
         return Start(str(winner) if self.spec.same_noise else own, share, mask=str(winner))
 
-    def _pairs(self, prompt: str) -> list[Pair]:
-        """By tier, then winner."""
-        hardest_first = sorted(self.spec.fractions)
-        pairs, loser = [], self.num_winners
+    def _pairs(self, record: int, parts: Parts) -> Iterator[tuple[Any, ...]]:
+        """Rows of :data:`PAIR`, by tier, then winner."""
+        prompt, first = parts.caption(record), record * self.count
+        loser = first + self.num_winners
         for tier, share in enumerate(self.spec.fractions, start=1):
             for winner in self._winners(prompt, tier):
-                pairs.append(
-                    Pair(
-                        pair_id=content_id(prompt, str(winner), f"masked {share!r}"),
-                        prompt=prompt,
-                        tier=tier,
-                        winner=winner,
-                        loser=loser,
-                        winner_rank=1,
-                        loser_rank=2 + hardest_first.index(share),
-                        winner_score=0.0,
-                        loser_score=-share,
-                    )
-                )
+                name = content_id(prompt, str(winner), f"masked {share!r}")
+                ranks = (1, 2 + len(self.spec.fractions) - tier)
+                yield name, tier, first + winner, loser, ranks, (0.0, -share)
                 loser += 1
-        return pairs
-
-
-def _ladder(pairs: Sequence[Pair]) -> list[int]:
-    """The winner that is in most tiers, and its losers, from the smallest share to the largest."""
-    losers: dict[int, list[int]] = {}
-    for pair in reversed(pairs):
-        losers.setdefault(pair.winner, []).append(pair.loser)
-    winner = max(sorted(losers), key=lambda number: len(losers[number]))
-    return [winner, *losers[winner]]

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from ...curriculum.pairs import PromptPairs
+from ...curriculum.labelled import PairsMade
 from ...shards.manifest import RewardSource
-from ..candidates import CandidateSet, Start
-
-
-@dataclass(frozen=True)
-class RankedPrompt:
-    """A prompt whose images are ranked."""
-
-    outcome: PromptPairs
-    scores: np.ndarray
-    """(candidates,) float32; NaN where there is none."""
-    shown: Sequence[int]
-    """Candidates for the contact sheet, best first."""
+from ..candidates import Start
+from ..parts import Parts
 
 
 class Ranker(Protocol):
@@ -48,6 +37,10 @@ class Ranker(Protocol):
         """What each of a prompt's images starts from."""
         ...
 
-    def rank(self, images: CandidateSet, prompts: Sequence[str]) -> dict[str, RankedPrompt]:
-        """All prompts ranked; the same on every rank."""
+    def rank(self, parts: Parts) -> tuple[np.ndarray, PairsMade]:
+        """Scores (N, K) float32 of all prompts' images, and their pairs; the same on every rank."""
+        ...
+
+    def shown(self, scores: np.ndarray, pairs: np.ndarray) -> list[int]:
+        """Images for the contact sheet, of a prompt that has these ``pairs``."""
         ...

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...basics.failpoints import failpoint
-from ...curriculum.pairs import form_pairs
+from ...curriculum.labelled import PairsMade, ranked_pairs
 from ...display.terminal import Terminal
 from ...ranks import Ranks
 from ...recipe import Recipe
 from ...rewards import RewardModel, load_reward
 from ...shards.manifest import RewardSource
-from ..candidates import CandidateSet, Start, whole_prompts
+from ...sources.pictures import Tolerance
+from ..candidates import Start, whole_prompts
+from ..parts import Parts
 from ..scores import Scoring
-from .protocol import RankedPrompt
 
 
 class RewardRanker:
@@ -44,19 +44,28 @@ class RewardRanker:
     def starts(self, prompt: str) -> list[Start]:
         return whole_prompts(self.count)
 
-    def rank(self, images: CandidateSet, prompts: Sequence[str]) -> dict[str, RankedPrompt]:
-        source = f"{self._reward.fingerprint[:16]}:{images.fingerprint[:16]}"
-        scoring = Scoring(Path(self.recipe.run_dir), source, self.ranks)
-        scores = scoring.run(self._reward, images, prompts, self.terminal)
-        failpoint("prepare.scored")
-        return {prompt: self._ranked(prompt, scores[prompt]) for prompt in prompts}
+    def rank(self, parts: Parts) -> tuple[np.ndarray, PairsMade]:
+        recipe, each = self.recipe, parts.each
+        source = f"{self._reward.fingerprint[:16]}:{parts.content[:16]}"
+        scoring = Scoring(Path(recipe.run_dir), source, parts, self.ranks)
+        calls = recipe.reward.images_per_call
+        scores = scoring.run(self._reward, calls, Tolerance(0), self.terminal)
+        made = ranked_pairs(
+            np.repeat(parts.captions, each),
+            scores.reshape(-1),
+            lambda image: parts.caption(image // each),
+            recipe.curriculum,
+            recipe.seed,
+            most=each,
+        )
+        return scores, made
+
+    def shown(self, scores: np.ndarray, pairs: np.ndarray) -> list[int]:
+        """All that have a score."""
+        record, each = int(pairs["winner"][0]) // scores.shape[1], scores.shape[1]
+        return [record * each + int(place) for place in np.flatnonzero(np.isfinite(scores[record]))]
 
     @cached_property
     def _reward(self) -> RewardModel:
         cache = Path(self.recipe.run_dir) / "score_cache"
         return load_reward(self.recipe.reward, self.ranks.device, cache)
-
-    def _ranked(self, prompt: str, scores: np.ndarray) -> RankedPrompt:
-        outcome = form_pairs(prompt, scores, self.recipe.curriculum, self.recipe.seed)
-        order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
-        return RankedPrompt(outcome, scores, order)

@@ -18,7 +18,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.comparing.scores import SideScoring
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing.candidates import CandidateSet
-from cdpo.engine.preparing.sampled import Preparation
+from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.basics.keyed import content_id
-from cdpo.engine.curriculum.pairs import Pair
 from cdpo.engine.shards.contents import ArrayContents
 from cdpo.engine.shards.manifest import (
     Manifest,
@@ -30,9 +29,16 @@ CONTENTS = ArrayContents("latents", SHAPE)
 
 def make_meta(tier: int, number: int) -> PairMeta:
     prompt = f"prompt {number} of tier {tier}"
-    pair_id = content_id(prompt, "0", "1")
-    pair = Pair(pair_id, prompt, tier, 0, 1, 1, 2, 0.75, 0.25)
-    return PairMeta.of_sampled(pair, (16, 16))
+    return PairMeta(
+        pair_id=content_id(prompt, "0", "1"),
+        prompt=prompt,
+        tier=tier,
+        scores=(0.75, 0.25),
+        ranks=(1, 2),
+        images=(f"{prompt}, 0", f"{prompt}, 1"),
+        original_size=((16, 16), (16, 16)),
+        crop=((0, 0), (0, 0)),
+    )
 
 
 def make_latents(meta: PairMeta, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:

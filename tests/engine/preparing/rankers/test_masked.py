@@ -23,7 +23,7 @@ from cdpo.engine.models.masking import PromptMask
 from cdpo.engine.preparing import candidates
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.rankers.masked import MaskedRanker
-from cdpo.engine.preparing.sampled import Preparation
+from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.preparing.shard_tools.command import main as shard_tools
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe

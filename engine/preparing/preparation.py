@@ -1,0 +1,238 @@
+"""Stage 1 as a sequence of resumable phases: score, pair, encode, write, draw the sheet.
+
+Every phase asks the disk what is done and does the rest, so a killed run started again repeats at
+most the parts in flight. Work is divided over the ranks by part and by shard; what pairs are formed
+depends on neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from ..display.terminal import Terminal
+from ..models import Backbone, load_backbone
+from ..models.tuning import tune_for_sampling
+from ..ranks import Ranks
+from ..recipe import Generate, Masked, Recipe
+from ..recipe.identity import save_resolved
+from ..shards.contents import contents_of
+from ..shards.manifest import Manifest, ShardEntry, Statistics, save_manifest
+from ..shards.sample import PairMeta
+from ..sources.pictures import Tolerance
+from .imported import ImportedPairs, listed
+from .latents import Latents, Pixels
+from .parts import PairSource, Ranked
+from .sampled import CandidateParts, SampledPairs
+from .shard_set import (
+    PAIR_KEYS,
+    SHARD_KEYS,
+    TierShards,
+    fill_tiers,
+    finished_set,
+    folder_of_set,
+    is_of_these_weights,
+    manifest_of,
+    write_tiers,
+)
+
+
+class Preparation:
+    """Stage 1 of one recipe, on all ranks together."""
+
+    def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+        self.ranks = ranks
+        self.recipe = recipe
+        self.terminal = terminal
+        self.run_dir = Path(recipe.run_dir)
+        self.shards_dir = folder_of_set(recipe)
+        is_sampled = isinstance(recipe.prepare.source, Generate | Masked)
+        kind = SampledPairs if is_sampled else ImportedPairs
+        self.source: PairSource = kind(ranks, recipe, terminal)
+        self.describe = self.source.describe
+        self.inputs = self._inputs_hash()
+        self.is_finished = ranks.on_first(self._already_done)
+
+    def _inputs_hash(self) -> str:
+        """Of every choice the shards are a function of; another hash means other shards."""
+        recipe = self.recipe
+        inputs: dict[str, Any] = {
+            "seed": recipe.seed,
+            "model": recipe.model.model_dump(mode="json"),
+            "curriculum": recipe.curriculum.model_dump(include=PAIR_KEYS),
+            "data": recipe.data.model_dump(include=SHARD_KEYS),
+            **self.source.inputs(),
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def _already_done(self) -> bool:
+        manifest = finished_set(self.shards_dir, self.inputs, self.terminal)
+        if manifest is None:
+            return False
+        reward = self.source.ranked_by().fingerprint
+        hashes = {**self._load_backbone().fingerprints(), "reward": reward}
+        now = {name: hashes[name] for name in self.source.weights}
+        return is_of_these_weights(manifest, now, self.terminal)
+
+    def _load_backbone(self) -> Backbone:
+        recipe = self.recipe
+        return load_backbone(recipe.model, self.ranks.device, recipe.prepare.precision)
+
+    def run(self) -> None:
+        """Do what is not done yet. DataError if no shards can be made of these images."""
+        if self.ranks.is_first:
+            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+        ranked_by = self.source.ranked_by()  # what is wrong with a reward is said before all else
+        backbone = self._load_backbone()
+        fingerprints = backbone.fingerprints()
+        tune_for_sampling(self.recipe.speed, backbone)
+
+        tolerance = Tolerance(self.source.max_unreadable)
+        ranked = self.source.rank(backbone, tolerance)
+        self._fill(ranked.made.pairs)  # too few for the lanes: said before hours of encoding
+        images, pairs = self._encode(backbone, fingerprints["vae"], ranked, tolerance)
+        fills = self._fill(pairs)
+        fates = self.source.fates(ranked, tolerance)
+        self._tell(pairs, fills, fates)
+        shards = self._write(pairs, fills, images, backbone)
+        statistics = _statistics(ranked, fills, fates)
+        manifest = manifest_of(
+            self.recipe, self.inputs, backbone, fingerprints, ranked_by, statistics, shards
+        )
+        self.ranks.on_first(lambda: self._finish(manifest, ranked, pairs, fills))
+
+    # Phases
+
+    def _fill(self, pairs: np.ndarray) -> list[TierShards]:
+        """Which pair goes into which shard; every rank finds the same."""
+        return fill_tiers(pairs["id"], pairs["tier"], self.recipe)
+
+    def _encode(
+        self, backbone: Backbone, vae: str, ranked: Ranked, tolerance: Tolerance
+    ) -> tuple[Latents | Pixels, np.ndarray]:
+        """What the shards will hold of the pairs' images; those pairs whose images are readable."""
+        pairs, kind, parts = ranked.made.pairs, self.recipe.data.format, ranked.parts
+        if kind == "raw" and isinstance(parts, CandidateParts):
+            return Pixels(parts), pairs
+        latents = Latents(self.run_dir / "latents", parts, vae, kind)
+        wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
+        batch_size = self.recipe.prepare.batch_size
+        lost = latents.run(backbone, wanted, batch_size, self.ranks, tolerance, self.terminal)
+        return latents, pairs[~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))]
+
+    def _tell(
+        self, pairs: np.ndarray, fills: list[TierShards], fates: dict[str, int] | None
+    ) -> None:
+        if fates is not None:
+            left = {reason: count for reason, count in fates.items() if reason != "rows"}
+            self.terminal.line(f"{fates['rows']} rows gave {len(pairs)} pairs; {listed(left)}")
+        counts = "  ".join(str(len(fill.pairs)) for fill in fills)
+        self.terminal.line(f"pairs by tier, easiest first: {counts}")
+
+    def _write(
+        self,
+        pairs: np.ndarray,
+        fills: list[TierShards],
+        images: Latents | Pixels,
+        backbone: Backbone,
+    ) -> list[ShardEntry]:
+        parts = images.parts
+
+        def sample(number: int) -> tuple[PairMeta, np.ndarray]:
+            pair = pairs[number]
+            both = int(pair["winner"]), int(pair["loser"])
+            (winner, of_winner), (loser, of_loser) = (images.image(image) for image in both)
+            meta = PairMeta(
+                pair_id=int(pair["id"]),
+                prompt=parts.caption(both[0] // parts.each),
+                tier=int(pair["tier"]),
+                scores=tuple(pair["scores"].tolist()),
+                ranks=tuple(pair["ranks"].tolist()),
+                images=(parts.image_name(both[0]), parts.image_name(both[1])),
+                original_size=(of_winner[0], of_loser[0]),
+                crop=(of_winner[1], of_loser[1]),
+            )
+            return meta, np.stack([winner, loser])
+
+        resolution = self.recipe.model.resolution
+        shape = backbone.latent_shape(resolution)
+        contents = contents_of(self.recipe.data.format, shape, resolution)
+        return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
+
+    def _finish(
+        self, manifest: Manifest, ranked: Ranked, pairs: np.ndarray, fills: list[TierShards]
+    ) -> None:
+        sheet = self.run_dir / "contact_sheet.png"
+        rows = self._contact_rows(ranked, pairs, fills)
+        if rows:
+            draw_contact_sheet(sheet, rows)
+        save_manifest(self.shards_dir, manifest)
+        for folder in ("latents", "scores"):  # scores: of a kill after they were merged
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+        self.terminal.line(f"shards: {self.shards_dir}")
+        self.terminal.line(f"look at: {sheet}")
+
+    def _contact_rows(
+        self, ranked: Ranked, pairs: np.ndarray, fills: list[TierShards]
+    ) -> list[ContactRow]:
+        """A row for the caption of each chosen pair: that pair, and one of each other tier."""
+        parts, rows = ranked.parts, []
+        captions = parts.captions[pairs["winner"] // parts.each]
+        pixels, scores = Pixels(parts), ranked.scores.reshape(-1)
+        count = self.recipe.prepare.contact_sheet_prompts
+        for number in self.source.chosen(pairs, fills, count):
+            same = pairs[captions == captions[number]]
+            by_tier = {int(pair["tier"]): pair for pair in same[::-1]}
+            by_tier[int(pairs[number]["tier"])] = pairs[number]
+            in_row = [by_tier[tier] for tier in sorted(by_tier)]
+            in_pairs = [int(pair[side]) for pair in in_row for side in ("winner", "loser")]
+            shown = self.source.shown(ranked, same) or in_pairs
+            images = {image: Image.fromarray(pixels.image(image)[0]) for image in shown + in_pairs}
+            ordered = sorted(dict.fromkeys(shown), key=lambda image: -scores[image])
+            rows.append(
+                ContactRow(
+                    prompt=parts.caption(int(pairs[number]["winner"]) // parts.each),
+                    images=[images[image] for image in ordered],
+                    scores=[float(scores[image]) for image in ordered],
+                    pairs=[_contact_pair(pair, images) for pair in in_row],
+                )
+            )
+        return rows
+
+
+def _contact_pair(pair: np.void, images: dict[int, Image.Image]) -> ContactPair:
+    return ContactPair(
+        tier=int(pair["tier"]),
+        winner_image=images[int(pair["winner"])],
+        loser_image=images[int(pair["loser"])],
+        winner_rank=int(pair["ranks"][0]),
+        loser_rank=int(pair["ranks"][1]),
+        winner_score=float(pair["scores"][0]),
+        loser_score=float(pair["scores"][1]),
+    )
+
+
+def _statistics(
+    ranked: Ranked, fills: list[TierShards], fates: dict[str, int] | None
+) -> Statistics:
+    parts, scores, made = ranked.parts, ranked.scores, ranked.made
+    prompts = len(np.unique(parts.captions))
+    paired = parts.captions[made.pairs["winner"] // parts.each]
+    return Statistics(
+        prompts=prompts,
+        prompts_without_pairs=prompts - len(np.unique(paired)),
+        tied_prompts=len(made.tied),
+        candidates=scores.size,
+        dropped_candidates=int((~np.isfinite(scores)).sum()),
+        eligible_pairs=made.eligible,
+        pairs_by_tier=tuple(fill.plan.num_shards * fill.plan.count for fill in fills),
+        dropped_remainder_by_tier=tuple(fill.plan.dropped for fill in fills),
+        imported=fates,
+    )
