@@ -1,4 +1,4 @@
-"""Pairs in tiers, as rows of numbers: 52 bytes each, so that a million of them are no burden.
+"""Pairs in tiers, as rows of numbers, so that a million of them are no burden.
 
 Image ``k`` of record ``r`` has the number ``r K + k``, K being the images of a record.
 """
@@ -13,23 +13,12 @@ import numpy as np
 
 from ..basics.errors import DataError
 from ..recipe import Curriculum
-from .pairs import equal_width_score_tiers, form_pairs, quantile_tiers
+from .pairs import PAIR, equal_width_score_tiers, form_pairs, quantile_tiers
 
-PAIR = np.dtype(
-    [
-        ("id", np.int64),
-        ("tier", np.int32),
-        ("winner", np.int64),
-        ("loser", np.int64),
-        ("ranks", np.int32, 2),
-        ("scores", np.float64, 2),  # shares of masked prompts are no float32
-    ]
-)
 DISAGREE, TOO_CLOSE, UNSCORED = "scores contradict the label", "scores too close", "without a score"
 SWAPPED, KEPT = "labels overruled by scores", "labels kept against scores"
 ONE_IMAGE, ALL_TIE = "captions with one image", "captions whose images all tie"
 MAX_OF_CAPTION = 4096  # pairs of n images take memory in n squared
-_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ def ranked_pairs(
 
     DataError if one has over ``most``.
     """
-    chunks, rows, tied = [], [], []
+    tied, chunks = [], [np.zeros(0, PAIR)]
     counts, eligible = Counter[str](), 0
     for members in _groups(caption_ids):
         caption = caption_of(int(members[0]))
@@ -127,16 +116,10 @@ def ranked_pairs(
         counts[ALL_TIE] += outcome.all_tied
         tied += [int(members[0])] * outcome.all_tied
         eligible += outcome.num_eligible
-        for pair in outcome.pairs:
-            images = (members[pair.winner], members[pair.loser])
-            ranks = (pair.winner_rank, pair.loser_rank)
-            marks = (pair.winner_score, pair.loser_score)
-            rows.append((pair.pair_id, pair.tier, *images, ranks, marks))
-        if len(rows) >= _CHUNK:
-            chunks.append(np.array(rows, PAIR))
-            rows = []
-    pairs = np.concatenate([*chunks, np.array(rows, PAIR)])
-    return PairsMade(pairs, +counts, eligible, tied)
+        for side in ("winner", "loser"):
+            outcome.pairs[side] = members[outcome.pairs[side]]
+        chunks.append(outcome.pairs)
+    return PairsMade(np.concatenate(chunks), +counts, eligible, tied)
 
 
 def _groups(ids: np.ndarray) -> Iterator[np.ndarray]:

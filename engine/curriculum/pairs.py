@@ -22,6 +22,18 @@ import numpy as np
 from ..basics.keyed import Permutation, Stream, content_id
 from ..recipe import Curriculum
 
+PAIR = np.dtype(
+    [
+        ("id", np.int64),
+        ("tier", np.int32),
+        ("winner", np.int64),
+        ("loser", np.int64),
+        ("ranks", np.int32, 2),
+        ("scores", np.float64, 2),  # shares of masked prompts are no float32
+    ]
+)
+"""A preference; of two ranks or scores the winner's comes first; rank 1 is the best."""
+
 
 def equal_width_rank_tiers(rank_gaps: np.ndarray, num_ranked: int, num_tiers: int) -> np.ndarray:
     """Tiers (P,) int64 of rank gaps (P,) in 1..M-1, in integers, so that no edge can slip."""
@@ -87,30 +99,16 @@ def rank_candidates(scores: np.ndarray) -> Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One preference. ``winner`` and ``loser`` are candidate indices; rank 1 is the best."""
-
-    pair_id: int
-    prompt: str
-    tier: int
-    winner: int
-    loser: int
-    winner_rank: int
-    loser_rank: int
-    winner_score: float
-    loser_score: float
-
-
-@dataclass(frozen=True, slots=True)
 class PromptPairs:
-    """The pairs of one prompt, and what was left out of it.
+    """The pairs of one prompt, rows of :data:`PAIR` with candidates by their index, and what was
+    left out of it.
 
     ``dropped_candidates`` had no finite score; ``all_tied`` says that no candidate is better than
     another (two or more of them, all with one score); ``num_eligible`` counts the pairs before
     the budget.
     """
 
-    pairs: list[Pair]
+    pairs: np.ndarray
     dropped_candidates: int
     all_tied: bool
     num_eligible: int
@@ -125,14 +123,21 @@ def form_pairs(prompt: str, scores: np.ndarray, curriculum: Curriculum, seed: in
     ranking = rank_candidates(scores)
     ranked = scores[ranking.order].astype(np.float64)
     if len(ranked) < 2 or ranked[0] == ranked[-1]:
-        return PromptPairs([], ranking.dropped, len(ranked) > 1, 0)
+        return PromptPairs(np.zeros(0, PAIR), ranking.dropped, len(ranked) > 1, 0)
     winners, losers = np.triu_indices(len(ranked), k=1)
     gaps = ranked[winners] - ranked[losers]
     eligible = (gaps > 0) & (gaps >= curriculum.min_score_gap)
     winners, losers, gaps = winners[eligible], losers[eligible], gaps[eligible]
     tiers = _tiers(losers - winners, gaps, ranked, curriculum)
     kept = _within_budget(tiers, content_id(prompt), curriculum, seed)
-    pairs = [_pair(prompt, ranking, scores, *row) for row in _rows(kept, tiers, winners, losers)]
+    winners, losers = winners[kept], losers[kept]
+    pairs = np.zeros(len(kept), PAIR)
+    pairs["winner"], pairs["loser"] = ranking.order[winners], ranking.order[losers]
+    named = zip(pairs["winner"].tolist(), pairs["loser"].tolist(), strict=True)
+    pairs["id"] = [content_id(prompt, str(winner), str(loser)) for winner, loser in named]
+    pairs["tier"] = tiers[kept]
+    pairs["ranks"] = np.stack([winners, losers], axis=1) + 1
+    pairs["scores"] = np.stack([ranked[winners], ranked[losers]], axis=1)
     return PromptPairs(pairs, ranking.dropped, False, len(tiers))
 
 
@@ -160,26 +165,3 @@ def _within_budget(
             members = members[np.sort(drawn)]
         kept.append(members)
     return np.concatenate(kept)
-
-
-def _rows(
-    kept: np.ndarray, tiers: np.ndarray, winners: np.ndarray, losers: np.ndarray
-) -> zip[tuple[int, int, int]]:
-    return zip(tiers[kept].tolist(), winners[kept].tolist(), losers[kept].tolist(), strict=True)
-
-
-def _pair(
-    prompt: str, ranking: Ranking, scores: np.ndarray, tier: int, above: int, below: int
-) -> Pair:
-    winner, loser = int(ranking.order[above]), int(ranking.order[below])
-    return Pair(
-        pair_id=content_id(prompt, str(winner), str(loser)),
-        prompt=prompt,
-        tier=tier,
-        winner=winner,
-        loser=loser,
-        winner_rank=above + 1,
-        loser_rank=below + 1,
-        winner_score=float(scores[winner]),
-        loser_score=float(scores[loser]),
-    )

@@ -96,12 +96,10 @@ class SourceParts:
 
     def scores_in(self, table: pa.Table, source: str) -> FoundScores:
         if (table.schema.metadata or {}).get(SOURCE) != source.encode():
-            return FoundScores(np.zeros(0, np.int64), np.zeros((0, self.each), np.float32), [])
-        return FoundScores(
-            table["record"].to_numpy()[:: self.each],
-            table["score"].to_numpy().reshape(-1, self.each),
-            table["problem"].to_pylist()[:: self.each],
-        )
+            return np.zeros(0, np.int64), np.zeros((0, self.each), np.float32), []
+        records, problems = table["record"].to_numpy(), table["problem"].to_pylist()
+        scores = table["score"].to_numpy().reshape(-1, self.each)
+        return records[:: self.each], scores, problems[:: self.each]
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -111,15 +109,12 @@ class SourceParts:
 class ImportedPairs:
     """`prepare.source` of type `paired` or `ranked`."""
 
-    weights = ("vae", "reward")
-
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         assert not isinstance(recipe.prepare.source, Generate | Masked)
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
         self.spec = recipe.prepare.source
-        self.max_unreadable = self.spec.max_unreadable
         _, heldout = read_prompts(recipe.prompts, recipe.seed)
         self.reader = ranks.on_first(lambda: open_source(self.spec))
         folder = Path(recipe.run_dir) / "source"

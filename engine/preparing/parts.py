@@ -19,16 +19,8 @@ from ..shards.manifest import RewardSource
 from ..sources.pictures import Loaded, Size, Tolerance
 from .shard_set import TierShards
 
-
-@dataclass(frozen=True)
-class FoundScores:
-    """What a table holds: ``records`` (n,), their ``scores`` (n, K) float32, and why there are none
-    of a record, or None.
-    """
-
-    records: np.ndarray
-    scores: np.ndarray
-    problems: Sequence[str | None]
+FoundScores = tuple[np.ndarray, np.ndarray, Sequence[str | None]]
+"""Records (n,), their scores (n, K) float32, and why there are none of a record, or None."""
 
 
 class Parts(Protocol):
@@ -47,44 +39,35 @@ class Parts(Protocol):
     @property
     def content(self) -> str:
         """Hash of what the images are a function of: scores and latents are kept under it."""
-        ...
 
     @property
     def captions(self) -> np.ndarray:
         """(N,) a number for each record that is the same where the caption is."""
-        ...
 
     def caption(self, record: int) -> str:
         """The caption of a record."""
-        ...
 
     def image_name(self, image: int) -> str:
         """What shards call an image."""
-        ...
 
     def file_name(self, part: int) -> str:
         """What files that are kept of a part are called, but for the ending."""
-        ...
 
     def describe(self, part: int) -> str:
         """How messages name a part."""
-        ...
 
     def load(self, part: int, records: Sequence[int]) -> Iterator[Loaded]:
         """Some records of a part, given by their index in it in rising order."""
-        ...
 
     def score_table(
         self, records: range, scores: np.ndarray, problems: Sequence[str | None], source: str
     ) -> pa.Table:
         """Scores (n, K) as they are kept on disk: a row an image, for people too."""
-        ...
 
     def scores_in(self, table: pa.Table, source: str) -> FoundScores:
         """What a table holds of this ``source`` and need not be scored again; ValueError if it is
         no such table.
         """
-        ...
 
 
 def part_of(parts: Parts, record: int) -> int:
@@ -104,42 +87,25 @@ class Ranked:
 class PairSource(Protocol):
     """What a recipe's `prepare.source` stands for."""
 
-    @property
-    def weights(self) -> Sequence[str]:
-        """Which of `model`, `vae` and `reward` the shards are a function of."""
-        ...
-
-    @property
-    def max_unreadable(self) -> int:
-        """How many records may have images that are unreadable."""
-        ...
-
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
-        ...
 
     def inputs(self) -> dict[str, Any]:
         """Its choices that the shards are a function of; the keys are part of their hash."""
-        ...
 
     def ranked_by(self) -> RewardSource:
         """What the manifest says of the reward, with a hash of the weights that it holds now."""
-        ...
 
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         """Images scored and paired, the same on every rank. DataError if they give no pair."""
-        ...
 
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int] | None:
         """Of rows that were read: their number, and what became of those that are no pair."""
-        ...
 
     def chosen(self, pairs: np.ndarray, fills: Sequence[TierShards], count: int) -> list[int]:
         """Numbers of ``count`` pairs for whose captions the contact sheet has a row."""
-        ...
 
     def shown(self, ranked: Ranked, pairs: np.ndarray) -> list[int]:
         """Images for the contact sheet, of a caption with these pairs; none: those of the pairs
         that are shown.
         """
-        ...

@@ -30,7 +30,7 @@ from ..sources.pictures import Tolerance
 from .imported import ImportedPairs, listed
 from .latents import Latents, Pixels
 from .parts import PairSource, Ranked
-from .sampled import CandidateParts, SampledPairs
+from .sampled import SampledPairs
 from .shard_set import (
     PAIR_KEYS,
     SHARD_KEYS,
@@ -53,8 +53,8 @@ class Preparation:
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
         self.shards_dir = folder_of_set(recipe)
-        is_sampled = isinstance(recipe.prepare.source, Generate | Masked)
-        kind = SampledPairs if is_sampled else ImportedPairs
+        self.is_sampled = isinstance(recipe.prepare.source, Generate | Masked)
+        kind = SampledPairs if self.is_sampled else ImportedPairs
         self.source: PairSource = kind(ranks, recipe, terminal)
         self.describe = self.source.describe
         self.inputs = self._inputs_hash()
@@ -76,9 +76,10 @@ class Preparation:
         manifest = finished_set(self.shards_dir, self.inputs, self.terminal)
         if manifest is None:
             return False
-        reward = self.source.ranked_by().fingerprint
-        hashes = {**self._load_backbone().fingerprints(), "reward": reward}
-        now = {name: hashes[name] for name in self.source.weights}
+        now = {**self._load_backbone().fingerprints()}
+        now["reward"] = self.source.ranked_by().fingerprint
+        if not self.is_sampled:
+            del now["model"]  # it drew nothing
         return is_of_these_weights(manifest, now, self.terminal)
 
     def _load_backbone(self) -> Backbone:
@@ -94,7 +95,7 @@ class Preparation:
         fingerprints = backbone.fingerprints()
         tune_for_sampling(self.recipe.speed, backbone)
 
-        tolerance = Tolerance(self.source.max_unreadable)
+        tolerance = Tolerance(getattr(self.recipe.prepare.source, "max_unreadable", 0))
         ranked = self.source.rank(backbone, tolerance)
         self._fill(ranked.made.pairs)  # too few for the lanes: said before hours of encoding
         images, pairs = self._encode(backbone, fingerprints["vae"], ranked, tolerance)
@@ -119,7 +120,7 @@ class Preparation:
     ) -> tuple[Latents | Pixels, np.ndarray]:
         """What the shards will hold of the pairs' images; those pairs whose images are readable."""
         pairs, kind, parts = ranked.made.pairs, self.recipe.data.format, ranked.parts
-        if kind == "raw" and isinstance(parts, CandidateParts):
+        if kind == "raw" and self.is_sampled:
             return Pixels(parts), pairs
         latents = Latents(self.run_dir / "latents", parts, vae, kind)
         wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))

@@ -96,14 +96,11 @@ class CandidateParts:
         mine = [p for p in found if p in self._records and np.isfinite(found[p]).any()]
         records = np.array([self._records[p] for p in mine], np.int64)
         scores = np.array([found[p] for p in mine], np.float32).reshape(len(mine), self.each)
-        return FoundScores(records, scores, [None] * len(mine))
+        return records, scores, [None] * len(mine)
 
 
 class SampledPairs:
     """`prepare.source` of type `generate` or `masked`."""
-
-    weights = ("model", "vae", "reward")
-    max_unreadable = 0
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         self.ranks = ranks

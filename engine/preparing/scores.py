@@ -119,15 +119,15 @@ class Scoring:
             if not path.exists():
                 continue
             try:
-                found = self.parts.scores_in(pq.read_table(path), self.source)
-                scores[found.records] = found.scores
+                records, found, why = self.parts.scores_in(pq.read_table(path), self.source)
+                scores[records] = found
             except (ValueError, OSError) as error:  # pyarrow's own errors are one or the other
                 raise DataError(
                     f"scores: {path} cannot be read ({error}): remove it", str(path), "damaged"
                 ) from None
-            known[found.records] = True
-            named = zip(found.records.tolist(), found.problems, strict=True)
-            problems.update({record: why for record, why in named if why is not None})
+            known[records] = True
+            named = zip(records.tolist(), why, strict=True)
+            problems.update({record: problem for record, problem in named if problem is not None})
         return scores, known, problems
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ...basics.keyed import Permutation, Stream, content_id
-from ...curriculum.labelled import PAIR, PairsMade
+from ...curriculum.labelled import PairsMade
+from ...curriculum.pairs import PAIR
 from ...recipe import Masked, Recipe
 from ...shards.manifest import RewardSource
 from ..candidates import Start, whole_prompts

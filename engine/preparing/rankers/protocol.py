@@ -23,24 +23,18 @@ class Ranker(Protocol):
 
     def describe(self) -> tuple[str, str]:
         """Images of a prompt, and what ranks them, for the head of the terminal."""
-        ...
 
     def inputs(self) -> dict[str, Any]:
         """Its choices that the shards are a function of; the keys are part of their hash."""
-        ...
 
     def source(self) -> RewardSource:
         """What the manifest says of it, with a hash of the weights that it holds now."""
-        ...
 
     def starts(self, prompt: str) -> list[Start]:
         """What each of a prompt's images starts from."""
-        ...
 
     def rank(self, parts: Parts) -> tuple[np.ndarray, PairsMade]:
         """Scores (N, K) float32 of all prompts' images, and their pairs; the same on every rank."""
-        ...
 
     def shown(self, scores: np.ndarray, pairs: np.ndarray) -> list[int]:
         """Images for the contact sheet, of a prompt that has these ``pairs``."""
-        ...

@@ -1,5 +1,6 @@
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,26 @@ from cdpo.engine.recipe import Curriculum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+
+class Pair(NamedTuple):
+    pair_id: int
+    tier: int
+    winner: int
+    loser: int
+    winner_rank: int
+    loser_rank: int
+    winner_score: float
+    loser_score: float
+
+
+def named(pairs: np.ndarray) -> list[Pair]:
+    return [Pair(*row[:4], *row[4], *row[5]) for row in pairs.tolist()]
+
+
+def pairs_of(prompt: str, scores: np.ndarray, curriculum: Curriculum, seed: int) -> list[Pair]:
+    return named(form_pairs(prompt, scores, curriculum, seed).pairs)
+
 
 SCORES = hnp.arrays(
     np.float32,
@@ -43,17 +64,17 @@ def test_the_tiers_partition_the_eligible_pairs(scores, curriculum):
         and scores[winner] > scores[loser]
         and float(scores[winner]) - float(scores[loser]) >= curriculum.min_score_gap
     }
-    found = [(pair.winner, pair.loser) for pair in formed.pairs]
+    found = [(pair.winner, pair.loser) for pair in named(formed.pairs)]
     assert len(found) == len(set(found)) == formed.num_eligible
     assert set(found) == eligible
-    assert all(1 <= pair.tier <= curriculum.tiers for pair in formed.pairs)
+    assert all(1 <= pair.tier <= curriculum.tiers for pair in named(formed.pairs))
     assert formed.dropped_candidates == np.count_nonzero(~np.isfinite(scores))
 
 
 @settings(deadline=None)
 @given(SCORES, CURRICULA, st.integers(0, 2**32 - 1))
 def test_winner_above_loser_within_the_budget_and_sorted(scores, curriculum, seed):
-    pairs = form_pairs("a cat", scores, curriculum, seed).pairs
+    pairs = pairs_of("a cat", scores, curriculum, seed)
     for pair in pairs:
         assert pair.winner_score > pair.loser_score
         assert pair.winner_rank < pair.loser_rank
@@ -70,7 +91,7 @@ def test_winner_above_loser_within_the_budget_and_sorted(scores, curriculum, see
 def test_a_larger_budget_keeps_what_a_smaller_one_kept(scores, curriculum):
     def kept(budget):
         sized = curriculum.model_copy(update={"pairs_per_prompt_per_tier": budget})
-        return {pair.pair_id for pair in form_pairs("a cat", scores, sized, 3).pairs}
+        return {pair.pair_id for pair in pairs_of("a cat", scores, sized, 3)}
 
     assert kept(1) <= kept(2) <= kept(5)
 
@@ -79,9 +100,7 @@ def test_a_larger_budget_keeps_what_a_smaller_one_kept(scores, curriculum):
 @given(SCORES, CURRICULA.filter(lambda c: c.difficulty == "rank_gap" and c.min_score_gap == 0))
 def test_rank_gap_ignores_monotone_changes_of_the_reward(scores, curriculum):
     def shape(values):
-        return [
-            (p.pair_id, p.tier, p.winner_rank) for p in form_pairs("x", values, curriculum, 0).pairs
-        ]
+        return [(p.pair_id, p.tier, p.winner_rank) for p in pairs_of("x", values, curriculum, 0)]
 
     with np.errstate(over="ignore", invalid="ignore"):
         stretched = np.where(np.isfinite(scores), np.exp(scores) + 8 * scores, np.nan)
@@ -104,7 +123,7 @@ def test_by_rank_only_the_order_of_scores_counts(scores, curriculum, data):
     other = [changed[value] if np.isfinite(value) else value for value in scores.tolist()]
 
     def formed(of):
-        pairs = form_pairs("a dog", np.asarray(of, np.float32), by_rank, 7).pairs
+        pairs = pairs_of("a dog", np.asarray(of, np.float32), by_rank, 7)
         return [(p.pair_id, p.tier, p.winner_rank, p.loser_rank) for p in pairs]
 
     assert formed(scores) == formed(other)
@@ -116,7 +135,7 @@ def test_ties_are_never_paired(scores, curriculum):
     doubled = np.concatenate([scores, scores])  # every candidate ties with its copy
     unlimited = curriculum.model_copy(update={"pairs_per_prompt_per_tier": 10**6})
     formed = form_pairs("a dog", doubled, unlimited, 0)
-    found = {(pair.winner, pair.loser) for pair in formed.pairs}
+    found = {(pair.winner, pair.loser) for pair in named(formed.pairs)}
     assert all(doubled[winner] > doubled[loser] for winner, loser in found)
     half = len(scores)
     first = {pair for pair in found if max(pair) < half}
@@ -134,7 +153,7 @@ def test_neither_order_of_prompts_nor_number_of_ranks_counts(
     scores, curriculum, world_size, chance
 ):
     """Ranks that share the prompts in any order form, together, what one rank forms."""
-    alone = {p: form_pairs(p, values, curriculum, 3).pairs for p, values in scores.items()}
+    alone = {p: pairs_of(p, values, curriculum, 3) for p, values in scores.items()}
     prompts = list(scores)
     chance.shuffle(prompts)
     together = {}
@@ -142,7 +161,7 @@ def test_neither_order_of_prompts_nor_number_of_ranks_counts(
         ranks = Ranks(rank, world_size, 0, torch.device("cpu"))
         for prompt in ranks.share(prompts):
             assert prompt not in together
-            together[prompt] = form_pairs(prompt, scores[prompt], curriculum, 3).pairs
+            together[prompt] = pairs_of(prompt, scores[prompt], curriculum, 3)
     assert together == alone
 
 
@@ -151,7 +170,7 @@ def test_tiers_hold_the_published_intervals(num_ranked):
     scores = np.random.default_rng(1).permutation(num_ranked).astype(np.float32)
     whole, num_tiers = num_ranked - 1, 5
     curriculum = Curriculum(tiers=num_tiers, pairs_per_prompt_per_tier=1000)
-    for pair in form_pairs("a dog", scores, curriculum, 0).pairs:
+    for pair in pairs_of("a dog", scores, curriculum, 0):
         gap = num_tiers * (pair.loser_rank - pair.winner_rank)
         assert whole * (num_tiers - pair.tier) < gap <= whole * (num_tiers - pair.tier + 1)
 
@@ -160,13 +179,15 @@ def test_eleven_candidates_by_hand():
     """M = 11, B = 5: tiers hold rank gaps 9-10, 7-8, 5-6, 3-4, 1-2."""
     scores = np.linspace(1, 0, 11, dtype=np.float32)
     unlimited = Curriculum(tiers=5, pairs_per_prompt_per_tier=1000)
-    for pair in form_pairs("a dog", scores, unlimited, 0).pairs:
+    for pair in pairs_of("a dog", scores, unlimited, 0):
         assert pair.tier == 5 - (pair.loser_rank - pair.winner_rank - 1) // 2
 
 
 def test_failed_rewards_are_dropped_before_ranks_are_given():
     pairs = form_pairs("x", np.array([3, np.nan, 1, np.inf]), Curriculum(tiers=1), 0)
-    assert [(p.winner, p.loser, p.winner_rank, p.loser_rank) for p in pairs.pairs] == [(0, 2, 1, 2)]
+    assert [(p.winner, p.loser, p.winner_rank, p.loser_rank) for p in named(pairs.pairs)] == [
+        (0, 2, 1, 2)
+    ]
     assert pairs.dropped_candidates == 2
     assert not pairs.all_tied
 
@@ -177,7 +198,7 @@ def test_failed_rewards_are_dropped_before_ranks_are_given():
 )
 def test_ties_and_too_few(scores, all_tied):
     formed = form_pairs("x", np.array(scores, dtype=np.float32), Curriculum(), 0)
-    assert formed.pairs == []
+    assert named(formed.pairs) == []
     assert formed.all_tied is all_tied
 
 
@@ -185,12 +206,12 @@ def test_the_budget_is_drawn_by_prompt_and_seed_and_nothing_else():
     scores = np.random.default_rng(0).normal(size=30).astype(np.float32)
     curriculum = Curriculum(pairs_per_prompt_per_tier=4)
     prompts = [f"prompt {number}" for number in range(6)]
-    forward = {p: form_pairs(p, scores, curriculum, 5).pairs for p in prompts}
-    backward = {p: form_pairs(p, scores, curriculum, 5).pairs for p in reversed(prompts)}
+    forward = {p: pairs_of(p, scores, curriculum, 5) for p in prompts}
+    backward = {p: pairs_of(p, scores, curriculum, 5) for p in reversed(prompts)}
     assert forward == backward
     drawn = {tuple((p.winner, p.loser) for p in pairs) for pairs in forward.values()}
     assert len(drawn) == len(prompts)
-    assert form_pairs(prompts[0], scores, curriculum, 6).pairs != forward[prompts[0]]
+    assert pairs_of(prompts[0], scores, curriculum, 6) != forward[prompts[0]]
 
 
 def test_every_pair_of_a_tier_has_the_same_chance():
@@ -199,7 +220,7 @@ def test_every_pair_of_a_tier_has_the_same_chance():
     counts = Counter(
         (pair.winner, pair.loser)
         for seed in range(1200)
-        for pair in form_pairs("x", scores, curriculum, seed).pairs
+        for pair in pairs_of("x", scores, curriculum, seed)
     )
     assert len(counts) == 28
     statistic = sum((count - 300) ** 2 / (300 * 0.75) for count in counts.values()) * 27 / 28
@@ -213,4 +234,4 @@ def test_five_hundred_candidates_are_quick():
     formed = form_pairs("a dog", scores, Curriculum(), 0)
     assert time.process_time() - start < 1
     assert formed.num_eligible == 500 * 499 // 2
-    assert len(formed.pairs) == 5 * 32
+    assert len(named(formed.pairs)) == 5 * 32

@@ -4,7 +4,6 @@ often it was killed.
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,19 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import webdataset
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.preparing import imported, latents, scores, shard_set
-from cdpo.engine.preparing.imported import Importing
+from cdpo.engine.preparing import imported, latents
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.sample import PairMeta
 from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
 from PIL import Image
+from prepared import contents, is_finished, pairs_of, prepare
+from refusals import refused
 
 ROWS = [preferences.judged(number) for number in range(60)]
 DECIDED = [row for row in ROWS if row.label_0 != 0.5]
@@ -40,26 +37,6 @@ PAIRED = (
 )
 WINNERS = ("prepare.source.images=[winner,loser]", "prepare.source.label=null")
 RANKED = ("prepare.source.type=ranked", "data.lanes=1")
-
-
-def run(recipe: Recipe, ranks: Ranks, terminal: Terminal | None = None) -> Path:
-    preparation = Importing(ranks, recipe, terminal or Terminal(enabled=False))
-    assert not preparation.is_finished
-    preparation.run()
-    return preparation.shards_dir
-
-
-def contents(shards: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(shards.iterdir())}
-
-
-def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:
-    found = []
-    for path in sorted(shards.glob("*.tar")):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-            meta = PairMeta.model_validate_json(sample["json"])
-            found.append((meta, np.load(io.BytesIO(sample["latents.npy"]))))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +66,7 @@ def plain(tiny_world: Path, parquet: Path, tmp_path_factory: pytest.TempPathFact
 
     run_dir = tmp_path_factory.mktemp("plain") / "run"
     mine = [f"run_dir={run_dir}", *PAIRED, f"prepare.source.path={parquet}"]
-    return run(load_recipe(tiny_world / "recipe.yaml", mine), Ranks(0, 1, 0, CPU))
+    return prepare(load_recipe(tiny_world / "recipe.yaml", mine), Ranks(0, 1, 0, CPU))
 
 
 # What comes out
@@ -161,7 +138,7 @@ def test_every_form_gives_the_same_pairs(plain, paired, ranks, tmp_path, form):
         "folder": preferences.write_folder,
     }
     path = write[form](tmp_path / ("data" if form == "folder" else f"data.{form}"), ROWS)
-    shards = run(paired(*(() if form == "tar" else WINNERS), path=path), ranks)
+    shards = prepare(paired(*(() if form == "tar" else WINNERS), path=path), ranks)
 
     def facts(folder: Path) -> dict[tuple[object, ...], tuple[int, np.ndarray]]:
         return {(m.prompt, m.scores): (m.tier, latents) for m, latents in pairs_of(folder)}
@@ -179,7 +156,7 @@ def test_every_format_holds_the_same_pairs(plain, paired, ranks, tiny_backbone):
     """Moments whose mean is the latents, and pixels that have these latents."""
     latents = {meta.pair_id: (meta, pair) for meta, pair in pairs_of(plain)}
     for kind in ("moments", "raw"):
-        folder = run(paired(f"data.format={kind}", run=kind), ranks)
+        folder = prepare(paired(f"data.format={kind}", run=kind), ranks)
         manifest = load_manifest(folder)
         readers = ShardReaders(folder, manifest)
         assert (manifest.kind, manifest.num_pairs) == (kind, len(latents))
@@ -199,7 +176,7 @@ def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_p
     path = preferences.write_ranked(tmp_path / "ranked.parquet")
     monkeypatch.setattr(imported, "load_reward", lambda *_: pytest.fail("loaded"))
     recipe = tiny_recipe(*RANKED, f"prepare.source.path={path}")
-    shards = run(recipe, ranks)
+    shards = prepare(recipe, ranks)
     manifest = load_manifest(shards)
     assert (manifest.reward.type, manifest.reward.path) == ("given", "score")
     assert manifest.statistics.prompts == 4 and manifest.statistics.candidates == 24
@@ -212,19 +189,19 @@ def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_p
         for meta, _ in found:
             assert meta.scores[0] > meta.scores[1]
             assert meta.ranks == (6 - meta.scores[0], 6 - meta.scores[1])
-    assert Importing(ranks, recipe, Terminal(enabled=False)).is_finished
+    assert is_finished(recipe, ranks)
 
 
 def test_ranked_images_may_be_scored_by_the_reward(tiny_recipe, ranks, tmp_path):
     path = preferences.write_ranked(tmp_path / "ranked.parquet", scores=False)
     mine = (*RANKED, f"prepare.source.path={path}", "prepare.source.score=null")
-    assert load_manifest(run(tiny_recipe(*mine), ranks)).reward.type == "clip_score"
+    assert load_manifest(prepare(tiny_recipe(*mine), ranks)).reward.type == "clip_score"
 
 
 def test_held_out_captions_are_not_trained_on(paired, ranks, tmp_path):
     (tmp_path / "heldout.txt").write_text(f"{DECIDED[0].caption}\nrocket\n")
     mine = [f"prompts.heldout={tmp_path / 'heldout.txt'}", "prompts.train=null"]
-    shards = run(paired(*mine), ranks)
+    shards = prepare(paired(*mine), ranks)
     imported = load_manifest(shards).statistics.imported
     same = sum(row.caption == DECIDED[0].caption for row in ROWS)
     assert imported is not None and imported["held-out prompt"] == same >= 1
@@ -234,69 +211,10 @@ def test_held_out_captions_are_not_trained_on(paired, ranks, tmp_path):
 # Again
 
 
-@pytest.mark.parametrize(
-    ("override", "finished"),
-    [
-        ("seed=4", False),
-        ("reward.path=elsewhere", False),
-        ("curriculum.tiers=2", False),
-        ("prepare.source.on_disagreement=drop", False),
-        ("prepare.source.limit=50", False),
-        ("train.steps=99", True),
-        ("prepare.sampler.steps=3", True),
-        ("prepare.source.max_unreadable=3", True),
-        ("prompts.train=null", True),
-    ],
-)
-def test_only_what_decides_the_shards_makes_them_stale(plain, paired, ranks, override, finished):
-    recipe = paired(f"run_dir={plain.parent}", override)
-    before = contents(plain.parent / "source")
-    preparation = Importing(ranks, recipe, Terminal(enabled=False))
-    assert preparation.is_finished == finished
-    for name, data in before.items():
-        (plain.parent / "source" / name).write_bytes(data)
-
-
 def test_a_copy_of_the_data_elsewhere_is_the_same_data(plain, paired, parquet, ranks, tmp_path):
     shutil.copytree(plain.parent, tmp_path / "run")
     shutil.copytree(parquet, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert Importing(ranks, paired(path=tmp_path / "copy"), Terminal(enabled=False)).is_finished
-
-
-@pytest.mark.parametrize(
-    ("module", "place", "passage"),
-    [
-        (scores, "prepare.part", 2),
-        (imported, "prepare.scored", 1),
-        (latents, "prepare.latents", 3),
-        (shard_set, "prepare.shard", 4),
-    ],
-)
-def test_killed_and_started_again(plain, paired, ranks, monkeypatch, module, place, passage):
-    """The same bytes, and nothing is scored or encoded twice but the part in flight."""
-    passages: list[str] = []
-    decoded: list[int] = []
-    load_records = scores.load_records
-
-    def die(name: str) -> None:
-        passages.append(name)
-        if passages.count(place) == passage:
-            raise KeyboardInterrupt
-
-    def counted(reader, part, wanted, resolution):
-        decoded.append(len(wanted))
-        return load_records(reader, part, wanted, resolution)
-
-    for patched in (scores, latents):
-        monkeypatch.setattr(patched, "load_records", counted)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "failpoint", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(paired(), ranks)
-    assert not (Path(paired().run_dir) / "shards" / "manifest.json").exists()
-    shards = run(paired(), ranks)
-    assert contents(shards) == contents(plain)
-    assert sum(decoded) == 2 * len(DECIDED)  # once to score, once to encode
+    assert is_finished(paired(path=tmp_path / "copy"), ranks)
 
 
 def test_two_ranks_write_what_one_writes(plain, server, tiny_world, parquet, tmp_path):
@@ -323,18 +241,16 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_an_unreadable_image_stops_the_import_and_is_named(paired, ranks, damaged):
-    with pytest.raises(DataError) as caught:
-        run(paired(path=damaged), ranks)
-    assert str(caught.value) == (
-        f"{damaged} row 3: jpg_1: is no image of JPEG, PNG, WEBP "
-        "(prepare.source.max_unreadable=N leaves out up to N such rows)"
-    )
-    with pytest.raises(DataError, match=r"first of over prepare\.source\.max_unreadable=1 such"):
-        run(paired("prepare.source.max_unreadable=1", path=damaged), ranks)
+    with refused(
+        DataError, "unreadable", "prepare.source.max_unreadable", wording="unreadable-image"
+    ):
+        prepare(paired(path=damaged), ranks)
+    with refused(DataError, "unreadable", "prepare.source.max_unreadable"):
+        prepare(paired("prepare.source.max_unreadable=1", path=damaged), ranks)
 
 
 def test_unreadable_images_may_be_left_out_and_are_counted(paired, ranks, damaged):
-    shards = run(paired("prepare.source.max_unreadable=2", path=damaged), ranks)
+    shards = prepare(paired("prepare.source.max_unreadable=2", path=damaged), ranks)
     imported = load_manifest(shards).statistics.imported
     assert imported is not None and imported["unreadable images"] == 2
     assert "without a score" not in imported
@@ -351,9 +267,9 @@ def test_unreadable_images_with_given_scores_are_met_when_they_are_encoded(
     rows[2]["image"]["bytes"] = b"no image"
     pq.write_table(pq.read_table(path).from_pylist(rows), path, row_group_size=5)
     mine = (*RANKED, f"prepare.source.path={path}")
-    with pytest.raises(DataError, match=r"ranked\.parquet row 2: image: is no image of"):
-        run(tiny_recipe(*mine), ranks)
-    shards = run(tiny_recipe(*mine, "prepare.source.max_unreadable=1"), ranks)
+    with refused(DataError, "unreadable", "prepare.source.max_unreadable"):
+        prepare(tiny_recipe(*mine), ranks)
+    shards = prepare(tiny_recipe(*mine, "prepare.source.max_unreadable=1"), ranks)
     imported = load_manifest(shards).statistics.imported
     assert imported == {"rows": 24, "unreadable images": 1}
     assert all(f"#{2}/" not in name for meta, _ in pairs_of(shards) for name in meta.images)
@@ -386,10 +302,8 @@ def test_memory_does_not_grow_with_the_data(paired, ranks, tmp_path, monkeypatch
                 most.append(resident())
             yield record
 
-    for module in (scores, latents):
-        monkeypatch.setattr(module, "load_records", watched)
-    monkeypatch.setattr(imported, "draw_import_sheet", lambda *_: None)
-    run(paired(path=path), ranks)
+    monkeypatch.setattr(imported, "load_records", watched)
+    prepare(paired("prepare.contact_sheet_prompts=0", path=path), ranks)
     assert len(most) == 2 * (16 + 16 + 16 + 2) and max(most) - before[0] < 100e6
 
 
@@ -407,14 +321,12 @@ def test_labels_that_the_reward_all_contradicts_are_no_pairs(tiny_recipe, ranks,
     lines = ["winner,loser,caption,w,l", *["a.png,b.png,x,1,2"] * 5, *["a.png,b.png,x,,2"] * 2]
     path.write_text("\n".join(lines))
     mine = (*PAIRED[:3], *WINNERS, f"prepare.source.path={path}", "prepare.source.scores=[w,l]")
-    with pytest.raises(DataError) as caught:
-        run(tiny_recipe(*mine), ranks)
-    assert "no pairs in 7 rows: 2 without a score, 5 scores contradict the label" in str(
-        caught.value
-    )
+    with refused(DataError, "empty", "prepare.source.path") as caught:
+        prepare(tiny_recipe(*mine), ranks)
+    assert "7 rows: 2 without a score, 5 scores contradict the label" in str(caught.value)
 
 
 def test_too_few_pairs_for_the_lanes_is_said_before_anything_is_encoded(paired, ranks, monkeypatch):
-    monkeypatch.setattr(latents.PictureLatents, "run", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(latents.Latents, "run", lambda *_: pytest.fail("encoded"))
     with pytest.raises(DataError, match=r"tier 1 has 1 pairs, but each of data\.lanes=2 needs one"):
-        run(paired("prepare.source.limit=3"), ranks)
+        prepare(paired("prepare.source.limit=3"), ranks)

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 from cdpo.engine.basics.errors import DataError
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.preparing.candidates import CandidateSet
-from cdpo.engine.preparing.latents import LatentStore
+from cdpo.engine.preparing.latents import Latents
+from cdpo.engine.preparing.sampled import CandidateParts
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.sources.pictures import Tolerance
 from PIL import Image
+from refusals import refused
+from safetensors.torch import save_file
 from torch import Tensor
 
 PROMPT = "a dog"
@@ -47,6 +53,22 @@ def candidates(folder: Path, seed: int = 0) -> CandidateSet:
     return images
 
 
+@pytest.fixture
+def encode(
+    tmp_path: Path, backbone: CountingBackbone, ranks: Ranks, terminal: Terminal
+) -> Callable[..., Latents]:
+    """Encode some candidates of the prompt."""
+
+    def run(chosen: list[int], seed: int = 0, vae: str = "vae", batch_size: int = 8) -> Latents:
+        parts = CandidateParts([PROMPT], candidates(tmp_path, seed), (16, 16))
+        latents = Latents(tmp_path / "latents", parts, vae)
+        lost = latents.run(backbone, np.array(chosen), batch_size, ranks, Tolerance(0), terminal)
+        assert len(lost) == 0
+        return latents
+
+    return run
+
+
 def expected(backbone: CountingBackbone, seed: int, candidate: int) -> np.ndarray:
     [latents] = backbone.backbone.encode_images(pictures(seed)[candidate : candidate + 1])
     return latents.half().numpy()
@@ -57,74 +79,70 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found.astype(float), wanted.astype(float), rtol=2**-10, atol=1e-6)
 
 
-def test_a_pair_is_the_winner_then_the_loser_in_half_precision(tmp_path, backbone):
-    store = LatentStore(tmp_path / "latents", candidates(tmp_path), "vae")
-    store.encode(backbone, PROMPT, [0, 2, 3], batch_size=2)
+def test_an_image_is_in_half_precision_with_its_framing(encode, backbone):
+    latents = encode([0, 2, 3], batch_size=2)
     assert backbone.calls == [2, 1]
-    pair = store.pair(PROMPT, winner=3, loser=0)
-    assert pair.shape == (2, 4, 8, 8) and pair.dtype == np.float16
-    assert_close(pair[0], expected(backbone, 0, 3))
-    assert_close(pair[1], expected(backbone, 0, 0))
-    assert not np.array_equal(pair[0], pair[1])
+    for candidate in (3, 0):
+        found, framing = latents.image(candidate)
+        assert found.shape == (4, 8, 8) and found.dtype == np.float16
+        assert framing == ((16, 16), (0, 0))
+        assert_close(found, expected(backbone, 0, candidate))
+    assert not np.array_equal(latents.image(0)[0], latents.image(3)[0])
 
 
-def test_encoded_once(tmp_path, backbone):
-    images = candidates(tmp_path)
-    LatentStore(tmp_path / "latents", images, "vae").encode(backbone, PROMPT, [0, 2], 8)
-    LatentStore(tmp_path / "latents", images, "vae").encode(backbone, PROMPT, [0, 2], 8)
+def test_encoded_once(encode, backbone):
+    encode([0, 2])
+    encode([0, 2])
     assert backbone.calls == [2]
 
 
-def test_encoded_again_with_another_vae_or_for_other_candidates(tmp_path, backbone):
-    images = candidates(tmp_path)
+def test_encoded_again_with_another_vae_or_for_other_candidates(encode, backbone):
     for vae, chosen in [("vae", [0, 2]), ("other", [0, 2]), ("other", [0, 1, 2])]:
-        LatentStore(tmp_path / "latents", images, vae).encode(backbone, PROMPT, chosen, 8)
+        encode(chosen, vae=vae)
     assert backbone.calls == [2, 2, 3]
 
 
-def test_encoded_again_when_the_images_were_sampled_again(tmp_path, backbone):
+def test_encoded_again_when_the_images_were_sampled_again(encode, backbone):
     """Killed while encoding, then started with another seed or guidance: the old latents would be
     latents of other images.
     """
-    LatentStore(tmp_path / "latents", candidates(tmp_path, seed=0), "vae").encode(
-        backbone, PROMPT, [0, 2], 8
-    )
-    store = LatentStore(tmp_path / "latents", candidates(tmp_path, seed=1), "vae")
-    store.encode(backbone, PROMPT, [0, 2], 8)
-    assert_close(store.pair(PROMPT, 2, 0)[0], expected(backbone, 1, 2))
+    encode([0, 2], seed=0)
+    assert_close(encode([0, 2], seed=1).image(2)[0], expected(backbone, 1, 2))
 
 
-@pytest.mark.parametrize("content", [b"", b"half a file", None])
-def test_a_file_that_was_not_finished_is_written_again(tmp_path, backbone, content):
-    store = LatentStore(tmp_path / "latents", candidates(tmp_path), "vae")
-    store.encode(backbone, PROMPT, [0, 2], 8)
+@pytest.mark.parametrize("content", [b"", b"half a file", None, "of an older version"])
+def test_a_file_that_was_not_finished_is_written_again(tmp_path, encode, backbone, content):
+    encode([0, 2])
     [path] = (tmp_path / "latents").iterdir()
-    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
-    again = LatentStore(tmp_path / "latents", store.images, "vae")
-    again.encode(backbone, PROMPT, [0, 2], 8)
-    assert_close(again.pair(PROMPT, 2, 0)[1], expected(backbone, 0, 0))
+    if content == "of an older version":  # which kept candidates, and named them in the metadata
+        made_of = {"vae": "vae", "kind": "latents", "images": "0" * 64, "candidates": "0,2"}
+        save_file({"latents": torch.zeros(2, 4, 8, 8).half()}, path, metadata=made_of)
+    else:
+        path.write_bytes(path.read_bytes()[:-10] if content is None else content)
+    assert_close(encode([0, 2]).image(0)[0], expected(backbone, 0, 0))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, backbone, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, encode, monkeypatch):
+    candidates(tmp_path)
+
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store = LatentStore(tmp_path / "latents", candidates(tmp_path), "vae")
+    monkeypatch.setattr(CandidateSet, "write", lambda *_: None)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"cannot write .*\.safetensors: No space left on device"):
-        store.encode(backbone, PROMPT, [0, 2], 8)
+    with refused(DataError, "unwritable"):
+        encode([0, 2])
     assert list((tmp_path / "latents").iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70_000.0])
-def test_latents_that_half_precision_cannot_hold_are_refused(tmp_path, backbone, bad):
+def test_latents_that_half_precision_cannot_hold_are_refused(tmp_path, encode, backbone, bad):
     def spoil(latents: Tensor) -> Tensor:
         latents[-1, 0, 0, 0] = bad
         return latents
 
     backbone.change = spoil
-    store = LatentStore(tmp_path / "latents", candidates(tmp_path), "vae")
-    with pytest.raises(DataError, match="latents of 'a dog' overflow half precision or are NaN"):
-        store.encode(backbone, PROMPT, [0, 2], 8)
+    with refused(DataError, "non-finite", "model.vae"):
+        encode([0, 2])
     assert list((tmp_path / "latents").iterdir()) == []
     assert torch.isfinite(backbone.backbone.encode_images(pictures(0))).all()

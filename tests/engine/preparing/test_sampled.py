@@ -16,42 +16,20 @@ import webdataset
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.preparing import candidates, latents, sampled, shard_set
+from cdpo.engine.preparing import preparation, shard_set
 from cdpo.engine.preparing.candidates import CandidateSet
+from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.preparing.rankers import reward as reward_ranker
-from cdpo.engine.preparing.sampled import Preparation
 from cdpo.engine.ranks import Ranks
-from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import Manifest, load_manifest
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.sample import PairMeta
 from PIL import Image
+from prepared import candidate_of, contents, is_finished, pairs_of, prepare
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 CANDIDATES, TIERS, BUDGET = 6, 3, 6  # of the tiny recipe
-
-
-def prepare(recipe: Recipe, ranks: Ranks, terminal: Terminal | None = None) -> Path:
-    """Run stage 1; returns the folder of shards."""
-    preparation = Preparation(ranks, recipe, terminal or Terminal(enabled=False))
-    assert not preparation.is_finished
-    preparation.run()
-    return preparation.shards_dir
-
-
-def contents(shards: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(shards.iterdir())}
-
-
-def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:
-    """Everything in the shards, through webdataset's own reader."""
-    found = []
-    for path in sorted(shards.glob("*.tar")):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-            meta = PairMeta.model_validate_json(sample["json"])
-            found.append((meta, np.load(io.BytesIO(sample["latents.npy"]))))
-    return found
 
 
 def scores_in(run_dir: Path) -> dict[str, np.ndarray]:
@@ -59,10 +37,6 @@ def scores_in(run_dir: Path) -> dict[str, np.ndarray]:
     for row in pq.read_table(run_dir / "scores.parquet").to_pylist():
         scores.setdefault(row["prompt"], []).append(row["score"])
     return {prompt: np.asarray(values) for prompt, values in scores.items()}
-
-
-def candidate_of(image: str) -> int:
-    return int(image.rpartition("-")[2])
 
 
 class FakeReward:
@@ -201,33 +175,6 @@ def test_what_else_is_left_behind(plain):
 # Again
 
 
-def test_a_finished_set_is_recognised(plain, tiny_recipe, ranks, terminal):
-    assert Preparation(ranks, tiny_recipe(f"run_dir={plain}"), terminal).is_finished
-
-
-@pytest.mark.parametrize(
-    ("override", "finished"),
-    [
-        ("seed=4", False),
-        ("reward.path=elsewhere", False),
-        ("curriculum.tiers=2", False),
-        ("curriculum.min_score_gap=0.1", False),
-        ("prepare.sampler.steps=3", False),
-        ("data.lanes=1", False),
-        ("prompts.limit=3", False),
-        ("train.steps=99", True),
-        ("curriculum.order=random", True),
-        ("prepare.batch_size=3", True),
-        ("reward.batch_size=3", True),
-    ],
-)
-def test_only_what_decides_the_shards_makes_them_stale(
-    plain, tiny_recipe, ranks, terminal, override, finished
-):
-    recipe = tiny_recipe(f"run_dir={plain}", override)
-    assert Preparation(ranks, recipe, terminal).is_finished == finished
-
-
 def shard_is_missing(shards: Path) -> None:
     next(shards.glob("*.tar")).unlink()
 
@@ -268,39 +215,11 @@ def test_other_tars_in_the_folder_are_left_alone(tiny_recipe, ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "place", "passage"),
-    [
-        (candidates, "prepare.candidates", 3),
-        (reward_ranker, "prepare.scored", 1),
-        (latents, "prepare.latents", 2),
-        (shard_set, "prepare.shard", 4),
-    ],
-)
-def test_killed_at_a_fail_point_and_started_again(
-    plain, tiny_recipe, ranks, monkeypatch, module, place, passage
-):
-    passages = []
-
-    def die(name: str) -> None:
-        passages.append(name)
-        if passages.count(place) == passage:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "failpoint", die)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tiny_recipe(), ranks)
-    assert not (Path(tiny_recipe().run_dir) / "shards" / "manifest.json").exists()
-    monkeypatch.undo()
-    shards = prepare(tiny_recipe(), ranks)
-    assert contents(shards) == contents(plain / "shards")
-
-
-@pytest.mark.parametrize(
     ("module", "function"),
     [
         (shard_set, "write_shard"),
-        (sampled, "draw_contact_sheet"),
-        (sampled, "save_manifest"),
+        (preparation, "draw_contact_sheet"),
+        (preparation, "save_manifest"),
     ],
 )
 def test_killed_in_between_and_started_again(
@@ -386,7 +305,7 @@ def test_a_prompt_whose_candidates_all_tie_is_skipped_and_counted(
 @pytest.mark.parametrize("score", [0.5, float("nan")])
 def test_no_pairs_at_all_is_an_error_and_leaves_no_manifest(tiny_recipe, ranks, reward, score):
     reward(lambda prompt, red: score)
-    with pytest.raises(DataError, match=r"no pairs in 7 prompts: .*tie.*no finite reward"):
+    with refused(DataError, "empty", "curriculum.min_score_gap"):
         prepare(tiny_recipe(), ranks)
     assert not (Path(tiny_recipe().run_dir) / "shards" / "manifest.json").exists()
 
@@ -419,7 +338,7 @@ def test_weights_that_change_under_the_same_path_make_the_set_stale(
         f"model.path={tmp_path / 'world' / 'sd'}", f"reward.path={tmp_path / 'world' / 'reward'}"
     )
     prepare(recipe, ranks)
-    assert Preparation(ranks, recipe, Terminal()).is_finished
+    assert is_finished(recipe, ranks)
     weights = next((tmp_path / "world" / part).glob("*.safetensors"))
     tensors = load_file(weights)
     name = next(iter(tensors))

@@ -12,11 +12,13 @@ import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.preparing import scores
 from cdpo.engine.preparing.candidates import CandidateSet
+from cdpo.engine.preparing.sampled import CandidateParts
 from cdpo.engine.preparing.scores import Scoring
 from cdpo.engine.ranks import Ranks
+from cdpo.engine.sources.pictures import Tolerance
 from PIL import Image
+from refusals import refused
 
 PROMPTS = ["a dog", "a cat", "a café", "a cow"]
 COUNT = 3
@@ -55,7 +57,9 @@ def score(
     def run(
         reward: RedReward, prompts: Sequence[str] = PROMPTS, source: str = "red"
     ) -> dict[str, np.ndarray]:
-        return Scoring(tmp_path, source, ranks).run(reward, images, prompts, terminal)
+        parts = CandidateParts(prompts, images, (4, 4))
+        found = Scoring(tmp_path, source, parts, ranks).run(reward, 2, Tolerance(0), terminal)
+        return dict(zip(prompts, found, strict=True))
 
     return run
 
@@ -97,18 +101,17 @@ def test_what_is_scored_is_not_scored_again(score):
     assert reward.scored == []
 
 
-def test_prompts_no_longer_asked_for_go_and_order_follows_the_question(score):
+def test_prompts_no_longer_asked_for_go_and_order_follows_the_question(score, tmp_path):
     score(RedReward())
     fewer = [PROMPTS[2], PROMPTS[0]]
-    assert list(score(RedReward(), fewer)) == fewer
+    assert as_lists(score(RedReward(), fewer)) == expected(fewer)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table["prompt"].to_pylist() == [prompt for prompt in fewer for _ in range(COUNT)]
 
 
 @pytest.mark.parametrize("passage", [2, 4])
 def test_killed_while_scoring(score, tmp_path, monkeypatch, passage):
-    """Parts that were written count. Half a part that was being written does no harm, even if it
-    is never written again (here a part is larger the second time, as on fewer ranks).
-    """
-    monkeypatch.setattr(scores, "PROMPTS_PER_PART", 1)
+    """Parts that were written count. Half a part that was being written does no harm."""
     written = []
 
     def write_and_die(table: pa.Table, sink: pa.NativeFile) -> None:
@@ -180,7 +183,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(score, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"cannot write .*\.parquet: No space left on device"):
+    with refused(DataError, "unwritable"):
         score(RedReward())
     assert list((tmp_path / "scores").iterdir()) == []
 
@@ -206,7 +209,8 @@ def other_types(path: Path) -> None:
 @pytest.mark.parametrize("damage", [spoil, drop_column, drop_rows, other_types])
 def test_a_damaged_table_is_named(score, tmp_path, damage):
     score(RedReward())
-    damage(tmp_path / "scores.parquet")
-    with pytest.raises(DataError, match=r"scores\.parquet cannot be read .*remove it") as caught:
+    path = tmp_path / "scores.parquet"
+    damage(path)
+    with refused(DataError, "damaged", str(path)) as caught:
         score(RedReward())
     assert "\n" not in str(caught.value)

@@ -18,12 +18,12 @@ import torch
 import webdataset
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models.masking import PromptMask
 from cdpo.engine.preparing import candidates
 from cdpo.engine.preparing.candidates import CandidateSet
-from cdpo.engine.preparing.rankers.masked import MaskedRanker
 from cdpo.engine.preparing.preparation import Preparation
+from cdpo.engine.preparing.rankers.masked import MaskedRanker
+from cdpo.engine.preparing.sampled import CandidateParts
 from cdpo.engine.preparing.shard_tools.command import main as shard_tools
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
@@ -32,6 +32,7 @@ from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.sample import PairMeta
 from launching import ForkServer, losses
 from PIL import Image
+from prepared import candidate_of, contents, prepare
 
 SHARES = (0.9, 0.5, 0.1)
 WINNERS, BUDGET = 4, 3
@@ -43,18 +44,6 @@ MASKED = (
     "reward.path=nowhere",  # it is not loaded
 )
 PER_PROMPT = WINNERS + len(SHARES) * BUDGET
-
-
-def prepare(recipe: Recipe) -> Path:
-    ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    preparation = Preparation(ranks, recipe, Terminal(enabled=False))
-    assert not preparation.is_finished
-    preparation.run()
-    return preparation.shards_dir
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def metas(shards: Path) -> list[PairMeta]:
@@ -72,15 +61,12 @@ def images_of(run_dir: Path, prompt: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(sample["png"]))).astype(int) for sample in samples]
 
 
-def candidate_of(image: str) -> int:
-    return int(image.rpartition("-")[2])
-
-
 @pytest.fixture(scope="module")
 def plain(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an undisturbed stage 1: not to be written to."""
     run_dir = tmp_path_factory.mktemp("masked") / "run"
-    prepare(load_recipe(tiny_world / "recipe.yaml", [f"run_dir={run_dir}", *MASKED]))
+    recipe = load_recipe(tiny_world / "recipe.yaml", [f"run_dir={run_dir}", *MASKED])
+    prepare(recipe, Ranks(0, 1, 0, torch.device("cpu")))
     return run_dir
 
 
@@ -151,10 +137,15 @@ def ranker(recipe: Callable[..., Recipe], *overrides: str) -> MaskedRanker:
     return MaskedRanker(recipe(*MASKED, *overrides))
 
 
+def parts_of(ranker: MaskedRanker) -> CandidateParts:
+    return CandidateParts(["tree"], CandidateSet(Path(), {"count": ranker.count}), (16, 16))
+
+
 def test_a_larger_budget_keeps_the_pairs_of_a_smaller_one(tiny_recipe):
     def pairs(*overrides: str) -> set[int]:
-        found = ranker(tiny_recipe, *overrides).rank(CandidateSet(Path(), {}), ["tree"])["tree"]
-        return {pair.pair_id for pair in found.outcome.pairs}
+        one = ranker(tiny_recipe, *overrides)
+        _, made = one.rank(parts_of(one))
+        return set(made.pairs["id"].tolist())
 
     small, large = pairs("curriculum.pairs_per_prompt_per_tier=1"), pairs()
     assert len(small) == 3 and len(large) == 9 and small < large
@@ -172,13 +163,14 @@ def test_losers_have_noise_of_their_own_where_the_recipe_says_so(tiny_recipe):
     assert Counter(start.masked for start in own) == {0.0: WINNERS, **dict.fromkeys(SHARES, BUDGET)}
 
 
-def test_the_sheet_shows_a_winner_and_its_losers_from_near_to_far(tiny_recipe):
+def test_the_sheet_shows_a_winner_and_its_losers(tiny_recipe):
     every = ranker(tiny_recipe, "curriculum.pairs_per_prompt_per_tier=4")
-    found = every.rank(CandidateSet(Path(), {}), ["tree"])["tree"]
-    assert found.shown[0] < WINNERS and len(found.shown) == 1 + len(SHARES)
-    assert found.scores[list(found.shown)].tolist() == pytest.approx([0, -0.1, -0.5, -0.9])
+    scores, made = every.rank(parts_of(every))
+    shown = every.shown(scores, made.pairs)
+    assert shown[0] < WINNERS and len(shown) == 1 + len(SHARES)
+    assert sorted(scores[0, shown].tolist()) == pytest.approx([-0.9, -0.5, -0.1, 0])
     winners = [start.mask or start.noise for start in every.starts("tree")]
-    assert len({winners[candidate] for candidate in found.shown}) == 1
+    assert len({winners[candidate] for candidate in shown}) == 1
 
 
 def test_the_head_of_the_terminal_says_how_they_are_ranked(plain, tiny_recipe, ranks, terminal):
@@ -187,29 +179,7 @@ def test_the_head_of_the_terminal_says_how_they_are_ranked(plain, tiny_recipe, r
     assert said["rank by"].startswith("masked prompts: losers with 0.9, 0.5, 0.1 of")
 
 
-# --------------------------------------------------------------------------------------------------
-# Again
-
-
-@pytest.mark.parametrize(
-    ("override", "finished"),
-    [
-        ("prepare.source.fractions=[0.9, 0.5, 0.2]", False),
-        ("prepare.source.same_noise=false", False),
-        ("curriculum.pairs_per_prompt_per_tier=2", False),
-        ("seed=4", False),
-        ("reward.path=elsewhere", True),
-        ("curriculum.order=random", True),
-    ],
-)
-def test_only_what_decides_the_shards_makes_them_stale(
-    plain, tiny_recipe, ranks, terminal, override, finished
-):
-    recipe = tiny_recipe(f"run_dir={plain}", *MASKED, override)
-    assert Preparation(ranks, recipe, terminal).is_finished == finished
-
-
-def test_killed_while_sampling_and_started_again(plain, tiny_recipe, monkeypatch):
+def test_killed_while_sampling_and_started_again(plain, tiny_recipe, ranks, monkeypatch):
     """The third prompt was being kept: four are drawn after that, and no image twice."""
     passages: list[str] = []
 
@@ -221,11 +191,11 @@ def test_killed_while_sampling_and_started_again(plain, tiny_recipe, monkeypatch
     recipe = tiny_recipe(*MASKED)
     monkeypatch.setattr(candidates, "failpoint", die)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe)
+        prepare(recipe, ranks)
     kept = contents(Path(recipe.run_dir) / "candidates")
     assert len(kept) == 3
     passages[:] = ["once was enough"] * 3
-    shards = prepare(recipe)
+    shards = prepare(recipe, ranks)
     assert len(passages) == 3 + len(tiny.PROMPTS) - 3
     assert kept.items() <= contents(Path(recipe.run_dir) / "candidates").items()
     assert contents(shards) == contents(plain / "shards")

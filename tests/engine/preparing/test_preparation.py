@@ -1,0 +1,153 @@
+"""Stage 1 over any parts: only what decides the shards makes them stale, and a kill loses nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import preferences
+import pytest
+import tiny
+import torch
+from cdpo.engine.preparing import candidates, latents, scores, shard_set
+from cdpo.engine.preparing.imported import SourceParts
+from cdpo.engine.preparing.sampled import CandidateParts
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe.reading import load_recipe
+from prepared import contents, is_finished, prepare
+
+ROWS = [preferences.judged(number) for number in range(60)]
+RECORDS = {"sampled": len(tiny.PROMPTS), "paired": sum(row.label_0 != 0.5 for row in ROWS)}
+OVERRIDES = {
+    "sampled": (),
+    "masked": (
+        "prepare.source.type=masked",
+        "prepare.source.fractions=[0.9, 0.5, 0.1]",
+        "prepare.candidates_per_prompt=4",
+        "curriculum.pairs_per_prompt_per_tier=3",
+    ),
+    "paired": (
+        "prepare.source.type=paired",
+        "curriculum.difficulty=score_gap",
+        "curriculum.binning=quantile",
+        "prepare.source.on_disagreement=swap",
+    ),
+}
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def load(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """The tiny recipe of a kind of source."""
+    data = tmp_path_factory.mktemp("data")
+    preferences.write_parquet(data / "train-0.parquet", ROWS[:40])
+    preferences.write_parquet(data / "train-1.parquet", ROWS[40:])
+
+    def recipe(kind: str, run_dir: Path, *overrides: str) -> Recipe:
+        path = [f"prepare.source.path={data}"] if kind == "paired" else []
+        mine = [f"run_dir={run_dir}", *OVERRIDES[kind], *path, *overrides]
+        return load_recipe(tiny_world / "recipe.yaml", mine)
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def plain(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder of an undisturbed stage 1 of a kind: not to be written to."""
+
+    @cache
+    def run(kind: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(kind) / "run"
+        prepare(load(kind, run_dir), Ranks(0, 1, 0, torch.device("cpu")))
+        return run_dir
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "finished"),
+    [
+        ("sampled", "seed=3", True),  # as it is
+        ("sampled", "seed=4", False),
+        ("sampled", "reward.path=elsewhere", False),
+        ("sampled", "curriculum.tiers=2", False),
+        ("sampled", "curriculum.min_score_gap=0.1", False),
+        ("sampled", "prepare.sampler.steps=3", False),
+        ("sampled", "data.lanes=1", False),
+        ("sampled", "prompts.limit=3", False),
+        ("sampled", "train.steps=99", True),
+        ("sampled", "curriculum.order=random", True),
+        ("sampled", "prepare.batch_size=3", True),
+        ("sampled", "reward.batch_size=3", True),
+        ("masked", "prepare.source.fractions=[0.9, 0.5, 0.2]", False),
+        ("masked", "prepare.source.same_noise=false", False),
+        ("masked", "curriculum.pairs_per_prompt_per_tier=2", False),
+        ("masked", "seed=4", False),
+        ("masked", "reward.path=elsewhere", True),
+        ("masked", "curriculum.order=random", True),
+        ("paired", "seed=4", False),
+        ("paired", "reward.path=elsewhere", False),
+        ("paired", "curriculum.tiers=2", False),
+        ("paired", "prepare.source.on_disagreement=drop", False),
+        ("paired", "prepare.source.limit=50", False),
+        ("paired", "train.steps=99", True),
+        ("paired", "prepare.sampler.steps=3", True),
+        ("paired", "prepare.source.max_unreadable=3", True),
+        ("paired", "prompts.train=null", True),
+    ],
+)
+def test_only_what_decides_the_shards_makes_them_stale(
+    plain, load, ranks, kind, override, finished
+):
+    run_dir = plain(kind)
+    before = contents(run_dir / "source") if kind == "paired" else {}
+    assert is_finished(load(kind, run_dir, override), ranks) == finished
+    for name, data in before.items():
+        (run_dir / "source" / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "place", "passage"),
+    [
+        ("sampled", candidates, "prepare.candidates", 3),
+        ("sampled", scores, "prepare.part", 2),
+        ("sampled", scores, "prepare.scored", 1),
+        ("sampled", latents, "prepare.latents", 2),
+        ("sampled", shard_set, "prepare.shard", 4),
+        ("paired", scores, "prepare.part", 2),
+        ("paired", scores, "prepare.scored", 1),
+        ("paired", latents, "prepare.latents", 3),
+        ("paired", shard_set, "prepare.shard", 4),
+    ],
+)
+def test_killed_at_a_fail_point_and_started_again(
+    plain, load, ranks, tmp_path, monkeypatch, kind, module, place, passage
+):
+    """The same bytes, and nothing is scored or encoded twice."""
+    passages: Counter[str] = Counter()
+    loaded: list[int] = []
+
+    def die(name: str) -> None:
+        passages[name] += 1
+        if (name, passages[name]) == (place, passage):
+            raise KeyboardInterrupt
+
+    for parts in (CandidateParts, SourceParts):
+        original = parts.load
+
+        def counted(self, part: int, records: Sequence[int], original=original):
+            loaded.append(len(records))
+            return original(self, part, records)
+
+        monkeypatch.setattr(parts, "load", counted)
+    recipe = load(kind, tmp_path / "run", "prepare.contact_sheet_prompts=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "failpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe, ranks)
+    assert not (tmp_path / "run" / "shards" / "manifest.json").exists()
+    assert contents(prepare(recipe, ranks)) == contents(plain(kind) / "shards")
+    assert sum(loaded) == 2 * RECORDS[kind]  # once to score, once to encode

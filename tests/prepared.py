@@ -1,0 +1,44 @@
+"""Stage 1 run in this process, and what it wrote."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.preparing.preparation import Preparation
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.shards.sample import PairMeta
+
+
+def prepare(recipe: Recipe, ranks: Ranks, terminal: Terminal | None = None) -> Path:
+    """Run stage 1; returns the folder of shards."""
+    preparation = Preparation(ranks, recipe, terminal or Terminal(enabled=False))
+    assert not preparation.is_finished
+    preparation.run()
+    return preparation.shards_dir
+
+
+def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
+    return bool(Preparation(ranks, recipe, Terminal(enabled=False)).is_finished)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:
+    """Everything in the shards, through webdataset's own reader."""
+    found = []
+    for path in sorted(shards.glob("*.tar")):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+            meta = PairMeta.model_validate_json(sample["json"])
+            found.append((meta, np.load(io.BytesIO(sample["latents.npy"]))))
+    return found
+
+
+def candidate_of(image: str) -> int:
+    return int(image.rpartition("-")[2])
