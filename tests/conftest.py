@@ -19,7 +19,7 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from launching import ForkServer, World, make_world
+from launching import CALM, ForkServer, World, losses, make_world
 from pictures import draw_picture
 from PIL import Image
 
@@ -82,6 +82,27 @@ def server() -> Iterator[ForkServer]:
 def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
     """A tiny world whose shards are made; runs go into folders of their own."""
     return make_world(tmp_path_factory.mktemp("world"), server)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(world: World) -> list[float]:
+    """Losses of the world's own recipe: one rank, ZeRO-2, micro-batch 4 x accumulation 2."""
+    run = world.folder / "uninterrupted"
+    world.train(run).succeeded()
+    return losses(run)
+
+
+@pytest.fixture(scope="session")
+def calm(world: World) -> Path:
+    """The same run with the knobs of CALM, for curves that agree to rounding."""
+    run = world.folder / "calm"
+    world.train(run, *CALM).succeeded()
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain(calm: Path) -> list[float]:
+    return losses(calm)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets" / "emoji" / "sd" / "tokenizer"
 PROMPTS = ["red apple", "grinning face", "cat face", "blue car", "house", "yellow sun", "tree"]
 HELDOUT = ["dog face", "green book", "rocket"]
+PICTURES = "train.sample_every=3"  # for tests that look at what the trainer draws
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -222,7 +223,7 @@ def build(folder: Path, backbone: str = "sd") -> dict[str, Any]:
             "precision": "fp32",
             "caption_dropout": 0.0,
             "log_every": 2,
-            "sample_every": 3,
+            "sample_every": 0,  # pictures take longer than a tiny run's steps: see PICTURES
             "sample_prompts": 1,
             "threads": 1,
         },

@@ -27,7 +27,13 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparing.comparison
     import cdpo.engine.preparing.preparation
-    import cdpo.engine.training.trainer  # noqa: F401
+    import cdpo.engine.training.trainer
+
+    # What a rank would do anew at deepspeed.initialize: import this module, for whose decorator
+    # all of torch's inductor is imported (half of the time that a tiny run takes), and ask a
+    # compiler which of DeepSpeed's ops could be built.
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    from deepspeed.ops import __compatible_ops__  # noqa: F401
 
 
 def free_port() -> int:

@@ -9,26 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from launching import World, losses, metrics
+from launching import CALM, World, losses, metrics
 from safetensors.torch import load_file
 from stock import drawn, levels_apart, picture, stock_pipeline
+from tiny import PICTURES
 
 LOG_2 = math.log(2)
-# A logit is beta/2 times a difference of predictions, so the rounding of two networks (1e-7 of
-# predictions around 1, here of random weights) enters the loss multiplied by beta/2; and Adam turns
-# the rounding of a gradient of 1e-8 into a whole step. With these two out of the way curves are
-# comparable at the 1e-5 that is promised.
-CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")
-
-
-@pytest.fixture(scope="module")
-def plain(world: World) -> list[float]:
-    """Losses of one rank, ZeRO-2, micro-batch 4 x accumulation 2."""
-    run = world.folder / "plain"
-    world.train(run, *CALM).succeeded()
-    return losses(run)
 
 
 def test_first_loss_is_log_2_and_training_moves_away_from_it(plain: list[float]) -> None:
@@ -49,41 +35,26 @@ def test_micro_batches_do_not_change_the_curve(
     assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-def test_zero_stages_agree(world: World, plain: list[float], tmp_path: Path, zero: int) -> None:
-    world.train(tmp_path / "run", *CALM, zero=zero).succeeded()
-    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_two_ranks_agree_with_one(
     world: World, plain: list[float], tmp_path: Path, zero: int
 ) -> None:
-    world.train(tmp_path / "run", *CALM, ranks=2, zero=zero).succeeded()
+    base = world.folder / "sd/unet/diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    world.train(tmp_path / "run", *CALM, "train.sample_every=6", ranks=2, zero=zero).succeeded()
     assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
     assert_only_the_adapter_moved(world, tmp_path / "run")
+    assert hashlib.sha256(base.read_bytes()).hexdigest() == digest
     exported = picture(stock_pipeline(world.folder / "sd", tmp_path / "run", "lora"))
     assert levels_apart(exported, drawn(tmp_path / "run", 6)) <= 1
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_adapters_move_and_the_reference_never_does(
-    world: World, tmp_path: Path, zero: int
-) -> None:
-    digest = hashlib.sha256(
-        (world.folder / "sd/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    )
-    world.train(tmp_path / "run", zero=zero).succeeded()
-    assert_only_the_adapter_moved(world, tmp_path / "run")
-    after = hashlib.sha256(
-        (world.folder / "sd/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    )
-    assert digest.hexdigest() == after.hexdigest()
-    # A reference that moved would show: without an update its errors are the policy's, always.
-    frozen = tmp_path / "frozen"
-    world.train(frozen, "train.optimizer.lr=1e-30", zero=zero).succeeded()
-    assert all(row["margin"] == 0 for row in metrics(frozen))
+def test_the_reference_never_moves(world: World, tmp_path: Path, zero: int) -> None:
+    """Without an update of the policy the errors of both are equal, always."""
+    world.train(tmp_path, "train.optimizer.lr=1e-30", "train.steps=3", zero=zero).succeeded()
+    assert [row["margin"] for row in metrics(tmp_path)] == [0] * 3
 
 
 def assert_only_the_adapter_moved(world: World, run: Path) -> None:
@@ -93,36 +64,17 @@ def assert_only_the_adapter_moved(world: World, run: Path) -> None:
     assert all(exported[name].abs().max() > 0 for name in ups)
 
 
-def test_the_export_loads_into_a_stock_pipeline_and_changes_what_it_predicts(
-    world: World, tmp_path: Path
-) -> None:
-    world.train(tmp_path / "run").succeeded()
-    pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "sd")
-    base = UNet2DConditionModel.from_pretrained(world.folder / "sd", subfolder="unet")
-    pipeline.load_lora_weights(tmp_path / "run" / "lora")
-    noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
-    with torch.no_grad():
-        tuned = pipeline.unet(noisy, 500, encoder_hidden_states=text).sample
-        untuned = base(noisy, 500, encoder_hidden_states=text).sample
-    assert not torch.allclose(tuned, untuned, atol=1e-6)
-
-
-def test_tiers_open_at_their_step(world: World, tmp_path: Path) -> None:
-    expected = {
-        "easy_to_hard": [[1], [1], [1, 2], [1, 2], [1, 2, 3], [1, 2, 3]],
-        "hard_to_easy": [[3], [3], [2, 3], [2, 3], [1, 2, 3], [1, 2, 3]],
-        "random": [[1, 2, 3]] * 6,
-    }
-    for order, tiers in expected.items():
-        world.train(tmp_path / order, f"curriculum.order={order}").succeeded()
-        assert [row["tiers"] for row in metrics(tmp_path / order)] == tiers
-    world.train(tmp_path / "alone", "curriculum.cumulative=false").succeeded()
-    alone = [row["tiers"] for row in metrics(tmp_path / "alone")]
-    assert alone == [[1], [1], [2], [2], [3], [3]]
+def test_tiers_open_at_their_step(world: World, calm: Path, tmp_path: Path) -> None:
+    """Every order and what it opens is in curriculum/test_pacing.py."""
+    tiers = [row["tiers"] for row in metrics(calm)]
+    assert tiers == [[1], [1], [1, 2], [1, 2], [1, 2, 3], [1, 2, 3]]
+    other = ("curriculum.order=hard_to_easy", "curriculum.cumulative=false", "train.steps=5")
+    world.train(tmp_path, *other).succeeded()
+    assert [row["tiers"] for row in metrics(tmp_path)] == [[3], [3], [2], [2], [1]]
 
 
 def test_metrics_hold_what_a_user_asks_for(world: World, tmp_path: Path) -> None:
-    world.train(tmp_path / "run", "train.warmup_steps=4", "monitor.csv=true").succeeded()
+    world.train(tmp_path / "run", "train.warmup_steps=4", "monitor.csv=true", PICTURES).succeeded()
     rows = metrics(tmp_path / "run")
     assert [row["lr"] for row in rows] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
     wanted = {"margin", "accuracy", "winner_error", "loser_error", "grad_norm", "pairs_per_second"}
@@ -192,19 +144,18 @@ def test_a_world_that_does_not_divide_the_lanes_is_refused(world: World, tmp_pat
     world.train(tmp_path / "run", ranks=3).refused(2, "data.lanes")
 
 
-def test_a_finished_run_says_so_and_does_nothing(world: World, tmp_path: Path) -> None:
-    world.train(tmp_path / "run").succeeded()
-    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
-    outcome = world.train(tmp_path / "run").succeeded()
-    assert "nothing to do" in outcome.text
-    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+def test_a_finished_run_says_so_and_does_nothing(world: World, calm: Path) -> None:
+    before = (calm / "metrics.jsonl").stat().st_mtime_ns
+    assert "nothing to do" in world.train(calm, *CALM).succeeded().text
+    assert (calm / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_dropout_of_the_adapter_repeats_on_a_resume(world: World, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    world.train(whole, "adapter.dropout=0.3").succeeded()
-    world.train(run, "adapter.dropout=0.3", failpoint="train.step@5:kill")
-    world.train(run, "adapter.dropout=0.3").succeeded()
+    knobs = ("adapter.dropout=0.3", "train.steps=4")
+    world.train(whole, *knobs).succeeded()
+    world.train(run, *knobs, failpoint="train.step@3:kill")
+    world.train(run, *knobs).succeeded()
     assert losses(run) == losses(whole)
 
 
@@ -216,7 +167,8 @@ def test_a_policy_that_overflows_costs_the_picture_not_the_run(
     world: World, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    outcome = world.train(run, "train.steps=1", "train.optimizer.lr=1e37").succeeded()
+    hot = ("train.steps=1", "train.optimizer.lr=1e37", PICTURES)
+    outcome = world.train(run, *hot).succeeded()
     assert "no sample picture of step 1" in outcome.text
     assert [path.name for path in (run / "samples").iterdir()] == ["step-00000000.png"]
     assert (run / "lora" / "pytorch_lora_weights.safetensors").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,6 +165,51 @@ def test_no_rank_waits_for_one_that_cannot_write_the_recipe(recipe, monkeypatch)
 
     monkeypatch.setattr(checkpoint, "save_resolved", full)
     agreed(save(recipe, 2), "unwritable")
+
+
+# And the newest checkpoint that a kill there leaves, from step 1 on.
+PLACES = {
+    "checkpoint.synced@2": 1,
+    "checkpoint.hashed": 1,
+    "checkpoint.manifest": 1,
+    "checkpoint.before_rename": 1,
+    "checkpoint.after_rename": 2,
+    "checkpoint.latest": 3,
+    "checkpoint.before_prune": 4,
+    "checkpoint.pruned": 5,
+}
+
+
+def test_killed_inside_a_save(recipe) -> None:
+    """Two ranks, in a process that dies there; the one before counts, or the new one, and is left
+    alone with the one before it by the next save that comes to its end.
+    """
+    save(recipe, 1)
+    for place, survivor in PLACES.items():
+        [step, _] = load(recipe)
+        child = os.fork()
+        if not child:
+            os.environ["CDPO_FAILPOINT"] = f"{place}:kill"
+            save(recipe, step + 1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, place
+        assert load(recipe) == [survivor] * 2, place
+    save(recipe, 6)
+    assert folders(recipe) == ["latest", "step-00000005", "step-00000006"]
+
+
+def test_a_full_disk_on_one_rank_is_agreed_on(recipe) -> None:
+    save(recipe, 2)
+
+    def full(each: Ranks) -> None:
+        def write(folder: Path) -> None:
+            if each.rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        store(each, recipe).save(Cursor(4, ()), write)
+
+    agreed(on_ranks(2, full), "No space left on device")
+    assert folders(recipe) == ["latest", "step-00000002"]
 
 
 def test_an_old_one_that_cannot_be_removed_is_no_reason_to_stop(recipe, monkeypatch) -> None:
