@@ -26,11 +26,12 @@ BENCH_KERNELS := --tiny --out runs/bench/kernels_cpu.json
 BENCH_STEP := --tiny --out runs/bench/step_cpu.json
 endif
 
-.PHONY: help demo test bench lint format typecheck unit clean
+.PHONY: help demo test test-all bench lint format typecheck unit clean
 
 help:
 	@echo "make demo    align a small text-to-image model on this machine and show the result"
-	@echo "make test    style, types, spelling and all tests that need no GPU"
+	@echo "make test    style, types, spelling, and tests of everything that README promises"
+	@echo "make test-all  and the long ones: two machines, a browser, inductor, whole grids"
 	@echo "make bench   what can be measured here; adds a row to the history of the training step"
 	@echo "make lint    style, types and spelling alone;  make format  applies the style"
 	@echo "make clean   removes .venv and caches; runs/ stays"
@@ -42,10 +43,15 @@ demo: .venv/installed
 
 test: lint unit
 
-# Files of tests go to processes that compute on one thread each.
+test-all: TESTS = long or not long
+test-all: lint unit
+
+# Tests marked `long` are those of `make test-all` alone. Files of tests go to processes that
+# compute on one thread each.
+unit: TESTS ?= not long
 unit: export OMP_NUM_THREADS = 1
 unit: .venv/installed-test
-	python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=20
+	python -m pytest -q -m "$(TESTS)" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=20
 
 bench: .venv/installed
 	python benchmarks/compile_report.py

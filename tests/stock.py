@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny
@@ -13,13 +14,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 
-def stock_pipeline(base: Path, run: Path, form: str) -> DiffusionPipeline:
-    """The pipeline of `run/lora` or `run/kohya` over the base model, or of `run/merged`; of the
-    class that the folder names.
+def stock_pipeline(base: Path, run: Path, form: str, **changes: Any) -> DiffusionPipeline:
+    """The pipeline of `run/lora` or `run/kohya` over the base model, some of whose parts are
+    others, or of `run/merged`; of the class that the folder names.
     """
-    merged = form == "merged"
-    pipeline = DiffusionPipeline.from_pretrained(run / "merged" if merged else base)
-    if not merged:
+    if form == "merged":
+        pipeline = DiffusionPipeline.from_pretrained(run / "merged")
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(base, **changes)
         pipeline.load_lora_weights(run / form)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -53,9 +55,13 @@ def drawn(run: Path, step: int) -> np.ndarray:
 
 
 def assert_draws_what_the_trainer_drew(base: Path, run: Path, form: str, step: int = 6) -> None:
+    assert_draws(stock_pipeline(base, run, form), run, step)
+
+
+def assert_draws(pipeline: DiffusionPipeline, run: Path, step: int) -> None:
     """To one of 256 levels; and the picture is another than the base model's by more than that."""
     ours = drawn(run, step)
-    assert levels_apart(ours, picture(stock_pipeline(base, run, form))) <= 1
+    assert levels_apart(ours, picture(pipeline)) <= 1
     assert levels_apart(ours, drawn(run, 0)) > 4
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import ROOT, losses
+from launching import ROOT, ForkServer, losses
 
+WITHOUT_ONEDNN = ROOT / "tests" / "workers" / "without_onednn.py"
 GOLDEN = ROOT / "tests" / "assets" / "losses"
 SHORT = [
     "prompts.limit=6",
@@ -39,12 +39,14 @@ SAME_ARITHMETIC = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "COMPATIBLE",
 }
-WITHOUT_ONEDNN = """
-import runpy, sys, torch
-torch.backends.mkldnn.enabled = False
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+
+@pytest.fixture(scope="module")
+def alike() -> Iterator[ForkServer]:
+    """Runs verbs with that arithmetic."""
+    server = ForkServer(SAME_ARITHMETIC)
+    yield server
+    server.close()
 
 
 def processor() -> str:
@@ -57,19 +59,13 @@ def processor() -> str:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the golden files are of x86-64")
 @pytest.mark.parametrize(("name", "steps"), [("emoji_cdpo", 4), ("emoji_lcm_cdpo", 2)])
-def test_the_losses_of_the_small_world(name: str, steps: int, tmp_path: Path) -> None:
+def test_the_losses_of_the_small_world(
+    alike: ForkServer, name: str, steps: int, tmp_path: Path
+) -> None:
     overrides = [f"run_dir={tmp_path}", f"prepare.sampler.steps={steps}", *SHORT]
     for verb in ("prepare", "train"):
-        command = [sys.executable, "-c", WITHOUT_ONEDNN, f"engine/{verb}.py"]
-        outcome = subprocess.run(
-            [*command, "--recipe", f"recipes/{name}.yaml", *overrides],
-            cwd=ROOT,
-            env=os.environ | SAME_ARITHMETIC,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        recipe = ROOT / "recipes" / f"{name}.yaml"
+        alike.run(WITHOUT_ONEDNN, recipe, overrides, env={"VERB": verb}, seconds=240).succeeded()
     found = losses(tmp_path)
     file = GOLDEN / f"{name}.txt"
     if os.environ.get("CDPO_WRITE_GOLDEN"):

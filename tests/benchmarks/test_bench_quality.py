@@ -137,6 +137,7 @@ def test_seeds_are_added_up(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_once_through_all_of_it(tmp_path):
     """Real verbs on the small world; what is finished can be reported without them."""
     out, work = tmp_path / "quality.json", tmp_path / "work"

@@ -135,6 +135,7 @@ def test_tiny_models_have_the_cost_ratios_of_the_real_ones(both, name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_units_of_the_consistency_step_at_real_size():
     """12.2 and 16.6 by the rule of 2.1 units for a policy's image; 2.28 counted at 768 pixels."""
     out = Console(record=True, file=io.StringIO(), width=150)

@@ -234,6 +234,7 @@ def test_a_fused_unet_compiles_without_graph_breaks(backend, device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fused_unet_compiles_with_inductor():
     check_compiled("cuda" if torch.cuda.is_available() else "cpu", "inductor")
 

@@ -27,7 +27,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
     import cdpo.engine.comparing.comparison
     import cdpo.engine.preparing.preparation
-    import cdpo.engine.training.trainer
+    import cdpo.engine.training.trainer  # noqa: F401
 
     # What a rank would do anew at deepspeed.initialize: import this module, for whose decorator
     # all of torch's inductor is imported (half of the time that a tiny run takes), and ask a

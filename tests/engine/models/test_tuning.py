@@ -147,8 +147,15 @@ def captured_only(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["regional", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    [
+        ("regional", True),
+        pytest.param("full", False, marks=pytest.mark.long),
+        pytest.param("regional", False, marks=pytest.mark.long),
+        pytest.param("full", True, marks=pytest.mark.long),
+    ],
+)
 def test_compiled_networks_keep_names_gradients_and_the_first_loss(
     make, captured_only, mode, checkpointing
 ) -> None:
@@ -170,6 +177,7 @@ def test_regional_compiles_the_repeated_blocks_and_samples_run_without(make, cap
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_inductor_rounds_policy_and_reference_alike_in_bfloat16(make) -> None:
     """Without `emulate_precision_casts` the tiny world's logits are around 2 here, not 0."""

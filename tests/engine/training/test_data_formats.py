@@ -163,7 +163,7 @@ def test_losses_start_at_log_2_and_the_mean_trains_as_latents_do(
     assert sampled["moments"][1:] != sampled["raw"][1:]
 
 
-@pytest.mark.parametrize("kind", ["moments", "raw"])
+@pytest.mark.parametrize("kind", [pytest.param("moments", marks=pytest.mark.long), "raw"])
 def test_killed_and_resumed_is_as_if_nothing_had_happened(
     world: World,
     shards: dict[str, Path],

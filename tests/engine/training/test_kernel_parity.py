@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 from cdpo.kernels.dispatch import HAS_TRITON
-from launching import ForkServer, World, losses, make_world, metrics
+from launching import CALM, ForkServer, World, losses, make_world, metrics
 
 LOG_2 = math.log(2)
-CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")  # as in test_trainer.py
 TOLERANCES = {
     "loss": 1e-5,
     "grad_norm": 1e-5,
@@ -52,7 +51,9 @@ def model_that_predicts(prediction_type: str, world: World, folder: Path) -> Pat
     return folder
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.long)]
+)
 def test_triton_and_torch_train_alike(
     interpreted: World, tmp_path: Path, prediction_type: str
 ) -> None:
@@ -70,6 +71,7 @@ def test_triton_and_torch_train_alike(
         assert max(map(abs, expected)) > 100 * tolerance, name  # there was something to compare
 
 
+@pytest.mark.long
 def test_a_consistency_model_trains_alike(
     tmp_path_factory: pytest.TempPathFactory, server: ForkServer, interpreted: World, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from launching import World, losses, metrics
     ids=str,
 )
 def test_preference_losses(world: World, tmp_path: Path, options: list[str], at_start: float):
-    world.train(tmp_path, *options, "train.steps=4", "train.sample_every=0").succeeded()
+    world.train(tmp_path, *options, "train.steps=4").succeeded()
     found = losses(tmp_path)
     assert found[0] == pytest.approx(at_start, abs=1e-6)
     assert len(set(found)) == 4
@@ -27,7 +27,7 @@ def test_preference_losses(world: World, tmp_path: Path, options: list[str], at_
 
 @pytest.mark.slow
 def test_sft_reports_its_loss_and_nothing_it_does_not_know(world: World, tmp_path: Path):
-    knobs = ["objective.type=sft", "train.steps=12", "train.sample_every=0"]
+    knobs = ["objective.type=sft", "train.steps=12"]
     outcome = world.train(tmp_path, *knobs, "train.optimizer.lr=1e-2", ranks=2).succeeded()
     rows = metrics(tmp_path)
     assert all(0.1 < row["loss"] < 10 for row in rows)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from cdpo.engine.ranks.signals import StopSignal
 from launching import Outcome, World, losses
+from tiny import PICTURES
 
 STOPPED = 75
 
@@ -53,11 +54,11 @@ def test_prepare_in_every_phase(world: World, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_train_and_compare_in_every_phase(world: World, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    world.train(whole, ranks=2, seconds=400).succeeded()
+    world.train(whole, PICTURES, ranks=2, seconds=400).succeeded()
     pictures = {path.name for path in (whole / "samples").glob("*.png")}
 
     def train(failpoint: str = "") -> Outcome:
-        return world.train(run, ranks=2, failpoint=failpoint, seconds=400)
+        return world.train(run, PICTURES, ranks=2, failpoint=failpoint, seconds=400)
 
     def saved() -> list[str]:
         return sorted(path.name[-1] for path in (run / "checkpoints").glob("step-*"))

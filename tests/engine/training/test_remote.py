@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launching import Outcome, World, losses
+from launching import KILLED, Outcome, World, losses
 from shard_server import ShardServer, serving
 
-KILLED = -9
 FAST = ("data.fetch.retries=2", "data.fetch.backoff=0.01", "data.fetch.budget=30.0")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(world: World) -> list[float]:
-    world.train(world.folder / "whole").succeeded()
-    return losses(world.folder / "whole")
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def test_two_ranks_share_a_cache_too_small_for_the_set(
     assert kept and sum(path.stat().st_size for path in kept) <= room * largest
 
 
-@pytest.mark.parametrize("passage", [2, 12])
+@pytest.mark.parametrize("passage", [pytest.param(2, marks=pytest.mark.long), 12])
 def test_killed_while_the_cache_is_filled(
     train: Callable[..., Outcome], uninterrupted: list[float], tmp_path: Path, passage: int
 ) -> None:
@@ -75,7 +68,10 @@ def test_killed_while_the_cache_is_filled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "code"), [("500*", 6), ("stall*", 6), ("corrupt*", 3)])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [pytest.param("500*", 6, marks=pytest.mark.long), ("stall*", 6), ("corrupt*", 3)],
+)
 def test_one_shard_that_cannot_be_had_ends_both_ranks_alike(
     train: Callable[..., Outcome],
     web: ShardServer,

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from cdpo.engine.training.trainer import SCALE_SEARCH
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from launching import World, losses, metrics
+from launching import CALM, ROOT, World, losses, metrics
 
-ROOT = Path(__file__).parents[3]
-CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")  # see test_trainer.py
 LOG_2 = math.log(2)
 KNOBS = (
     "speed.channels_last=on",
@@ -20,13 +18,6 @@ KNOBS = (
     "speed.activation_checkpointing=true",
     "speed.encoders=offload",
 )
-
-
-@pytest.fixture(scope="module")
-def plain(world: World) -> list[float]:
-    run = world.folder / "plain_speed"
-    world.train(run, *CALM).succeeded()
-    return losses(run)
 
 
 def test_checkpointing_and_offloaded_encoders_change_no_loss(
@@ -39,7 +30,7 @@ def test_checkpointing_and_offloaded_encoders_change_no_loss(
     assert "speed  attention sdpa, activation checkpointing, encoders offloaded" in outcome.text
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 3])
 def test_all_eager_knobs_at_once_under_each_stage(
     world: World, plain: list[float], tmp_path: Path, zero: int
 ) -> None:
@@ -75,7 +66,7 @@ def config(tmp_path: Path, **fp16: object) -> str:
     return f"deepspeed={path}"
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 3))])
 def test_fp16_finds_its_loss_scale_starts_at_log_2_and_trains(
     world: World, tmp_path: Path, zero: int
 ) -> None:

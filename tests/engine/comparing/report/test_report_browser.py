@@ -98,6 +98,7 @@ def browse(page: str, folder: Path) -> list[dict[str, Any]]:
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 
+@pytest.mark.long
 @needs_chromium
 @pytest.mark.parametrize("size", [32, 512])
 def test_layout_images_and_injection(
@@ -112,6 +113,7 @@ def test_layout_images_and_injection(
         assert view["title"].startswith("emoji_cdpo") and view["scripts"] == 0
 
 
+@pytest.mark.long
 @needs_chromium
 def test_layout_of_several_runs(tmp_path: Path, methods: Callable[..., ReportData]) -> None:
     for view in browse(render_report(methods(distance=0.1)), tmp_path):
@@ -120,6 +122,7 @@ def test_layout_of_several_runs(tmp_path: Path, methods: Callable[..., ReportDat
         assert view["title"].startswith("methods: base against plain") and view["scripts"] == 0
 
 
+@pytest.mark.long
 @needs_chromium
 def test_the_probe_would_notice(tmp_path: Path) -> None:
     page = (

@@ -229,7 +229,7 @@ def test_two_ranks_of_which_one_is_killed_make_the_shards_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd", "lcm"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("lcm", marks=pytest.mark.long)])
 def test_from_masked_prompts_to_report(family: str, server: ForkServer, tmp_path: Path):
     path, run = masked_world(tmp_path, family), tmp_path / "run"
     four = ["train.steps=4", "curriculum.steps_per_tier=1", "train.optimizer.lr=1e-2"]
