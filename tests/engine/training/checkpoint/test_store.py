@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import damage
 import pytest
 from cdpo.engine.basics.errors import CheckpointError, RecipeError
 from cdpo.engine.curriculum.pacing import Cursor
@@ -87,6 +88,13 @@ def test_every_file_is_read_once_by_one_rank(recipe, checked, readers) -> None:
     checked.clear()
     assert load(recipe, readers) == [4] * readers
     assert sorted(checked) == written
+
+
+def test_a_bit_that_flips_is_noticed(recipe) -> None:
+    save(recipe, 2, 4)
+    newest = Path(recipe.run_dir) / "checkpoints" / "step-00000004"
+    damage.flip_a_bit(newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    assert load(recipe) == [2, 2]
 
 
 def test_a_file_that_one_rank_cannot_read_is_passed_over_by_all(recipe, monkeypatch) -> None:
