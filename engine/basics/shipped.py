@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FOLDERS = ("recipes", "ds_configs", "assets")
+
 
 def shipped(folder: str) -> Path:
     """A folder of these, such as ``recipes``: beside ``engine`` in a clone and in a wheel alike."""
     return Path(__file__).resolve().parents[2] / folder
+
+
+def locate(path: str) -> str:
+    """Where a path leads: as it is, or to the shipped file of that name if there is no other.
+
+    So a shipped recipe works from any folder. What opens a file that a recipe names asks here; the
+    recipe and all records keep the path as it was written.
+    """
+    is_ours = Path(path).parts[:1] in [(folder,) for folder in FOLDERS]
+    if is_ours and not Path(path).exists() and shipped(path).exists():
+        return str(shipped(path))
+    return path

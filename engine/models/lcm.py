@@ -33,7 +33,7 @@ from ..recipe import Model
 from . import sd, sdxl
 from .checks import check_parts, unet_key, unet_name
 from .latent_diffusion import LatentDiffusion
-from .pipelines import load_pipeline, pipeline_name
+from .pipelines import load_pipeline, pipeline_index
 from .pretrained import read_network, reading
 from .solver_grid import SolverGrid
 
@@ -50,8 +50,8 @@ SAMPLED_BY = {
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folders."""
-    with reading(f"model.path={spec.path}", KIND):
-        found = pipeline_name(spec)
+    with reading(f"model.path={spec.path}", KIND, spec.path) as place:
+        found = pipeline_index(place, spec).get("_class_name")
         if found not in SAMPLED_BY:
             raise ValueError(f"it holds a {found}")
     options: dict[str, Any] = {}
@@ -101,8 +101,8 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
             "model.lcm_lora",
             "contradiction",
         )
-    with reading(f"model.lcm_lora={spec.lcm_lora}", "LoRA of this model"):
-        pipeline.load_lora_weights(spec.lcm_lora)
+    with reading(f"model.lcm_lora={spec.lcm_lora}", "LoRA of this model", spec.lcm_lora) as place:
+        pipeline.load_lora_weights(place)
         if not pipeline.get_list_adapters().get("unet"):
             raise ValueError("it adapts no layer of the UNet")
         pipeline.fuse_lora(components=["unet"])

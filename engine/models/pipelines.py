@@ -58,13 +58,14 @@ def load_pipeline(
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    with reading(f"model.path={spec.path}", kind):
-        _refuse_other_family({pipeline_class.__name__, *holding}, spec)
-        encoders = _text_encoders(spec, dtype)
+    with reading(f"model.path={spec.path}", kind, spec.path) as place:
+        index = pipeline_index(place, spec)
+        _refuse_other_family({pipeline_class.__name__, *holding}, index, spec)
+        encoders = _text_encoders(place, index, spec, dtype)
     replaced = _replacements(spec, dtype)
-    with reading(f"model.path={spec.path}", kind):
+    with reading(f"model.path={spec.path}", kind, spec.path) as place:
         pipeline = pipeline_class.from_pretrained(
-            spec.path,
+            place,
             dtype={"vae": torch.float32, "default": dtype},
             revision=spec.revision,
             variant=spec.variant,
@@ -96,28 +97,27 @@ def sampling_with(scheduler_class: type[SchedulerMixin], own: SchedulerMixin) ->
     return scheduler_class.from_config({**given, "clip_sample": False})
 
 
-def pipeline_name(spec: Model) -> str | None:
-    """The class of pipeline that a recipe's folder or hub id says it holds."""
-    name: str | None = DiffusionPipeline.load_config(spec.path, revision=spec.revision).get(
-        "_class_name"
-    )
-    return name
+def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
+    """What model_index.json says: the class of the pipeline (`_class_name`), and of its parts."""
+    index: dict[str, Any] = DiffusionPipeline.load_config(place, revision=spec.revision)
+    return index
 
 
-def _refuse_other_family(fitting: set[str], spec: Model) -> None:
-    found = pipeline_name(spec)
+def _refuse_other_family(fitting: set[str], index: dict[str, Any], spec: Model) -> None:
+    found = index.get("_class_name")
     if found in BACKBONES and found not in fitting:
         raise ValueError(
             f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
         )
 
 
-def _text_encoders(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
+def _text_encoders(
+    place: str, index: dict[str, Any], spec: Model, dtype: torch.dtype
+) -> dict[str, Any]:
     """Those of transformers, by their names in the pipeline."""
-    index = DiffusionPipeline.load_config(spec.path, revision=spec.revision)
     classes = {name: index.get(name, (None, None)) for name in ("text_encoder", "text_encoder_2")}
     return {
-        name: read_text_encoder(getattr(transformers, class_name), spec, name, dtype)
+        name: read_text_encoder(getattr(transformers, class_name), place, spec, name, dtype)
         for name, (library, class_name) in classes.items()
         if library == "transformers"
     }

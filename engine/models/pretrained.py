@@ -3,34 +3,95 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..basics.errors import CdpoError, OutsideError
+from ..basics.shipped import locate
 from ..recipe import Model
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+SECONDS_TO_ANSWER = (
+    2.0  # HF_HUB_ETAG_TIMEOUT, the client's own knob for slow networks, overrides it
+)
 
 
 @contextmanager
-def reading(what: str, kind: str) -> Iterator[None]:
-    """Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it.
+def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
+    """The place to read ``path`` from: itself, or what is shipped under that name; all that loads
+    from a folder or hub does so in such a block.
 
-    Over damaged files that may be anything: tokenizers raises plain Exception, torch.load
-    AssertionError, and a processor that needs a package ImportError.
+    Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it. Over
+    damaged files that may be anything: tokenizers raises plain Exception, torch.load
+    AssertionError, and a processor that needs a package ImportError. What is to come from a hub
+    that cannot be reached comes from its cache, without the libraries' retries.
     """
+    place = locate(path or "")
+    is_remote = HUB_ID.fullmatch(place) and not Path(place).exists()
+    offline = why_offline(constants.ENDPOINT) if is_remote else None
     try:
-        yield
+        with _offline_mode() if offline else nullcontext():
+            yield place
     except CdpoError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        key = what.partition("=")[0] if "=" in what else None
-        raise OutsideError(f"{what} is no {kind}: {reason}", key, "unreadable") from None
+        if offline:
+            cached = Path(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}").exists()
+            reason = reason if cached else "it is no folder, and not in the hub's cache"
+            reason += f" (offline: {offline})"
+        key = what.partition("=")[0] if "=" in what else path
+        raise OutsideError(
+            f"{what} is no {kind}: {reason}", key, "unreachable" if offline else "unreadable"
+        ) from None
+
+
+@cache
+def why_offline(endpoint: str) -> str | None:
+    """Why the hub will not be asked, in a process; None if it answers, whatever it says.
+
+    Asked once, by the hub's own client, so that proxies and mirrors count. The client's waiting is
+    bounded from outside, because looking up a name may take longer than any time-out it knows.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", SECONDS_TO_ANSWER))
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=seconds, follow_redirects=False)
+            reasons.append(None)
+        except Exception as error:
+            reasons.append(str(error) or type(error).__name__)
+
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds + 0.5)
+    reason = reasons[0] if reasons else "no answer"
+    return reason and f"{endpoint} is not reached: {reason}"
+
+
+@contextmanager
+def _offline_mode() -> Iterator[None]:
+    """The libraries' own, for a while: shards from a hub are read by other rules."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def read_network(
@@ -39,31 +100,31 @@ def read_network(
     """A network that the recipe names under ``key``: a folder or hub id of its own, or a whole
     pipeline, of which the UNet is meant.
     """
-    with reading(f"{key}={path}", kind):
-        subfolder = "unet" if network is UNet2DConditionModel and _holds_pipeline(path) else None
+    with reading(f"{key}={path}", kind, path) as place:
+        subfolder = "unet" if network is UNet2DConditionModel and _holds_pipeline(place) else None
         # A config of another class would be read as one full of defaults: a network of full size.
-        config = network.load_config(path, subfolder=subfolder)
+        config = network.load_config(place, subfolder=subfolder)
         found = config.get("_class_name", "something else")
         if found != network.__name__:
             raise ValueError(f"it holds a {found}, not a {network.__name__}")
-        loaded = network.from_pretrained(path, subfolder=subfolder, dtype=dtype)
+        loaded = network.from_pretrained(place, subfolder=subfolder, dtype=dtype)
         refuse_missing_weights(loaded, kind)
     return loaded
 
 
 def read_text_encoder(
-    encoder: type[PreTrainedModel], spec: Model, name: str, dtype: torch.dtype
+    encoder: type[PreTrainedModel], place: str, spec: Model, name: str, dtype: torch.dtype
 ) -> Any:
-    """A text encoder of ``spec.path``, from its folder ``name``.
+    """A text encoder of ``spec.path``, read from ``place``, from its folder ``name``.
 
     transformers makes up the tensors that a file lacks, from random numbers, and a pipeline hides
     that it did. Raises ValueError for them, and what transformers raises for unreadable folders.
     """
-    place = {"subfolder": name, "revision": spec.revision, "dtype": dtype}
+    options = {"subfolder": name, "revision": spec.revision, "dtype": dtype}
 
     def read(variant: str | None) -> tuple[Any, dict[str, Any]]:
         found: tuple[Any, dict[str, Any]] = encoder.from_pretrained(
-            spec.path, variant=variant, output_loading_info=True, **place
+            place, variant=variant, output_loading_info=True, **options
         )
         return found
 

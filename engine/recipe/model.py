@@ -19,7 +19,8 @@ class Model(Section):
     backbone: Literal["sd", "sdxl", "lcm"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
-    """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
+    """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A
+    folder is looked up in the working folder, then among what is shipped (`assets/emoji/sd`)."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for a run others should repeat."""
     variant: str | None = None

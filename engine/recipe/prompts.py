@@ -102,7 +102,8 @@ class Prompts(Section):
     """Where prompts come from.
 
     Files are text with one prompt a line, where `#` starts a comment line, or tables: .parquet,
-    .csv, .tsv or .jsonl. Repeated prompts count once.
+    .csv, .tsv or .jsonl. Repeated prompts count once. A relative path is that of the working folder
+    or else of a file that is shipped, such as `recipes/prompts/animals.txt`.
     """
 
     train: Annotated[_File | _Templates, Discriminator(_form_without_split)] | None = None

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..basics.errors import RecipeError
+from ..basics.shipped import locate
 from .keys import SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
 from .schema import Recipe
 from .yaml_subset import Source, shown
@@ -40,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with all problems, each naming its place, dotted key, value and remedy.
     """
     source = Source(str(path))
-    values = _apply_overrides(_read_file(Path(path), source), overrides, source)
+    values = _apply_overrides(_read_file(Path(locate(str(path))), source), overrides, source)
     recipe = _validate(values, source)
     if recipe is None or source.problems:
         raise source.error()

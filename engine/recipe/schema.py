@@ -52,8 +52,9 @@ class Recipe(Section):
     """Stage 2."""
     speed: Speed = Speed()
     """Memory and speed of the networks, in all stages."""
-    deepspeed: str = "ds_configs/zero2.json"
-    """A plain DeepSpeed JSON file; what the recipe decides is filled in."""
+    deepspeed: str = "zero2"
+    """A plain DeepSpeed JSON file; what the recipe decides is filled in. One that is shipped by its
+    name, such as `zero3_offload`; your own by its path, with a slash or `.json`."""
     checkpoint: Checkpoint = Checkpoint()
     """Snapshots."""
     cluster: Cluster = Cluster()

@@ -28,16 +28,16 @@ class CaptionSimilarity:
 
     def __init__(self, spec: CaptionSimilaritySpec, device: torch.device) -> None:
         self.sentences = SentenceModel(spec.sentence_model, device)
-        with reading(f"reward at {spec.path}", "image-to-text model"):
+        with reading(f"reward at {spec.path}", "image-to-text model", spec.path) as place:
             self.model, report = AutoModelForImageTextToText.from_pretrained(
-                spec.path,
+                place,
                 revision=spec.revision,
                 dtype=DTYPES[spec.precision],
                 output_loading_info=True,
             )
             if report["missing_keys"]:
                 raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-            self.processor = AutoProcessor.from_pretrained(spec.path, revision=spec.revision)
+            self.processor = AutoProcessor.from_pretrained(place, revision=spec.revision)
             self.asked = self._asked(spec.question)
         self.model.requires_grad_(False).eval().to(device)
         self.device = device

@@ -35,8 +35,8 @@ def read_tokenizer(
     what: str, kind: str, path: str, revision: str | None = None, subfolder: str = ""
 ) -> Any:
     """A tokenizer with a vocabulary. OutsideError, "``what`` is no ``kind``: reason"."""
-    with reading(what, kind):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
+    with reading(what, kind, path) as place:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, subfolder=subfolder)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("it has no vocabulary")
     return tokenizer
@@ -98,15 +98,16 @@ def read_clip(spec: ModelReward, device: torch.device, processor: str | None = N
     missing or damaged.
     """
     what, kind = f"reward at {spec.path}", "CLIP model"
-    with reading(what, kind):
+    beside, of = (processor, None) if processor else (spec.path, spec.revision)
+    with reading(what, kind, spec.path) as place:
         model, report = CLIPModel.from_pretrained(
-            spec.path, revision=spec.revision, dtype=torch.float32, output_loading_info=True
+            place, revision=spec.revision, dtype=torch.float32, output_loading_info=True
         )
         # transformers makes up what it does not find: random weights, an empty tokenizer.
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-        beside, of = (processor, None) if processor else (spec.path, spec.revision)
-        images = CLIPImageProcessorPil.from_pretrained(beside, revision=of)
+    with reading(what, kind, beside) as place:
+        images = CLIPImageProcessorPil.from_pretrained(place, revision=of)
     tokenizer = read_tokenizer(what, kind, beside, of)
     return ClipModel(model, tokenizer, images, device, spec.precision)
 

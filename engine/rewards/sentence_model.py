@@ -32,14 +32,14 @@ class SentenceModel:
 
     def __init__(self, path: str, device: torch.device) -> None:
         what, kind = f"reward.sentence_model={path}", "sentence-transformers model"
-        with reading(what, kind):
-            modules = _read_json(path, "modules.json") or []
+        with reading(what, kind, path) as place:
+            modules = _read_json(place, "modules.json") or []
             _refuse_unknown(modules)
-            self.pooling = _pooling(path, modules)
+            self.pooling = _pooling(place, modules)
             own = next((m["path"] for m in modules if _kind(m) == "Transformer"), "")
-            settings = _read_json(path, f"{own}/sentence_bert_config.json".lstrip("/")) or {}
+            settings = _read_json(place, f"{own}/sentence_bert_config.json".lstrip("/")) or {}
             self.model, report = AutoModel.from_pretrained(
-                path, subfolder=own, dtype=torch.float32, output_loading_info=True
+                place, subfolder=own, dtype=torch.float32, output_loading_info=True
             )
             missing = [key for key in report["missing_keys"] if "pooler" not in key]
             if missing:

@@ -15,6 +15,7 @@ from typing import Any
 from ..basics import keyed
 from ..basics.errors import DataError
 from ..basics.keyed import Stream, content_id
+from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
 from .files import SourceFiles
@@ -28,6 +29,7 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
 
     Blank lines and empty cells are no prompts. DataError names file, line or row, and column.
     """
+    path = locate(path)
     kind = Path(path).suffix.lower()
     if kind == ".jsonl":
         cells = _json_lines(path, column)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.errors import RecipeError
+from ..basics.shipped import locate, shipped
 from ..recipe import Recipe
 
 # Top-level keys of DeepSpeed 0.19, which ignores all others without a word.
@@ -68,7 +69,9 @@ def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
     if lanes % world_size:
         raise RecipeError(
             f"world size {world_size} does not divide data.lanes={lanes}: "
-            f"start {_one_of(_divisors(lanes))} ranks, or prepare with other data.lanes"
+            f"start {_one_of(_divisors(lanes))} ranks, or prepare with other data.lanes",
+            "data.lanes",
+            "mismatch",
         )
     pairs = batch // world_size  # exact: lanes divide the batch (schema), ranks divide the lanes
     # A rank with fewer pairs than fit in its memory is no mistake: the recipe was made for fewer.
@@ -78,7 +81,9 @@ def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
             f"train.micro_batch={micro} does not divide the {pairs} pairs of a rank "
             f"(train.global_batch={batch} over {world_size} "
             f"{'ranks' if world_size > 1 else 'rank'}): "
-            f"use train.micro_batch={_one_of(_divisors(pairs))}"
+            f"use train.micro_batch={_one_of(_divisors(pairs))}",
+            "train.micro_batch",
+            "mismatch",
         )
     return BatchPlan(pairs, micro, pairs // micro)
 
@@ -129,12 +134,18 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if problems:
-        raise RecipeError("\n".join(f"{recipe.deepspeed}: {problem}" for problem in problems))
+        raise RecipeError(
+            "\n".join(f"{recipe.deepspeed}: {problem}" for problem in problems),
+            "deepspeed",
+            "contradiction",
+        )
     _check_by_deepspeed(config, recipe.deepspeed)
     if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise RecipeError(
             f"{recipe.deepspeed}: zero_optimization.stage should be 1, 2 or 3; on one GPU stage 1 "
-            "costs nothing"
+            "costs nothing",
+            "deepspeed",
+            "unsupported",
         )
     return config
 
@@ -212,6 +223,21 @@ def _misplaced(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _path_of(name: str) -> Path:
+    """The file behind `deepspeed`: one that is shipped, by its bare name, or the user's own."""
+    if "/" in name or name.endswith(".json"):
+        return Path(locate(name))
+    names = sorted(path.stem for path in shipped("ds_configs").glob("*.json"))
+    if name not in names:
+        raise RecipeError(
+            f"deepspeed: {name!r} is none of {', '.join(names)}; a file of your own is written as "
+            f"a path, such as ./{name}.json",
+            "deepspeed",
+            "unknown",
+        )
+    return shipped("ds_configs") / f"{name}.json"
+
+
 def _read_json(name: str) -> dict[str, Any]:
     """A JSON object from a file, with duplicate keys refused."""
 
@@ -223,21 +249,23 @@ def _read_json(name: str) -> dict[str, Any]:
             found[key] = value
         return found
 
-    path = Path(name)
+    path = _path_of(name)
     try:
         if not path.is_file():
-            raise RecipeError(f"deepspeed: {name!r} is not a file; see ds_configs/ for examples")
+            raise RecipeError(f"deepspeed: {name!r} is not a file", "deepspeed", "missing")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise RecipeError(f"{name} is larger than {MAX_BYTES >> 10} KiB: not a config")
+            raise RecipeError(
+                f"{name} is larger than {MAX_BYTES >> 10} KiB: not a config", name, "too-large"
+            )
         config = json.loads(raw, object_pairs_hook=unique)
     except OSError as error:
-        raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{name} cannot be read: {error.strerror}", name, "unreadable") from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{name} is not valid JSON: {error}") from None
+        raise RecipeError(f"{name} is not valid JSON: {error}", name, "damaged") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"{name} should hold one JSON object {{...}}")
+        raise RecipeError(f"{name} should hold one JSON object {{...}}", name, "wrong-type")
     return config
 
 
@@ -258,7 +286,10 @@ def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
         DeepSpeedConfig(probe)
     except Exception as error:  # whatever it raises is about the file: we call nothing else
         text = str(error).split("For further information", 1)[0]
-        raise RecipeError(f"{name}: DeepSpeed refuses it: {' '.join(text.split())}") from error
+        reason = " ".join(text.split())
+        raise RecipeError(
+            f"{name}: DeepSpeed refuses it: {reason}", "deepspeed", "unsupported"
+        ) from error
 
 
 def _divisors(number: int) -> list[int]:

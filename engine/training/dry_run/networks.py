@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...basics.shipped import shipped
 from ...models.attention import use_attention
 from ...models.pretrained import reading
 from ...recipe import Model
@@ -33,6 +36,8 @@ class MetaModel:
     denoiser: ModelMixin
     vae: AutoencoderKL
     text_encoders: dict[str, nn.Module]
+    shipped: tuple[str, ...] = ()
+    """The hub ids among what the recipe names whose configs are those that come with cdpo."""
 
     @property
     def latent_scale(self) -> int:
@@ -71,42 +76,60 @@ class MetaModel:
 
 
 def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
-    """The networks of ``model.path`` (and ``model.vae``) as their configs describe them.
+    """The networks of ``model.path``, ``model.vae`` and ``model.unet`` as their configs tell.
 
     Raises:
         OutsideError: for a folder or hub id without a pipeline's configs, naming what is missing.
     """
     diffusers_logging.set_verbosity_error()
     kind = f"{spec.backbone} model in a folder, the hub's cache or the hub"
-    with reading(f"model.path={spec.path}", kind):
-        index = DiffusionPipeline.load_config(spec.path, revision=spec.revision)
+    path = _config_place(spec.path, "model_index.json", spec.revision)
+    with reading(f"model.path={spec.path}", kind, path) as place:
+        index = DiffusionPipeline.load_config(place, revision=spec.revision)
         encoders = {
-            name: _build(index, name, spec, dtype)
+            name: _build(index, name, place, spec.revision, dtype)
             for name in ("text_encoder", "text_encoder_2")
             if index.get(name, [None])[0]
         }
-        denoiser = _build(index, "unet", spec, dtype)
-        vae = _build(index, "vae", spec, torch.float32)
+        denoiser = _build(index, "unet", place, spec.revision, dtype)
+        vae = _build(index, "vae", place, spec.revision, torch.float32)
+    places = {spec.path: path}
     if spec.vae is not None:
-        with reading(f"model.vae={spec.vae}", "VAE"):
-            vae = _from_config(AutoencoderKL, AutoencoderKL.load_config(spec.vae), torch.float32)
+        places[spec.vae] = _config_place(spec.vae, "config.json")
+        with reading(f"model.vae={spec.vae}", "VAE", places[spec.vae]) as place:
+            vae = _from_config(AutoencoderKL, AutoencoderKL.load_config(place), torch.float32)
     if spec.unet is not None:
-        with reading(f"model.unet={spec.unet}", "UNet"):
-            config = UNet2DConditionModel.load_config(spec.unet)
+        places[spec.unet] = _config_place(spec.unet, "config.json")
+        with reading(f"model.unet={spec.unet}", "UNet", places[spec.unet]) as place:
+            config = UNet2DConditionModel.load_config(place)
             denoiser = _from_config(UNet2DConditionModel, config, dtype)
-    return MetaModel(denoiser, vae, encoders)
+    ours = tuple(name for name, place in places.items() if place != name)
+    return MetaModel(denoiser, vae, encoders, ours)
 
 
-def _build(index: dict[str, Any], name: str, spec: Model, dtype: torch.dtype) -> Any:
+def _config_place(path: str, file: str, revision: str | None = None) -> str:
+    """``path``, or the shipped configs of that hub id where neither a folder nor the hub's cache
+    has it. A revision, which may differ from them, is never taken from there.
+    """
+    ours = shipped("assets/configs") / path.replace("/", "--")
+    is_known = revision is not None or Path(path).exists() or not ours.is_dir()
+    if is_known or isinstance(try_to_load_from_cache(path, file), str):
+        return path
+    return str(ours)
+
+
+def _build(
+    index: dict[str, Any], name: str, place: str, revision: str | None, dtype: torch.dtype
+) -> Any:
     """One network of a pipeline, of the class its model_index.json names."""
     library, class_name = index.get(name, (None, None))
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"its model_index.json has no {name} of diffusers or transformers")
     network = getattr(import_module(library), class_name)
-    place = {"subfolder": name, "revision": spec.revision}
+    options = {"subfolder": name, "revision": revision}
     if library == "diffusers":
-        return _from_config(network, network.load_config(spec.path, **place), dtype)
-    return _from_config(network, network.config_class.from_pretrained(spec.path, **place), dtype)
+        return _from_config(network, network.load_config(place, **options), dtype)
+    return _from_config(network, network.config_class.from_pretrained(place, **options), dtype)
 
 
 def _from_config(network: Any, config: Any, dtype: torch.dtype) -> Any:

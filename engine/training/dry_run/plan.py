@@ -50,6 +50,8 @@ class Plan:
     """ZeRO stage of the run."""
     tuning: str
     """The speed knobs that are on, on this machine."""
+    shipped: tuple[str, ...]
+    """Models whose configs are those that come with cdpo."""
 
     @property
     def units_per_pair(self) -> float:
@@ -121,6 +123,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         batches=batches,
         zero_stage=stage,
         tuning=str(tuning),
+        shipped=model.shipped,
     )
 
 
@@ -194,6 +197,10 @@ def _print_header(
         ),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
+        *(
+            ("configs", f"of {name} as shipped: it is not in the hub's cache")
+            for name in plan.shipped
+        ),
     ]
     terminal.header(f"dry run  {recipe.run_dir}  computed, not measured", rows)
 
