@@ -6,10 +6,8 @@ Sizes and operations are held against published figures, memory against a comput
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,9 @@ from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.training.dry_run import plan as plan_module
 from cdpo.engine.training.dry_run.plan import print_plan
+from huggingface_hub import constants
 
 ROOT = Path(__file__).parents[4]
-CONFIGS = ROOT / "tests" / "assets" / "configs"
 RANKS = 4
 GIB = 1 << 30
 VAE = 83_653_863
@@ -31,7 +29,6 @@ VAE = 83_653_863
 class Expected:
     """Published figures of a recipe's model, and the adapter's size."""
 
-    configs: str
     unet: int
     text: int
     adapter: int
@@ -53,30 +50,22 @@ SD_BLOCKS = {320: 5, 640: 5, 1280: 6}
 XL_BLOCKS = {640: 5 * 2, 1280: 6 * 10}
 SD15 = 859_520_964
 EXPECTED = {
-    "sd15": Expected("sd15", SD15, 123_060_480, attention_adapter(SD_BLOCKS, 768), 0.803),
-    "sd21": Expected("sd21", 865_910_724, 340_387_840, attention_adapter(SD_BLOCKS, 1024), 2.149),
-    "sdxl": Expected("sdxl", 2_567_463_684, 817_720_320, attention_adapter(XL_BLOCKS, 2048), 6.761),
+    "sd15": Expected(SD15, 123_060_480, attention_adapter(SD_BLOCKS, 768), 0.803),
+    "sd21": Expected(865_910_724, 340_387_840, attention_adapter(SD_BLOCKS, 1024), 2.149),
+    "sdxl": Expected(2_567_463_684, 817_720_320, attention_adapter(XL_BLOCKS, 2048), 6.761),
     # Stable Diffusion 1.5 and a projection of the guidance, 256 to 320; the adapter is that of
     # latent-consistency/lcm-lora-sdv1-5, whose page says 67.5 M.
-    "lcm": Expected("sd15", SD15 + 256 * 320, 123_060_480, 67_500_000, 2.148, teacher=SD15),
+    "lcm": Expected(SD15 + 256 * 320, 123_060_480, 67_500_000, 2.148, teacher=SD15),
 }
 
 
-def recipe_of(name: str, folder: Path, stage: int = 2) -> Recipe:
-    """A shipped recipe, its model being configs alone."""
-    expected = EXPECTED[name]
-    model = shutil.copytree(CONFIGS / expected.configs, folder / "model", dirs_exist_ok=True)
-    if name == "lcm":
-        path = model / "unet" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"time_cond_proj_dim": 256}))
-    mine = [f"model.path={model}", "model.vae=null", f"deepspeed=ds_configs/zero{stage}.json"]
-    return load_recipe(ROOT / "recipes" / f"{name}_cdpo.yaml", mine)
+def recipe_of(name: str, stage: int = 2) -> Recipe:
+    return load_recipe(ROOT / "recipes" / f"{name}_cdpo.yaml", [f"deepspeed=zero{stage}"])
 
 
 def printed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The rows of all tables by their names, as text."""
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(ROOT)
     out = io.StringIO()
     print_plan(recipe, RANKS, Terminal(stdout=out))
     lines = (re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines())
@@ -87,8 +76,13 @@ def printed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[s
 def test_the_dry_run_of_a_shipped_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, recipe = EXPECTED[name], recipe_of(name, tmp_path)
+    """Without a network, a cache or the clone: the configs of the models are shipped."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    expected, recipe = EXPECTED[name], recipe_of(name)
     rows = printed(recipe, monkeypatch)
+    [configs] = [cells for row, *cells in rows.items() if row.startswith("configs")]
+    assert recipe.model.vae or recipe.model.path in str(configs)
     assert rows["denoiser"] == [f"{expected.unet:,}", "0"]
     assert rows["VAE"] == [f"{VAE:,}", "0"]
     text = [int(rows[key][0].replace(",", "")) for key in rows if key.startswith("text_encoder")]
@@ -120,8 +114,8 @@ def test_the_dry_run_of_a_shipped_recipe(
     for what, value in counted.items():
         monkeypatch.setattr(plan_module, what, lambda *_, value=value, **__: value)
     for stage in (1, 3):
-        other = printed(recipe_of(name, tmp_path, stage), monkeypatch)
-        assert f"{RANKS}, ZeRO-{stage} of ds_configs/zero{stage}.json" in other["ranks"]
+        other = printed(recipe_of(name, stage), monkeypatch)
+        assert f"{RANKS}, ZeRO-{stage} of zero{stage}" in other["ranks"]
         assert other["activations"][0] == rows["activations"][0]
         assert_memory(other, expected, trained, stage)
 
