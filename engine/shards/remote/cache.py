@@ -20,7 +20,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...basics.errors import DataError, OutsideError
@@ -29,14 +28,7 @@ POLL_SECONDS = 0.02
 
 _READY, _PART, _LOCK = ".tar", ".part", "lock"
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    path: Path
-    size: int
-    used: int
-    """When, in nanoseconds."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class CacheFull(Exception):
@@ -77,8 +69,7 @@ class ShardCache:
             while True:
                 descriptor = self._open_ready(key)
                 if descriptor is None:
-                    part = self._claim(key, size, force)
-                    descriptor = None if part is None else self._filled(key, part, fill)
+                    descriptor = self._filled(key, size, fill, force)
                 if descriptor is not None:
                     return descriptor
                 _wait(deadline, f"{self.folder / key[:12]}… is being fetched by another process")
@@ -93,9 +84,8 @@ class ShardCache:
     # One file
 
     def _open_ready(self, key: str) -> int | None:
-        path = self.folder / (key + _READY)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / (key + _READY), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         # Only an eviction holds it exclusively, and that takes no time.
@@ -106,78 +96,59 @@ class ShardCache:
         os.close(descriptor)
         return None
 
-    def _claim(self, key: str, size: int, force: bool) -> int | None:
-        """The part of a file, ours to fill; None if it is another's or ready by now."""
-        path = self.folder / (key + _PART)
+    def _filled(self, key: str, size: int, fill: Callable[[int], None], force: bool) -> int | None:
+        """The file, made here; None if that is another's to do, or it is ready by now."""
+        ready, path = (self.folder / (key + suffix) for suffix in (_READY, _PART))
         with self._exclusive():
-            if (self.folder / (key + _READY)).exists():
-                return None
             files = self._files()
-            if path.exists():  # still, so somebody holds it
+            if ready.exists() or path.exists():  # a part that is there still is held by somebody
                 return None
-            excess = sum(file.size for file in files) + size - self.max_bytes
+            excess = sum(taken for _, taken, _ in files) + size - self.max_bytes
             self._make_room(files, excess, force)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._allocate(descriptor, size)
-            except BaseException:
-                path.unlink()
-                os.close(descriptor)
-                raise
-            return descriptor
-
-    def _filled(self, key: str, part: int, fill: Callable[[int], None]) -> int:
-        path = self.folder / (key + _PART)
-        try:
+            part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            with _or_removed(path, part):
+                _lock(part, fcntl.LOCK_EX)
+                self._allocate(part, size)
+        with _or_removed(path, part):
             fill(part)
             _touch(part)
             with self._exclusive():
-                os.rename(path, path.with_suffix(_READY))
-                fcntl.flock(part, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BaseException:
-            with suppress(OSError):
-                path.unlink()
-            os.close(part)
-            raise
+                os.rename(path, ready)
+                _lock(part, fcntl.LOCK_SH)
         return part
 
     # All files
 
-    def _files(self) -> list[_Cached]:
-        """All that takes room, oldest use first, after parts that nobody fills are removed."""
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """(time of use, bytes, path) of all that takes room, oldest use first, after parts that
+        nobody fills are removed.
+        """
         found = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                if _OURS.fullmatch(entry.name) is None:
-                    continue  # the folder may be any
-                if path.suffix == _PART and _remove_unlocked(path):
-                    continue
-                with suppress(FileNotFoundError):
-                    state = entry.stat(follow_symlinks=False)
-                    found.append(_Cached(path, state.st_size, state.st_atime_ns))
-        return sorted(found, key=lambda file: file.used)
-
-    def _make_room(self, files: list[_Cached], excess: int, force: bool) -> None:
-        """Evict ready files, the least recently used first, until ``excess`` bytes are gone."""
-        in_use = []
-        for file in files:
-            if excess <= 0:
-                return
-            if file.path.suffix == _PART:
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name) is None:
+                continue  # the folder may be any
+            if path.suffix == _PART and _remove_unlocked(path):
                 continue
-            if _remove_unlocked(file.path):
-                excess -= file.size
-            else:
-                in_use.append(file)
+            with suppress(FileNotFoundError):
+                state = path.lstat()
+                found.append((state.st_atime_ns, state.st_size, path))
+        return sorted(found)
+
+    def _make_room(self, files: list[tuple[int, int, Path]], excess: int, force: bool) -> None:
+        """Evict ready files, the least recently used first, until ``excess`` bytes are gone: those
+        that nobody reads, and only then, by ``force``, others.
+        """
+        ready = [(size, path) for _, size, path in files if path.suffix == _READY]
+        for size, path in list(ready):
+            if excess > 0 and _remove_unlocked(path):
+                excess -= size
+                ready.remove((size, path))
         if excess > 0 and not force:
             raise CacheFull
-        for file in in_use:
-            if excess <= 0:
-                return
-            file.path.unlink(missing_ok=True)
-            excess -= file.size
+        for size, path in ready:
+            if excess > 0:
+                path.unlink(missing_ok=True)
+                excess -= size
 
     def _allocate(self, descriptor: int, size: int) -> None:
         """Take ``size`` bytes of the disk, from cached files if there is no other way."""
@@ -189,12 +160,9 @@ class ShardCache:
                 if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                     os.ftruncate(descriptor, size)  # a file system without allocation
                     return
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._evict_one():
+                unread = (path for _, _, path in self._files() if path.suffix == _READY)
+                if error.errno not in _FULL or not any(map(_remove_unlocked, unread)):
                     raise
-
-    def _evict_one(self) -> bool:
-        ready = (file for file in self._files() if file.path.suffix == _READY)
-        return any(_remove_unlocked(file.path) for file in ready)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -210,14 +178,29 @@ class ShardCache:
 
     def _failed(self, error: OSError) -> DataError:
         remedy = "give data.cache another folder, on a local disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             remedy = f"data.cache_gib={self.max_bytes / 2**30:.3g} is more than the disk can give"
-        return DataError(f"shard cache {self.folder}: {error.strerror or error}; {remedy}")
+        what = f"shard cache {self.folder}: {error.strerror or error}; {remedy}"
+        kind = "no-space" if error.errno in _FULL else "unwritable"
+        return DataError(what, str(self.folder), kind)
+
+
+@contextmanager
+def _or_removed(path: Path, descriptor: int) -> Iterator[None]:
+    """Remove and close a file that the block fails to make."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        raise
 
 
 def _wait(deadline: float, what: str) -> None:
     if time.monotonic() > deadline:
-        raise OutsideError(f"{what}, for longer than data.fetch.budget allows")
+        limit = "data.fetch.budget"
+        raise OutsideError(f"{what}, for longer than {limit} allows", limit, "timeout")
     time.sleep(POLL_SECONDS)
 
 

@@ -1,25 +1,28 @@
 """Files behind a URL, brought whole or with one clear error: every wait is bounded.
 
-fsspec knows the services; what it leaves open is decided here. An attempt runs in a thread of its
-own, so that whatever a library waits for, nobody waits for it longer than ``stall`` seconds without
-a byte. Failures that may pass are retried from where the last attempt broke off, after waits that
-double, until ``retries`` in a row bring nothing or the ``budget`` of seconds is spent.
+fsspec knows the services; what it leaves open is decided here. Each of its calls runs in a thread
+of its own, so that whatever a library waits for, nobody waits for it longer than ``stall`` seconds
+without a byte. Failures that may pass are retried from where the last attempt broke off, after
+waits that double, until ``retries`` in a row bring nothing or the ``budget`` of seconds is spent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import suppress
-from queue import Empty, Full, Queue
-from threading import Event, Lock, Thread
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from io import BytesIO
+from threading import Thread
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from ...basics.errors import CdpoError, DataError, OutsideError, RecipeError
+from ...basics.errors import DataError, OutsideError, RecipeError
 from ...recipe import Fetch
 from .faults import (
     BEYOND_THE_END,
@@ -42,35 +45,44 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "s3": ("s3fs", "pip install 'cdpo[s3]'"),
     "hf": ("huggingface_hub", "pip install huggingface_hub"),
 }
-LOOK_EVERY = 0.25  # seconds between two looks at whether to stop
 
 
-class Target(Protocol):
-    """What a file is brought into. Nothing further is brought once it has more than its size."""
+class Arrival:
+    """A file on its way: counted, hashed and written to ``file``, up to ``size`` bytes of it.
 
-    resumes: bool
-    """Whether it is taken up where an attempt broke off: only if a checksum then tells whether both
-    parts are of the same file."""
+    It ``resumes`` where an attempt broke off only if a checksum then tells whether both parts are
+    of the same file.
+    """
 
-    @property
-    def arrived(self) -> int:
-        """Bytes so far."""
-
-    @property
-    def size(self) -> int:
-        """Bytes it takes."""
-
-    def write(self, data: bytes) -> None:
-        """Append."""
+    def __init__(self, file: BinaryIO, size: int, *, resumes: bool) -> None:
+        self.size, self.resumes, self._file = size, resumes, file
+        self.restart()
 
     def restart(self) -> None:
         """Forget what has arrived."""
+        self._file.seek(0)
+        self.arrived = 0
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Append; what is beyond the size is counted, which ends the transfer, and not kept."""
+        if self.arrived + len(data) <= self.size:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+            self._sha256.update(data)
+        self.arrived += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has arrived."""
+        return self._sha256.hexdigest()
 
 
-class _TargetFailed(Exception):
-    """The fault of this side: not to be taken for one of the connection."""
+class _Failed(Exception):
+    """A call of the service's library failed: no fault of this side."""
 
-    def __init__(self, error: OSError) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
 
@@ -85,20 +97,20 @@ class RemoteFolder:
 
     def __init__(self, url: str, spec: Fetch) -> None:
         """Raises RecipeError for a URL that is not taken, OutsideError for a missing package."""
-        self.url = _checked(url)
-        self._scheme = urlsplit(url).scheme
-        self._spec = spec
-        self._stopped = Event()
-        self._lock = Lock()
-        self._filesystem: tuple[int, Any] | None = None  # of the process that made it
-        self._jitter = random.Random()
+        self.url, self._spec = _checked(url), spec
+        self._scheme = scheme = urlsplit(url).scheme
+        self._stopped: Future[None] = Future()
+        # Each folder has a client of its own in each process: libraries keep connections in it.
+        self._client_of = lru_cache(lambda process: _client(scheme, spec.budget))
         try:
-            self._fs()
+            self._client_of(os.getpid())
         except ImportError:
             package, remedy = SCHEMES[self._scheme]
             raise OutsideError(
                 f"data.path={self.url}: {self._scheme}:// needs the package {package}, which is "
-                f"not installed: {remedy}"
+                f"not installed: {remedy}",
+                package,
+                "not-installed",
             ) from None
 
     def name_of(self, name: str) -> str:
@@ -106,11 +118,12 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def stop(self) -> None:
-        """End what is on its way: transfers and waits raise OutsideError soon."""
-        self._stopped.set()
+        """End what is on its way: transfers and waits raise OutsideError at once."""
+        with suppress(InvalidStateError):  # stopped before
+            self._stopped.set_result(None)
 
-    def bring(self, name: str, target: Target, deadline: float = math.inf) -> None:
-        """Fill ``target`` with a file; it ends shorter or at its full size where the file does.
+    def bring(self, name: str, arrival: Arrival, deadline: float = math.inf) -> None:
+        """Bring a file; ``arrival`` ends shorter or at its full size where the file does.
 
         Within ``data.fetch.budget``, and before ``deadline`` on the monotonic clock.
 
@@ -118,138 +131,91 @@ class RemoteFolder:
             FileNotFoundError: the service says that there is no such file.
             OutsideError: refused, or not brought within retries and budget.
         """
+        url = self.name_of(name)
         deadline = min(deadline, time.monotonic() + self._spec.budget)
         failures = furthest = 0
         while True:
             try:
-                self._attempt(name, target, deadline)
-                return
-            except _TargetFailed as failure:
-                raise failure.error from None
-            except (CdpoError, FileNotFoundError):
-                raise
-            except Exception as error:
-                reason, asked = reason_of(error), asked_to_wait(error)
-                if status_of(error) == NOT_THERE:
-                    raise FileNotFoundError(name) from None
-                if status_of(error) == BEYOND_THE_END and target.arrived:
-                    target.restart()
-                elif not may_pass(error):
-                    raise OutsideError(f"{self.name_of(name)}: {reason}") from None
-            failures = 1 if target.arrived > furthest else failures + 1
-            furthest = max(furthest, target.arrived)
-            pause = asked + self._pause(failures)
-            left = deadline - time.monotonic()
-            if failures > self._spec.retries or pause >= left:
+                return self._attempt(url, arrival, deadline)
+            except _Failed as failed:
+                error = failed.error
+            reason, status = reason_of(error), status_of(error)
+            if isinstance(error, FileNotFoundError) or status == NOT_THERE:
+                raise FileNotFoundError(name)
+            if status == BEYOND_THE_END and arrival.arrived:
+                arrival.restart()
+            elif not may_pass(error):
+                raise OutsideError(f"{url}: {reason}", url, "refused")
+            failures = 1 if arrival.arrived > furthest else failures + 1
+            furthest = max(furthest, arrival.arrived)
+            pause = asked_to_wait(error) + self._pause(failures)
+            if failures > self._spec.retries or pause >= deadline - time.monotonic():
                 spent = "retries" if failures > self._spec.retries else "budget"
                 raise OutsideError(
-                    f"{self.name_of(name)}: {reason}; given up after {failures} failures in a row "
-                    f"(data.fetch.{spent})"
+                    f"{url}: {reason}; given up after {failures} failures in a row "
+                    f"(data.fetch.{spent})",
+                    url,
+                    "timeout" if isinstance(error, TimeoutError) else "unreachable",
                 )
-            if self._stopped.wait(pause):
-                raise OutsideError(f"{self.name_of(name)}: stopped")
+            if wait([self._stopped], pause).done:
+                raise self._stopped_error()
 
     def _pause(self, failures: int) -> float:
         """Exponential back-off with jitter, so that ranks do not come back all at once."""
         longest = min(MAX_BACKOFF, self._spec.backoff * 2.0 ** (failures - 1))
-        return longest * self._jitter.uniform(0.5, 1.0)
+        return longest * random.SystemRandom().uniform(0.5, 1.0)
 
-    def _attempt(self, name: str, target: Target, deadline: float) -> None:
-        if not target.resumes:
-            target.restart()
-        abandoned = Event()
-        arriving: Queue[bytes | int | BaseException] = Queue(maxsize=2)
-        args = (self.name_of(name), target.arrived, arriving, abandoned)
-        Thread(target=self._pump, args=args, name="shard-fetch", daemon=True).start()
-        try:
-            for item in self._arrivals(arriving, deadline):
-                if isinstance(item, int):
-                    if item != target.arrived:  # the service began at the start
-                        target.restart()
-                    continue
-                try:
-                    target.write(item)
-                except OSError as error:
-                    raise _TargetFailed(error) from None
-                if target.arrived > target.size:
-                    return
-        finally:
-            abandoned.set()
+    def _attempt(self, url: str, arrival: Arrival, deadline: float) -> None:
+        if not arrival.resumes:
+            arrival.restart()
+        opening = partial(self._open, url, arrival.arrived)
+        file, start = self._within(opening, deadline)
+        with file:  # closing it ends a read that nobody waits for any more
+            if start != arrival.arrived:  # the service began at the start
+                arrival.restart()
+            reading = partial(file.read, CHUNK)
+            while arrival.arrived <= arrival.size and (data := self._within(reading, deadline)):
+                arrival.write(data)
 
-    def _arrivals(
-        self, arriving: Queue[bytes | int | BaseException], deadline: float
-    ) -> Iterator[bytes | int]:
-        """What the pump puts, as long as it keeps coming."""
-        while True:
-            item = self._next_item(arriving, deadline)
-            if isinstance(item, BaseException):
-                raise item
-            if item == b"":
-                return
-            yield item
+    def _within(self, call: Callable[[], Any], deadline: float) -> Any:
+        """What ``call`` gives, from a thread that is left alone when it takes too long."""
+        answer: Future[Any] = Future()
 
-    def _next_item(
-        self, arriving: Queue[bytes | int | BaseException], deadline: float
-    ) -> bytes | int | BaseException:
-        stalls_at = time.monotonic() + self._spec.stall
-        while True:
-            if self._stopped.is_set():
-                raise OutsideError(f"{self.url}: stopped")
-            patience = min(stalls_at, deadline) - time.monotonic()
-            with suppress(Empty):
-                return arriving.get(timeout=max(0.0, min(patience, LOOK_EVERY)))
-            if patience <= 0 and deadline < stalls_at:
-                raise TimeoutError(f"not here within {self._spec.budget:g} s")
-            if patience <= 0:
-                raise TimeoutError(f"no byte for {self._spec.stall:g} s")
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
 
-    def _pump(
-        self,
-        url: str,
-        offset: int,
-        arriving: Queue[bytes | int | BaseException],
-        abandoned: Event,
-    ) -> None:
-        """Put where the service begins, then chunks, then b"" or what went wrong."""
+        Thread(target=run, name="shard-fetch", daemon=True).start()
+        stall, left = self._spec.stall, deadline - time.monotonic()
+        wait([answer, self._stopped], min(stall, left), FIRST_COMPLETED)
+        if self._stopped.done():
+            raise self._stopped_error()
+        if not answer.done():
+            budget = f"not here within {self._spec.budget:g} s"
+            raise _Failed(TimeoutError(budget if left < stall else f"no byte for {stall:g} s"))
+        if error := answer.exception():
+            raise _Failed(error)
+        return answer.result()
 
-        def put(item: bytes | int | BaseException) -> None:
-            while not abandoned.is_set():
-                with suppress(Full):
-                    arriving.put(item, timeout=0.1)
-                    return
-
-        try:
-            file, start = self._open(url, offset)
-            with file:
-                put(start)
-                while not abandoned.is_set():
-                    chunk = file.read(CHUNK)
-                    put(bytes(chunk))
-                    if not chunk:
-                        return
-        except BaseException as error:
-            put(error)
+    def _stopped_error(self) -> OutsideError:
+        return OutsideError(f"{self.url}: stopped", self.url, "stopped")
 
     def _open(self, url: str, offset: int) -> tuple[Any, int]:
         """The file from ``offset`` on, or from 0 where the service cannot do better."""
-        filesystem = self._fs()
+        client = self._client_of(os.getpid())
         if self._scheme in ("http", "https"):
             # Without a block size the answer to one request is streamed; its length is not asked
             # for beforehand if one is given, and not believed.
             headers = {"Accept-Encoding": "identity"}
             if offset:
                 headers["Range"] = f"bytes={offset}-"
-            file = filesystem.open(url, "rb", block_size=0, size=1, headers=headers)
+            file = client.open(url, "rb", block_size=0, size=1, headers=headers)
             return file, offset if file.r.status == 206 else 0
-        file = filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead")
+        file = client.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead")
         file.seek(offset)
         return file, offset
-
-    def _fs(self) -> Any:
-        with self._lock:
-            if self._filesystem is None or self._filesystem[0] != os.getpid():
-                self._filesystem = (os.getpid(), _filesystem(self._scheme, self._spec.stall))
-            return self._filesystem[1]
 
 
 def _checked(url: str) -> str:
@@ -258,40 +224,41 @@ def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise RecipeError(f"data.path={shown} is no URL: {error}") from None
+        raise _refusal(f"{shown} is no URL: {error}", "wrong-type") from None
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise RecipeError(f"data.path={shown}: shards are read from a folder or from {known}")
+        raise _refusal(f"{shown}: shards are read from a folder or from {known}", "unsupported")
     if not parts.netloc:
-        raise RecipeError(f"data.path={shown}: names no host or bucket")
+        raise _refusal(f"{shown}: names no host or bucket", "missing")
     if parts.query or parts.fragment or (parts.scheme != "hf" and "@" in parts.netloc):
-        raise RecipeError(
-            f"data.path={shown}: without user, password or query string, please, which would end "
-            "up in the run folder; credentials come from the environment (AWS_*, HF_TOKEN) or "
-            "~/.netrc"
+        raise _refusal(
+            f"{shown}: without user, password or query string, please, which would end up in the "
+            "run folder; credentials come from the environment (AWS_*, HF_TOKEN) or ~/.netrc",
+            "secret",
         )
     return url.rstrip("/")
 
 
-def _filesystem(scheme: str, stall: float) -> Any:
-    """Fsspec's client. Each process and folder has one: libraries keep connections in it."""
+def _refusal(what: str, kind: str) -> RecipeError:
+    return RecipeError(f"data.path={what}", "data.path", kind)
+
+
+def _client(scheme: str, budget: float) -> Any:
+    """Fsspec's file system. Requests that nobody waits for any more end with the budget."""
     import fsspec
 
     options: dict[str, Any] = {"skip_instance_cache": True}
     if scheme in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=2 * stall, sock_read=2 * stall)
         secure = aiohttp.TraceConfig()
         secure.on_request_redirect.append(_refuse_downgrade)
         options["client_kwargs"] = {
-            "timeout": timeout,
+            "timeout": aiohttp.ClientTimeout(total=budget),
             "trust_env": True,  # proxies and ~/.netrc
             "read_bufsize": CHUNK,
             "trace_configs": [secure],
         }
-    if scheme == "s3":
-        options["config_kwargs"] = {"connect_timeout": 2 * stall, "read_timeout": 2 * stall}
     return fsspec.filesystem(scheme, **options)
 
 
@@ -308,36 +275,18 @@ async def _refuse_downgrade(session: Any, context: Any, redirect: Any) -> None:
             raise InsecureRedirectError(str(there))
 
 
-class Text:
-    """A target in memory, for a small file that nothing vouches for."""
-
-    resumes = False
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.content = bytearray()
-
-    @property
-    def arrived(self) -> int:
-        """Bytes so far."""
-        return len(self.content)
-
-    def write(self, data: bytes) -> None:
-        """Append."""
-        self.content += data
-
-    def restart(self) -> None:
-        """Forget what has arrived."""
-        self.content.clear()
-
-
 def bring_text(folder: RemoteFolder, name: str, max_bytes: int) -> bytes:
-    """A small file; DataError where there is none, or where it is larger than ``max_bytes``."""
-    text = Text(max_bytes)
+    """A small file that nothing vouches for; DataError where there is none, or where it is larger
+    than ``max_bytes``.
+    """
+    content = BytesIO()
+    text = Arrival(content, max_bytes, resumes=False)
     try:
         folder.bring(name, text)
     except FileNotFoundError:
-        raise DataError(f"no shards at {folder.url} ({name} is not there)") from None
+        what = f"no shards at {folder.url} ({name} is not there)"
+        raise DataError(what, folder.name_of(name), "missing") from None
     if text.arrived > max_bytes:
-        raise DataError(f"{folder.name_of(name)}: over {max_bytes} bytes, that is none of ours")
-    return bytes(text.content)
+        what = f"{folder.name_of(name)}: over {max_bytes} bytes, that is none of ours"
+        raise DataError(what, folder.name_of(name), "too-large")
+    return content.getvalue()[: text.arrived]

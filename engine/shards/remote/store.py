@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from ...basics.errors import CdpoError, RecipeError, ShardError
+from ...basics.errors import RecipeError, ShardError
 from ...basics.failpoints import failpoint
 from ...recipe import Data
 from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
 from ..store import LocalStore, ShardStore
-from .cache import ShardCache
-from .fetch import RemoteFolder, bring_text, is_remote
+from .cache import CacheFull, ShardCache
+from .fetch import Arrival, RemoteFolder, bring_text, is_remote
 
 ARRIVALS = 2  # a shard that arrives damaged is fetched once more
 
@@ -47,7 +48,7 @@ class RemoteStore:
         self._manifest_sha256 = data.manifest_sha256
         folder = Path(data.cache).expanduser() if data.cache else default_cache()
         self.cache = ShardCache(folder, int(data.cache_gib * 2**30), data.fetch.budget)
-        self._flights: dict[str, Future[BaseException | None]] = {}
+        self._flights: dict[str, Future[None]] = {}
         self._lock = Lock()
 
     @property
@@ -87,7 +88,9 @@ class RemoteStore:
                 f"data.cache_gib={self.cache.max_bytes / 2**30:.3g} cannot hold the shards that "
                 f"{self.processes} processes of this machine read in turns: give it "
                 f"{self.processes * in_turns / 2**30:.3g} or more (twice that to fetch ahead), or "
-                "lower data.shuffle_shards"
+                "lower data.shuffle_shards",
+                "data.cache_gib",
+                "out-of-range",
             )
         return share - in_turns
 
@@ -97,78 +100,58 @@ class RemoteStore:
 
     def _get(self, entry: ShardEntry, *, force: bool) -> int:
         """One thread brings a shard; others that want it share what comes of it."""
-        own: Future[BaseException | None] = Future()
+        own: Future[None] = Future()
         with self._lock:
             flight = self._flights.setdefault(entry.sha256, own)
         if flight is not own:
-            error = flight.result()  # bounded, as every fetch is
-            if isinstance(error, CdpoError):
-                raise error
-            return self.cache.get(entry.sha256, entry.bytes, self._fill(entry), force=force)
-        outcome: BaseException | None = None
+            with suppress(CacheFull):
+                flight.result()  # bounded, as every fetch is
         try:
-            return self.cache.get(entry.sha256, entry.bytes, self._fill(entry), force=force)
+            bring = partial(self._bring, entry)
+            return self.cache.get(entry.sha256, entry.bytes, bring, force=force)
         except BaseException as error:
-            outcome = error
+            own.set_exception(error)
             raise
         finally:
-            with self._lock:
-                del self._flights[entry.sha256]
-            own.set_result(outcome)
-
-    def _fill(self, entry: ShardEntry) -> Callable[[int], None]:
-        return lambda descriptor: self._bring(entry, descriptor)
+            if flight is own:
+                with self._lock:
+                    del self._flights[entry.sha256]
+            if not own.done():
+                own.set_result(None)
 
     def _bring(self, entry: ShardEntry, descriptor: int) -> None:
         """Write the shard to ``descriptor`` and check it; a damaged one is fetched once more."""
+        name = self.name_of(entry)
         deadline = time.monotonic() + self.spec.budget  # of all arrivals: others wait for them
-        for _ in range(ARRIVALS):
-            arrival = _Arrival(descriptor, entry.bytes)
-            try:
-                self._folder.bring(entry.name, arrival, deadline)
-            except FileNotFoundError:
-                raise ShardError(self.name_of(entry), "missing; copy it there again") from None
-            problem = arrival.problem(entry)
-            if problem is None:
-                return
-        raise ShardError(
-            self.name_of(entry), f"arrived {problem}, {ARRIVALS} times; copy it there again"
-        )
+        with open(descriptor, "wb", buffering=0, closefd=False) as file:
+            for _ in range(ARRIVALS):
+                arrival = _Shard(file, entry.bytes, resumes=True)
+                try:
+                    self._folder.bring(entry.name, arrival, deadline)
+                except FileNotFoundError:
+                    reason = "missing; copy it there again"
+                    raise ShardError(name, reason, kind="missing") from None
+                problem = _problem(arrival, entry)
+                if problem is None:
+                    file.seek(0)  # whoever is given the descriptor reads from the start
+                    return
+        reason = f"arrived {problem}, {ARRIVALS} times; copy it there again"
+        raise ShardError(name, reason, kind="damaged")
 
 
-class _Arrival:
-    """A shard on its way into the cache, hashed as it comes."""
-
-    resumes = True
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.size = size
-        self._descriptor = descriptor
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what has arrived."""
-        self.arrived = 0
-        self._sha256 = hashlib.sha256()
-
+class _Shard(Arrival):
     def write(self, data: bytes) -> None:
-        """Append; what is beyond the size is not kept."""
         failpoint("cache.fill")
-        if self.arrived + len(data) <= self.size:
-            view, at = memoryview(data), self.arrived
-            while view:
-                written = os.pwrite(self._descriptor, view, at)
-                view, at = view[written:], at + written
-            self._sha256.update(data)
-        self.arrived += len(data)
+        super().write(data)
 
-    def problem(self, entry: ShardEntry) -> str | None:
-        """What is wrong with the shard as it arrived."""
-        if self.arrived > entry.bytes:
-            return f"too long: over {entry.bytes} bytes, which is what the manifest says"
-        if self.arrived < entry.bytes:
-            return f"truncated: {self.arrived} bytes, manifest says {entry.bytes}"
-        found = self._sha256.hexdigest()
-        if found != entry.sha256:
-            return f"damaged: sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…"
-        return None
+
+def _problem(arrival: Arrival, entry: ShardEntry) -> str | None:
+    """What is wrong with a shard as it arrived."""
+    if arrival.arrived > entry.bytes:
+        return f"too long: over {entry.bytes} bytes, which is what the manifest says"
+    if arrival.arrived < entry.bytes:
+        return f"truncated: {arrival.arrived} bytes, manifest says {entry.bytes}"
+    if arrival.sha256 != entry.sha256:
+        found, said = arrival.sha256[:12], entry.sha256[:12]
+        return f"damaged: sha256 {found}… is not the manifest's {said}…"
+    return None

@@ -19,7 +19,7 @@ from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, Rec
 from cdpo.engine.recipe import Fetch
 from cdpo.engine.shards.remote import fetch
 from cdpo.engine.shards.remote.faults import asked_to_wait, redact
-from cdpo.engine.shards.remote.fetch import RemoteFolder, Text, bring_text, is_remote
+from cdpo.engine.shards.remote.fetch import Arrival, RemoteFolder, bring_text, is_remote
 from fsspec.implementations.memory import MemoryFile
 from multidict import CIMultiDict
 from shard_server import ShardServer, serving
@@ -41,16 +41,15 @@ def web(folder: Path):
         yield web
 
 
-class Shard(Text):
-    """Taken up where it broke off, as shards are."""
-
-    resumes = True
+def arrival(size: int) -> Arrival:
+    return Arrival(BytesIO(), size, resumes=False)
 
 
 def bring(web: ShardServer, **spec: float) -> bytes:
-    text = Shard(len(CONTENT))
-    RemoteFolder(web.url, SOON.model_copy(update=spec)).bring("a.tar", text)
-    return bytes(text.content)
+    content = BytesIO()
+    shard = Arrival(content, len(CONTENT), resumes=True)  # as shards are
+    RemoteFolder(web.url, SOON.model_copy(update=spec)).bring("a.tar", shard)
+    return content.getvalue()
 
 
 def fails(web: ShardServer, *texts: str, **spec: float) -> float:
@@ -252,7 +251,7 @@ def test_stopping_ends_waits(web: ShardServer) -> None:
     threading.Timer(0.2, folder.stop).start()
     began = time.monotonic()
     with pytest.raises(OutsideError, match="stopped"):
-        folder.bring("a.tar", Text(10))
+        folder.bring("a.tar", arrival(10))
     assert time.monotonic() - began < 10
 
 
@@ -262,17 +261,17 @@ def test_stopping_ends_a_stalled_transfer(web: ShardServer) -> None:
     threading.Timer(0.2, folder.stop).start()
     began = time.monotonic()
     with pytest.raises(OutsideError, match="stopped"):
-        folder.bring("a.tar", Text(10**6))
+        folder.bring("a.tar", arrival(10**6))
     assert time.monotonic() - began < 5
 
 
 def test_a_fault_of_this_side_is_not_one_of_the_network(web: ShardServer) -> None:
-    class Full(Text):
-        def write(self, data: bytes) -> None:
+    class Full(BytesIO):
+        def write(self, data: object) -> int:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        RemoteFolder(web.url, SOON).bring("a.tar", Full(100))
+        RemoteFolder(web.url, SOON).bring("a.tar", Arrival(Full(), len(CONTENT), resumes=True))
     assert web.count("a.tar") == 1
 
 
@@ -318,12 +317,12 @@ def test_other_services_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> No
         return BytesIO.read(file, size)
 
     monkeypatch.setattr(MemoryFile, "read", read, raising=False)
-    folder, text = RemoteFolder("memory://bucket/set/", SOON), Shard(len(CONTENT))
-    folder.bring("a.tar", text)
-    assert bytes(text.content) == CONTENT
+    folder, content = RemoteFolder("memory://bucket/set/", SOON), BytesIO()
+    folder.bring("a.tar", Arrival(content, len(CONTENT), resumes=True))
+    assert content.getvalue() == CONTENT
     assert starts[0] == 2048 >= starts[1] > 0
     with pytest.raises(FileNotFoundError):
-        folder.bring("b.tar", Text(10))
+        folder.bring("b.tar", arrival(10))
 
 
 @pytest.mark.parametrize(

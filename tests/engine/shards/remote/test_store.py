@@ -219,7 +219,7 @@ def test_a_small_cache_evicts_and_the_batches_stay_the_same(
     def watched(step: int) -> list[int]:
         nonlocal most
         with store.cache._exclusive():
-            most = max(most, sum(file.size for file in store.cache._files()))
+            most = max(most, sum(size for _, size, _ in store.cache._files()))
         return stream.next(step, (0, 0)).pair_ids.tolist()
 
     far = [watched(step) for step in range(60)]
