@@ -108,7 +108,11 @@ class ArrayContents:
         self.shape = (2, *shape)
         self.num_bytes = 2 * int(np.prod(self.shape))
         self.max_bytes = self.num_bytes + MAX_NPY_HEADER
-        self.header = self._npy_header()
+        # Of an array that is not made: a manifest may claim any shape.
+        about = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, about)
+        self.header = header.getvalue()
 
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
         """``pair`` of any float type; what float16 cannot hold (NaN, infinity, |x| > 65504) is
@@ -116,27 +120,14 @@ class ArrayContents:
         """
         if pair.shape != self.shape:
             reason = f"{self.name} have shape {pair.shape}, expected {self.shape}"
-            raise ShardError(shard, reason, key, self.members[0])
+            raise ShardError(shard, reason, key, self.members[0], "mismatch")
         with np.errstate(over="ignore"):
             half = np.ascontiguousarray(pair, dtype=self.dtype)
         if not_finite(half):
             worst = float(np.abs(pair).max())
             reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
-            raise ShardError(shard, reason, key, self.members[0])
-        return [self._as_npy(half)]
-
-    def _npy_header(self) -> bytes:
-        """Of an array that is not made: a manifest may claim any shape."""
-        buffer = io.BytesIO()
-        about = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(buffer, about)
-        return buffer.getvalue()
-
-    @staticmethod
-    def _as_npy(half: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, half, version=(1, 0), allow_pickle=False)
-        return buffer.getvalue()
+            raise ShardError(shard, reason, key, self.members[0], "non-finite")
+        return [self.header + half.tobytes()]
 
     def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
         """A view of the file: the header is never evaluated, and nothing is allocated for the
@@ -146,30 +137,34 @@ class ArrayContents:
         start = self._data_offset(data, shard, key)
         if len(data) - start != self.num_bytes:
             reason = f"holds {len(data) - start} bytes of data, expected {self.num_bytes}"
-            raise ShardError(shard, reason, key, self.members[0])
+            raise ShardError(shard, reason, key, self.members[0], "mismatch")
         pair = np.frombuffer(data, dtype=self.dtype, offset=start).reshape(self.shape)
         self.check(pair, shard, key)
         return pair
 
     def check(self, pair: np.ndarray, shard: str, key: str) -> None:
         if any(map(not_finite, pair)):
-            raise ShardError(shard, f"{self.name} hold NaN or infinity", key, self.members[0])
+            reason = f"{self.name} hold NaN or infinity"
+            raise ShardError(shard, reason, key, self.members[0], "non-finite")
 
     def _data_offset(self, data: Buffer, shard: str, key: str) -> int:
         """Where the array starts, after a version 1.0 header of float16 and the shape."""
-        (member,) = self.members
+
+        def wrong(reason: str, kind: str) -> ShardError:
+            return ShardError(shard, reason, key, self.members[0], kind)
+
         if data[:8] != b"\x93NUMPY\x01\x00" or len(data) < 10:
-            raise ShardError(shard, "is not a .npy file of version 1.0", key, member)
+            raise wrong("is not a .npy file of version 1.0", "unsupported")
         start = 10 + int.from_bytes(data[8:10], "little")
         match = _NPY_HEADER.fullmatch(data[10:start]) if start <= MAX_NPY_HEADER else None
         if match is None:
-            raise ShardError(shard, "has a .npy header that numpy would not write", key, member)
+            raise wrong("has a .npy header that numpy would not write", "damaged")
         dtype, fortran, claimed = (part.decode() for part in match.groups())
         if dtype != "<f2" or fortran != "False":
             order = "Fortran" if fortran == "True" else "C"
-            raise ShardError(shard, f"is {dtype} in {order} order, expected <f2 in C", key, member)
+            raise wrong(f"is {dtype} in {order} order, expected <f2 in C", "wrong-type")
         if [part.strip() for part in claimed.split(",")] != [str(size) for size in self.shape]:
-            raise ShardError(shard, f"has shape ({claimed}), expected {self.shape}", key, member)
+            raise wrong(f"has shape ({claimed}), expected {self.shape}", "mismatch")
         return start
 
 
@@ -192,7 +187,7 @@ class ImageContents:
     def encode(self, pair: np.ndarray, shard: str, key: str) -> list[bytes]:
         if pair.shape != self.shape or pair.dtype != self.dtype:
             reason = f"images are {pair.dtype} {pair.shape}, expected uint8 {self.shape}"
-            raise ShardError(shard, reason, key, self.members[0])
+            raise ShardError(shard, reason, key, self.members[0], "mismatch")
         return [encode_webp(image) for image in pair]
 
     def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
@@ -201,7 +196,7 @@ class ImageContents:
             try:
                 pair.append(self._decode_image(data, self.resolution))
             except ValueError as error:
-                raise ShardError(shard, str(error), key, member) from None
+                raise ShardError(shard, str(error), key, member, "damaged") from None
         return np.stack(pair)
 
     def check(self, pair: np.ndarray, shard: str, key: str) -> None:

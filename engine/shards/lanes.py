@@ -53,12 +53,16 @@ class LanePlan:
         if lanes % world_size:
             raise RecipeError(
                 f"{world_size} processes do not divide the {lanes} lanes of the shards: launch a "
-                f"divisor of {lanes}, or prepare with another data.lanes"
+                f"divisor of {lanes}, or prepare with another data.lanes",
+                "data.lanes",
+                "mismatch",
             )
         if global_batch % lanes:
             raise RecipeError(
                 f"train.global_batch={global_batch} is not a multiple of the {lanes} lanes of the "
-                "shards: every lane gives the same number of pairs to a batch"
+                "shards: every lane gives the same number of pairs to a batch",
+                "train.global_batch",
+                "mismatch",
             )
         if not 0 <= rank < world_size or shuffle_shards < 1:
             raise ValueError(f"bad rank={rank} of {world_size} or shuffle_shards={shuffle_shards}")
@@ -77,18 +81,15 @@ class LanePlan:
         # looked into by who fetches ahead.
         self._order = lru_cache(maxsize=3 * len(self.lanes))(self._make_order)
 
-    @property
-    def rank_batch(self) -> int:
-        """Pairs that this rank reads for one global batch."""
-        return self.pairs_per_lane * len(self.lanes)
-
     def check_stages(self, stages: Sequence[Stage]) -> None:
         """Raise DataError when the curriculum asks for a tier that the shards do not have."""
         wanted = {tier for stage in stages for tier in stage.tiers}
         if wanted != set(self._of_tier):
             raise DataError(
                 f"the shards have {len(self._of_tier)} tiers, the recipe's curriculum.tiers is "
-                f"{max(wanted)}: run prepare again, or set it back"
+                f"{max(wanted)}: run prepare again, or set it back",
+                "curriculum.tiers",
+                "mismatch",
             )
 
     def lane_pairs(self, stage: Stage) -> int:

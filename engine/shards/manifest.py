@@ -178,22 +178,28 @@ def parse_manifest(text: bytes, path: str, sha256: str | None = None) -> Manifes
     if sha256 is not None and found_sha256 != sha256:
         raise DataError(
             f"{path}: its sha256 is {found_sha256}, not data.manifest_sha256={sha256}: it is not "
-            "the set that the recipe means"
+            "the set that the recipe means",
+            "data.manifest_sha256",
+            "mismatch",
         )
     try:
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); run prepare again") from None
+        what = f"{path}: not valid JSON ({error}); run prepare again"
+        raise DataError(what, path, "damaged") from None
     if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
         version = found.get("format_version") if isinstance(found, dict) else None
         raise DataError(
             f"{path}: format_version is {version!r}, this version of cdpo reads {FORMAT_VERSION}; "
-            "run prepare again"
+            "run prepare again",
+            path,
+            "unsupported",
         )
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise DataError(f"{path}: {_one_line(error)}") from None
+        what, where = _first_of(error)
+        raise DataError(f"{path}: {what}", where or path, "damaged") from None
 
 
 def save_manifest(folder: str | Path, manifest: Manifest) -> Path:
@@ -223,11 +229,14 @@ def _read_bounded(path: Path) -> bytes:
             text = file.read(min(size, MAX_BYTES) + 1)
     except FileNotFoundError:
         what = "manifest.json is not there" if path.parent.is_dir() else "there is no such folder"
-        raise DataError(f"no shards in {path.parent} ({what}): run prepare first") from None
+        what = f"no shards in {path.parent} ({what}): run prepare first"
+        raise DataError(what, str(path), "missing") from None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        what = f"cannot read {path}: {error.strerror or error}"
+        raise DataError(what, str(path), "unreadable") from None
     if len(text) > MAX_BYTES:
-        raise DataError(f"{path}: over {MAX_BYTES} bytes, that is no manifest of ours")
+        what = f"{path}: over {MAX_BYTES} bytes, that is no manifest of ours"
+        raise DataError(what, str(path), "too-large")
     return text
 
 
@@ -239,10 +248,11 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _one_line(error: ValidationError) -> str:
+def _first_of(error: ValidationError) -> tuple[str, str]:
+    """The first problem in a line, and the dotted place of it in the manifest, "" for the whole."""
     problems = error.errors(include_url=False)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return (f"{where}: " if where else "") + message + more
+    return (f"{where}: " if where else "") + message + more, where

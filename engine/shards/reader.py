@@ -24,7 +24,7 @@ from .contents import contents_of
 from .image_processes import ImageProcesses
 from .manifest import Manifest, ShardEntry
 from .sample import MAX_META_BYTES, META, PairMeta, PairSample, decode_meta
-from .store import LocalStore, ShardStore, check_size
+from .store import LocalStore, ShardStore, check_against
 from .tar_index import SampleIndex, index_samples, read_span
 from .webp import decode_webp
 
@@ -57,9 +57,6 @@ class ShardReaders:
 
     ``store`` is where they lie; a folder stands for the :class:`LocalStore` of that folder.
     ``image_workers`` processes decode the images of ``raw`` shards; 0 decodes them in ``read``.
-
-    ``max_files`` bounds open files, ``max_indexes`` the shards whose headers stay in memory (about
-    50 bytes a sample): at least as many as are read in turns, or each read scans a shard again.
     """
 
     def __init__(
@@ -67,8 +64,6 @@ class ShardReaders:
         store: ShardStore | str | Path,
         manifest: Manifest,
         *,
-        max_files: int = 128,
-        max_indexes: int = 1024,
         image_workers: int = 0,
     ) -> None:
         self.store = LocalStore(store) if isinstance(store, str | Path) else store
@@ -79,7 +74,9 @@ class ShardReaders:
             manifest.kind, manifest.latent_shape, manifest.resolution, self._images or decode_webp
         )
         self._members = (META, *self.contents.members)
-        self._max_files, self._max_indexes = max_files, max_indexes
+        # Open files, and shards whose headers stay in memory, about 50 bytes a sample: at least as
+        # many as are read in turns, or each read scans a shard again.
+        self._max_files, self._max_indexes = 128, 1024
         self.num_opened = 0  # shards so far: whether a wait for them is getting anywhere
         self._files: OrderedDict[str, _OpenShard] = OrderedDict()
         self._indexes: OrderedDict[str, SampleIndex] = OrderedDict()
@@ -136,7 +133,7 @@ class ShardReaders:
         meta = decode_meta(record, name, key)
         if meta.tier != entry.tier:
             reason = f"is of tier {meta.tier}, the manifest puts this shard in tier {entry.tier}"
-            raise ShardError(name, reason, key, META)
+            raise ShardError(name, reason, key, META, "mismatch")
         return meta
 
     def _read_plain(
@@ -247,17 +244,18 @@ class ShardReaders:
             too_large = np.flatnonzero(index.sizes[:, column] > limit)
             if len(too_large):
                 size = index.sizes[too_large[0], column]
+                key = index.keys[too_large[0]].decode()
                 reason = f"{size} bytes, at most {limit} expected"
-                raise ShardError(shard, reason, index.keys[too_large[0]].decode(), member)
+                raise ShardError(shard, reason, key, member, "too-large")
 
 
 def _verify(file: _File, entry: ShardEntry, shard: str) -> None:
-    check_size(entry, os.fstat(file.descriptor).st_size, shard)
+    size = os.fstat(file.descriptor).st_size
+    check_against(entry, shard, size)
     try:
         with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ShardError(shard, f"cannot be read: {error.strerror or error}") from None
-    if found != entry.sha256:
-        reason = f"sha256 {found[:12]}… is not the manifest's {entry.sha256[:12]}…: damaged"
-        raise ShardError(shard, f"{reason}; copy or prepare it again")
+        reason = f"cannot be read: {error.strerror or error}"
+        raise ShardError(shard, reason, kind="unreadable") from None
+    check_against(entry, shard, size, found)

@@ -82,7 +82,7 @@ def encode_sample(
     files = contents.encode(images, shard, key)
     text = json.dumps(meta.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode()
     if len(text) > MAX_META_BYTES:
-        raise ShardError(shard, f"record is over {MAX_META_BYTES} bytes", key, META)
+        raise ShardError(shard, f"record is over {MAX_META_BYTES} bytes", key, META, "too-large")
     return {META: text, **dict(zip(contents.members, files, strict=True))}
 
 
@@ -93,7 +93,8 @@ def decode_meta(data: bytes, shard: str, key: str) -> PairMeta:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
-        raise ShardError(shard, f"{where}: {first['msg']}", key, META) from None
+        raise ShardError(shard, f"{where}: {first['msg']}", key, META, "damaged") from None
     if sample_key(meta.pair_id) != key:
-        raise ShardError(shard, f"pair_id {meta.pair_id} is not that of its key", key, META)
+        reason = f"pair_id {meta.pair_id} is not that of its key"
+        raise ShardError(shard, reason, key, META, "mismatch")
     return meta

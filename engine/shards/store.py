@@ -74,19 +74,30 @@ class LocalStore:
                 size = (self.folder / entry.name).stat().st_size
             except OSError as error:
                 raise self._cannot_open(entry, error) from None
-            check_size(entry, size, self.name_of(entry))
+            check_against(entry, self.name_of(entry), size)
 
     def _cannot_open(self, entry: ShardEntry, error: OSError) -> ShardError:
         if isinstance(error, FileNotFoundError):
-            return ShardError(self.name_of(entry), "missing; copy it here or run prepare again")
-        return ShardError(self.name_of(entry), f"cannot be opened: {error.strerror or error}")
+            reason = "missing; copy it here or run prepare again"
+            return ShardError(self.name_of(entry), reason, kind="missing")
+        reason = f"cannot be opened: {error.strerror or error}"
+        return ShardError(self.name_of(entry), reason, kind="unreadable")
 
 
-def check_size(entry: ShardEntry, size: int, shard: str) -> None:
-    """Raise ShardError unless a file of ``size`` bytes is as long as the manifest says."""
+def check_against(
+    entry: ShardEntry,
+    shard: str,
+    size: int,
+    sha256: str | None = None,
+    remedy: str = "; copy or prepare it again",
+) -> None:
+    """Raise ShardError unless a file of ``size`` bytes, whose ``sha256`` may not be known yet, is
+    as the manifest says.
+    """
     if size != entry.bytes:
-        what = "truncated" if size < entry.bytes else "too long"
-        raise ShardError(
-            shard,
-            f"{what}: {size} bytes, manifest says {entry.bytes}; copy or prepare it again",
-        )
+        what, kind = ("truncated",) * 2 if size < entry.bytes else ("too long", "mismatch")
+        reason = f"{what}: {size} bytes, manifest says {entry.bytes}"
+        raise ShardError(shard, reason + remedy, kind=kind)
+    if sha256 not in (None, entry.sha256):
+        reason = f"sha256 {sha256[:12]}… is not the manifest's {entry.sha256[:12]}…: damaged"
+        raise ShardError(shard, reason + remedy, kind="damaged")

@@ -100,9 +100,12 @@ class PairStream:
             if opened != self.readers.num_opened:
                 opened, since = self.readers.num_opened, time.monotonic()
             elif time.monotonic() - since >= self._timeout:
+                place = self.readers.store.location
                 raise DataError(
                     f"no batch for step {step}, and no shard for {self._timeout:g} s: is the "
-                    f"storage of {self.readers.store.location} stalled?"
+                    f"storage of {place} stalled?",
+                    place,
+                    "timeout",
                 )
 
     def fetch(self, position: Position) -> PairBatch:

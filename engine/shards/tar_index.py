@@ -59,29 +59,29 @@ def index_samples(
     nowhere else in the tar; ``count`` is the number of samples that the tar must hold. Raises
     ShardError naming the shard, the key and the member.
     """
-    keys: dict[str, None] = {}
-    rows: list[dict[str, tuple[int, int]]] = []
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    last = None
     for name, offset, size in _regular_files(descriptor, shard):
         key, member = _split(shard, name, members)
-        if not keys or key != next(reversed(keys)):
-            if rows:
-                _check_whole(shard, keys, rows, members)
-            if key in keys:
-                raise ShardError(shard, "key comes up again after another key", key, member)
-            if count is not None and len(rows) == count:
-                raise ShardError(shard, f"more than the declared {count} samples", key, member)
-            keys[key] = None
-            rows.append({})
-        if member in rows[-1]:
-            raise ShardError(shard, "member comes up twice", key, member)
-        rows[-1][member] = (offset, size)
-    if rows:
-        _check_whole(shard, keys, rows, members)
-    if not rows or len(rows) != (count or len(rows)):
+        if key != last:
+            _check_whole(shard, last, samples, members)
+            if key in samples:
+                reason = "key comes up again after another key"
+                raise ShardError(shard, reason, key, member, "duplicate")
+            if count is not None and len(samples) == count:
+                reason = f"more than the declared {count} samples"
+                raise ShardError(shard, reason, key, member, "mismatch")
+            samples[key], last = {}, key
+        if member in samples[key]:
+            raise ShardError(shard, "member comes up twice", key, member, "duplicate")
+        samples[key][member] = (offset, size)
+    _check_whole(shard, last, samples, members)
+    if not samples or len(samples) != (count or len(samples)):
         wanted = "at least one" if count is None else str(count)
-        raise ShardError(shard, f"holds {len(rows)} samples, expected {wanted}")
-    table = np.array([[row[member] for member in members] for row in rows], dtype=np.int64)
-    names = np.array([key.encode() for key in keys])
+        raise ShardError(shard, f"holds {len(samples)} samples, expected {wanted}", kind="mismatch")
+    rows = [[places[member] for member in members] for places in samples.values()]
+    table = np.array(rows, dtype=np.int64)
+    names = np.array([key.encode() for key in samples])
     return SampleIndex(members, names, table[:, :, 0].copy(), table[:, :, 1].copy())
 
 
@@ -92,9 +92,10 @@ def read_span(descriptor: int, shard: str, offset: int, size: int) -> bytes:
         try:
             part = os.pread(descriptor, size, offset)
         except OSError as error:
-            raise ShardError(shard, f"cannot be read: {error.strerror or error}") from None
+            reason = f"cannot be read: {error.strerror or error}"
+            raise ShardError(shard, reason, kind="unreadable") from None
         if not part:
-            raise ShardError(shard, f"ends at byte {offset}, {size} bytes early")
+            raise ShardError(shard, f"ends at byte {offset}, {size} bytes early", kind="truncated")
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -102,23 +103,24 @@ def read_span(descriptor: int, shard: str, offset: int, size: int) -> bytes:
 
 def _check_whole(
     shard: str,
-    keys: dict[str, None],
-    rows: list[dict[str, tuple[int, int]]],
+    key: str | None,
+    samples: dict[str, dict[str, tuple[int, int]]],
     members: tuple[str, ...],
 ) -> None:
     for member in members:
-        if member not in rows[-1]:
-            raise ShardError(shard, "member is missing", next(reversed(keys)), member)
+        if key is not None and member not in samples[key]:
+            raise ShardError(shard, "member is missing", key, member, "missing")
 
 
 def _split(shard: str, name: str, members: tuple[str, ...]) -> tuple[str, str]:
     match = _MEMBER_NAME.fullmatch(name)
     if match is None:
         reason = "member name is not KEY.MEMBER with a key of 1 to 128 of A-Z a-z 0-9 _ -"
-        raise ShardError(shard, f"{reason}: {name[:160]!r}")
+        raise ShardError(shard, f"{reason}: {name[:160]!r}", kind="unsupported")
     key, member = match.groups()
     if member not in members:
-        raise ShardError(shard, f"unexpected member, expected {' and '.join(members)}", key, member)
+        reason = f"unexpected member, expected {' and '.join(members)}"
+        raise ShardError(shard, reason, key, member, "unknown")
     return key, member
 
 
@@ -128,7 +130,9 @@ def _regular_files(descriptor: int, shard: str) -> Iterator[tuple[str, int, int]
     offset = 0
     while True:
         if offset + BLOCK > total:
-            raise ShardError(shard, f"truncated at byte {total}: no end-of-archive blocks")
+            raise ShardError(
+                shard, f"truncated at byte {total}: no end-of-archive blocks", kind="truncated"
+            )
         header = read_span(descriptor, shard, offset, BLOCK)
         if not any(header):
             _check_end(descriptor, shard, offset, total)
@@ -136,8 +140,11 @@ def _regular_files(descriptor: int, shard: str) -> Iterator[tuple[str, int, int]
         name, size = _parse_header(header, shard, offset)
         offset += BLOCK
         if offset + size > total:
+            left = total - offset
             raise ShardError(
-                shard, f"truncated: {name!r} declares {size} bytes, {total - offset} are left"
+                shard,
+                f"truncated: {name!r} declares {size} bytes, {left} are left",
+                kind="truncated",
             )
         yield name, offset, size
         offset += -(-size // BLOCK) * BLOCK
@@ -146,19 +153,24 @@ def _regular_files(descriptor: int, shard: str) -> Iterator[tuple[str, int, int]
 def _check_end(descriptor: int, shard: str, offset: int, total: int) -> None:
     """Two blocks of zeros and nothing after them but zeros (tar pads to records of 20 blocks)."""
     if total - offset < 2 * BLOCK:
-        raise ShardError(shard, f"truncated at byte {total}: half of the end-of-archive blocks")
+        raise ShardError(
+            shard, f"truncated at byte {total}: half of the end-of-archive blocks", kind="truncated"
+        )
     if total - offset > 64 * BLOCK or any(read_span(descriptor, shard, offset, total - offset)):
-        raise ShardError(shard, f"has data after its end-of-archive blocks at byte {offset}")
+        reason = f"has data after its end-of-archive blocks at byte {offset}"
+        raise ShardError(shard, reason, kind="damaged")
 
 
 def _parse_header(header: bytes, shard: str, offset: int) -> tuple[str, int]:
     """Name and size of the regular file whose USTAR header this is."""
     if header[257:265] != b"ustar\x0000":
         kind = "gzip" if header[:2] == b"\x1f\x8b" else "damaged or another format"
-        raise ShardError(shard, f"no plain USTAR header at byte {offset} ({kind})")
+        reason = f"no plain USTAR header at byte {offset} ({kind})"
+        raise ShardError(shard, reason, kind="unsupported")
     checksum = _sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if _octal(header[148:156], shard, offset) != checksum:
-        raise ShardError(shard, f"header at byte {offset} does not match its checksum")
+        reason = f"header at byte {offset} does not match its checksum"
+        raise ShardError(shard, reason, kind="damaged")
     name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
     if header[345:500].strip(b"\0"):
         prefix = header[345:500].rstrip(b"\0").decode("ascii", "backslashreplace")
@@ -166,7 +178,8 @@ def _parse_header(header: bytes, shard: str, offset: int) -> tuple[str, int]:
     kind_byte = header[156:157]
     if kind_byte not in (b"0", b"\0"):
         kind = _KINDS.get(kind_byte, f"of type {kind_byte!r}")
-        raise ShardError(shard, f"{name[:160]!r} is {kind}, only regular files are taken")
+        reason = f"{name[:160]!r} is {kind}, only regular files are taken"
+        raise ShardError(shard, reason, kind="unsupported")
     return name, _octal(header[124:136], shard, offset)
 
 
@@ -181,5 +194,6 @@ def _sum(header: bytes) -> int:
 def _octal(field: bytes, shard: str, offset: int) -> int:
     digits = field.strip(b" \0")
     if not 1 <= len(digits) <= 12 or digits.strip(b"01234567"):
-        raise ShardError(shard, f"header at byte {offset} has a bad number: {field!r}")
+        reason = f"header at byte {offset} has a bad number: {field!r}"
+        raise ShardError(shard, reason, kind="damaged")
     return int(digits, 8)

@@ -48,7 +48,9 @@ def plan_shards(tier: int, num_pairs: int, lanes: int, pairs_per_shard: int) -> 
         raise DataError(
             f"tier {tier} has {num_pairs or 'no'} pairs, but each of data.lanes={lanes} needs one: "
             "lower data.lanes or curriculum.tiers or curriculum.min_score_gap, raise "
-            "curriculum.pairs_per_prompt_per_tier, or give more prompts or candidates"
+            "curriculum.pairs_per_prompt_per_tier, or give more prompts or candidates",
+            f"tier {tier}",
+            "too-few",
         )
     full = num_pairs // (lanes * pairs_per_shard)
     rows = -(-num_pairs // (lanes * pairs_per_shard))
@@ -73,7 +75,8 @@ class ShardFill:
         same = np.flatnonzero(np.diff(pair_ids[self._sorted]) == 0)
         if len(same):
             key = sample_key(int(pair_ids[self._sorted[same[0]]]))
-            raise DataError(f"pair {key} of tier {plan.tier} comes up twice: is a prompt repeated?")
+            what = f"pair {key} of tier {plan.tier} comes up twice: is a prompt repeated?"
+            raise DataError(what, key, "duplicate")
         self.plan = plan
         self._shuffle = Permutation(len(pair_ids), seed, Stream.SHARD_FILL, plan.tier, 0)
 
@@ -107,14 +110,15 @@ def write_shard(
         for meta, images in samples:
             key = sample_key(meta.pair_id)
             if key in keys:
-                raise ShardError(str(path), "pair comes up twice", key)
+                raise ShardError(str(path), "pair comes up twice", key, kind="duplicate")
             tiers.add(meta.tier)
             keys.add(key)
             members = encode_sample(meta, images, contents, str(path))
             tar.write({"__key__": key, **members})
             failpoint("shard.write")
         if len(tiers) != 1:
-            raise ShardError(str(path), f"a shard holds pairs of one tier, got {sorted(tiers)}")
+            reason = f"a shard holds pairs of one tier, got {sorted(tiers)}"
+            raise ShardError(str(path), reason, kind="mismatch")
     return ShardEntry(
         name=path.name, tier=tiers.pop(), count=len(keys), bytes=file.bytes, sha256=file.sha256
     )

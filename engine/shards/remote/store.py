@@ -15,7 +15,7 @@ from ...basics.errors import RecipeError, ShardError
 from ...basics.failpoints import failpoint
 from ...recipe import Data
 from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
-from ..store import LocalStore, ShardStore
+from ..store import LocalStore, ShardStore, check_against
 from .cache import CacheFull, ShardCache
 from .fetch import Arrival, RemoteFolder, bring_text, is_remote
 
@@ -122,36 +122,26 @@ class RemoteStore:
     def _bring(self, entry: ShardEntry, descriptor: int) -> None:
         """Write the shard to ``descriptor`` and check it; a damaged one is fetched once more."""
         name = self.name_of(entry)
+        remedy = f", each of the {ARRIVALS} times it arrived; copy it there again"
         deadline = time.monotonic() + self.spec.budget  # of all arrivals: others wait for them
         with open(descriptor, "wb", buffering=0, closefd=False) as file:
-            for _ in range(ARRIVALS):
+            for chances in reversed(range(ARRIVALS)):
                 arrival = _Shard(file, entry.bytes, resumes=True)
                 try:
                     self._folder.bring(entry.name, arrival, deadline)
                 except FileNotFoundError:
                     reason = "missing; copy it there again"
                     raise ShardError(name, reason, kind="missing") from None
-                problem = _problem(arrival, entry)
-                if problem is None:
-                    file.seek(0)  # whoever is given the descriptor reads from the start
+                file.seek(0)  # whoever is given the descriptor reads from the start
+                try:
+                    check_against(entry, name, arrival.arrived, arrival.sha256, remedy)
                     return
-        reason = f"arrived {problem}, {ARRIVALS} times; copy it there again"
-        raise ShardError(name, reason, kind="damaged")
+                except ShardError:
+                    if not chances:
+                        raise
 
 
 class _Shard(Arrival):
     def write(self, data: bytes) -> None:
         failpoint("cache.fill")
         super().write(data)
-
-
-def _problem(arrival: Arrival, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard as it arrived."""
-    if arrival.arrived > entry.bytes:
-        return f"too long: over {entry.bytes} bytes, which is what the manifest says"
-    if arrival.arrived < entry.bytes:
-        return f"truncated: {arrival.arrived} bytes, manifest says {entry.bytes}"
-    if arrival.sha256 != entry.sha256:
-        found, said = arrival.sha256[:12], entry.sha256[:12]
-        return f"damaged: sha256 {found}… is not the manifest's {said}…"
-    return None

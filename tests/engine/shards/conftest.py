@@ -22,6 +22,7 @@ from cdpo.engine.shards.manifest import (
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
+from refusals import refused
 
 SHAPE = (4, 2, 2)
 CONTENTS = ArrayContents("latents", SHAPE)
@@ -154,15 +155,14 @@ def good():
 
 
 @pytest.fixture
-def refused(read_bytes):
-    """Check that a tar gives one line of ShardError with this reason, key and member."""
+def refuse(read_bytes):
+    """Check that a tar gives one line of ShardError of this kind, about this key and member."""
 
-    def check(data: bytes, *, reason: str, key: str | None = None, member: str | None = None):
-        with pytest.raises(ShardError) as error:
+    def check(data: bytes, kind: str, key: str | None = None, member: str | None = None):
+        with refused(ShardError, kind) as told:
             read_bytes(data)
-        assert "\n" not in str(error.value)
-        assert "x.tar" in error.value.shard
-        assert reason in error.value.reason
-        assert (error.value.key, error.value.member) == (key, member)
+        assert "\n" not in str(told.value)
+        assert "x.tar" in told.value.shard
+        assert (told.value.key, told.value.member) == (key, member)
 
     return check

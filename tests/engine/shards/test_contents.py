@@ -13,7 +13,7 @@ from cdpo.engine.basics.errors import ShardError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards import webp
-from cdpo.engine.shards.contents import ArrayContents, ImageContents, contents_of
+from cdpo.engine.shards.contents import ImageContents, contents_of
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
@@ -23,6 +23,7 @@ from cdpo.engine.shards.writer import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from refusals import refused
 
 RESOLUTION = (16, 24)
 KINDS = ("latents", "moments", "raw")
@@ -121,16 +122,14 @@ def test_plain_webdataset_and_pillow_read_the_images(small, tmp_path):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample[member]))), pixels)
 
 
-def test_what_has_another_shape_is_not_written(small, tmp_path):
+def test_what_has_another_size_or_type_is_not_written(small, tmp_path):
     meta = small.meta(1, 0)
     pixels = pair_of("raw", meta)
-    for contents, pair, reason in (
-        (ImageContents((16, 16)), pixels, r"uint8 \(2, 16, 24, 3\), expected uint8 \(2, 16, 16"),
-        (ImageContents(RESOLUTION), pixels.astype(np.float32), "images are float32"),
-        (ArrayContents("moments", (8, 2, 2)), pair_of("latents", meta), "moments have shape"),
-        (ArrayContents("moments", (8, 2, 2)), pair_of("moments", meta) * np.inf, "do not fit"),
+    for contents, pair in (
+        (ImageContents((16, 16)), pixels),
+        (ImageContents(RESOLUTION), pixels.astype(np.float32)),
     ):
-        with pytest.raises(ShardError, match=reason):
+        with refused(ShardError, "mismatch"):
             write_shard(tmp_path / "a.tar", [(meta, pair)], contents)
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +137,7 @@ def test_what_has_another_shape_is_not_written(small, tmp_path):
 def test_shards_of_another_kind_than_the_manifest_says(pair_set):
     other = {"latents": "moments", "moments": "raw", "raw": "latents"}[pair_set.kind]
     manifest = pair_set.manifest.model_copy(update={"kind": other})
-    with pytest.raises(ShardError, match="unexpected member, expected json and"):
+    with refused(ShardError, "unknown"):
         ShardReaders(pair_set.folder, manifest).read(manifest.shards[0], 0)
 
 
@@ -179,11 +178,12 @@ PICTURE = Image.fromarray(IMAGE)
     ],
 )
 def test_images_that_lie(data, reason):
-    contents = ImageContents(RESOLUTION)
-    with pytest.raises(ShardError, match=reason) as error:
-        contents.decode([GOOD, data], "x.tar", "k")
-    assert (error.value.shard, error.value.key, error.value.member) == ("x.tar", "k", "l.webp")
-    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=reason):
+        decode_webp(data, RESOLUTION)
+    with refused(ShardError, "damaged", "k") as told:
+        ImageContents(RESOLUTION).decode([GOOD, data], "x.tar", "k")
+    assert (told.value.shard, told.value.member) == ("x.tar", "l.webp")
+    assert "\n" not in str(told.value)
 
 
 def test_a_decompression_bomb_never_reaches_the_decoder(monkeypatch):

@@ -4,6 +4,7 @@ import tracemalloc
 import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.shards.manifest import load_manifest, manifest_hash, save_manifest
+from refusals import refused
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ def saved(small, tmp_path):
     return change
 
 
-def one_line(folder) -> str:
-    with pytest.raises(DataError) as error:
+def refuse(folder, kind: str, key: str | None = None) -> None:
+    """About the manifest as a whole, unless ``key`` is a place in it."""
+    path = str(folder / "manifest.json")
+    with refused(DataError, kind, key or path) as told:
         load_manifest(folder)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
+    assert "\n" not in str(told.value) and str(folder) in str(told.value)
 
 
 def test_what_is_saved_is_loaded(small, tmp_path):
@@ -49,38 +50,36 @@ def test_the_hash_is_of_the_content(small, tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    assert "no such folder" in one_line(tmp_path / "absent")
-    message = one_line(tmp_path)
-    assert "run prepare first" in message
-    assert str(tmp_path) in message
+    refuse(tmp_path / "absent", "missing")
+    refuse(tmp_path, "missing")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\xff", "[" * 100_000, '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "\x00\xff", "[" * 100_000, '{"a": 1, "a": 2}', "[1, 2]"])
 def test_not_a_manifest(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert str(tmp_path / "manifest.json") in one_line(tmp_path)
+    refuse(tmp_path, "unsupported" if text == "[1, 2]" else "damaged")
 
 
 def test_a_folder_in_its_place(tmp_path):
     (tmp_path / "manifest.json").mkdir()
-    assert "cannot read" in one_line(tmp_path)
+    refuse(tmp_path, "unreadable")
 
 
 @pytest.mark.parametrize(
-    ("edit", "expected"),
+    ("edit", "place"),
     [
-        (lambda m: m.update(format_version=2), "format_version is 2, this version of cdpo reads 1"),
-        (lambda m: m.pop("format_version"), "format_version is None"),
-        (lambda m: m.pop("vae"), "vae: Field required"),
-        (lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
-        (lambda m: m.update(lanes=0), "lanes: "),
-        (lambda m: m.update(lanes=3), "tier 1 has 2 shards, not a multiple of 3 lanes"),
-        (lambda m: m.update(lanes="2"), "lanes: Input should be a valid integer"),
-        (lambda m: m.update(tiers=3), "tier 3 has 0 shards"),
-        (lambda m: m.update(tiers=1), "a shard is of tier 2, but there are 1 tiers"),
-        (lambda m: m["shards"].pop(), "tier 2 has 3 shards, not a multiple of 2 lanes"),
-        (lambda m: m["shards"][5].update(count=4), "shards of tier 2 hold unequal counts, 3 to 4"),
-        (lambda m: m["shards"][1].update(name="tier-1-000000.tar"), "same name"),
+        (lambda m: m.update(format_version=2), None),
+        (lambda m: m.pop("format_version"), None),
+        (lambda m: m.pop("vae"), "vae"),
+        (lambda m: m.update(extra=1), "extra"),
+        (lambda m: m.update(lanes=0), "lanes"),
+        (lambda m: m.update(lanes="2"), "lanes"),
+        (lambda m: m.update(lanes=3), ""),
+        (lambda m: m.update(tiers=3), ""),
+        (lambda m: m.update(tiers=1), ""),
+        (lambda m: m["shards"].pop(), ""),
+        (lambda m: m["shards"][5].update(count=4), ""),
+        (lambda m: m["shards"][1].update(name="tier-1-000000.tar"), ""),
         (lambda m: m["shards"][1].update(name="../x.tar"), "shards.1.name"),
         (lambda m: m["shards"][1].update(name="/x.tar"), "shards.1.name"),
         (lambda m: m["shards"][1].update(name="x.tar.gz"), "shards.1.name"),
@@ -90,15 +89,15 @@ def test_a_folder_in_its_place(tmp_path):
         (lambda m: m["shards"][1].update(count=0), "shards.1.count"),
         (lambda m: m["latent_shape"].append(1), "latent_shape"),
         # A pair of a terabyte, and numbers that no 64 bits hold: room was made for them unread.
-        (lambda m: m.update(latent_shape=[4, 100_000, 1_000_000]), "a pair would take"),
-        (lambda m: m.update(latent_shape=[1, 10**30, 1]), "latent_shape.1: "),
-        (lambda m: m.update(resolution=[10**6, 10**6], kind="raw"), "a pair would take"),
+        (lambda m: m.update(latent_shape=[4, 100_000, 1_000_000]), ""),
+        (lambda m: m.update(latent_shape=[1, 10**30, 1]), "latent_shape.1"),
+        (lambda m: m.update(resolution=[10**6, 10**6], kind="raw"), ""),
         (lambda m: [e.update(count=10**30) for e in m["shards"]], "shards.0.count"),
         (lambda m: m["shards"][0].update(bytes=10**30), "shards.0.bytes"),
     ],
 )
-def test_what_is_wrong_is_named(saved, edit, expected):
-    assert expected in one_line(saved(edit))
+def test_what_is_wrong_is_named(saved, edit, place):
+    refuse(saved(edit), "unsupported" if place is None else "damaged", place)
 
 
 def test_reading_a_small_manifest_takes_little_memory(small, tmp_path):

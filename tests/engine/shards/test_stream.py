@@ -13,6 +13,7 @@ from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.stream import PairStream, WaitInterrupted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 LANES, GLOBAL_BATCH, TOTAL = 4, 8, 24
 
@@ -195,11 +196,12 @@ def test_what_a_thread_raises_comes_out_of_next(open_stream, small, folder, tmp_
     stream = open_stream(2, where=tmp_path)
     stream.check_present()
     run(stream, range(4))
-    with pytest.raises(ShardError, match=r"tier-2-00000\d\.tar: sha256"):
+    with refused(ShardError, "damaged") as told:
         stream.next(4, (0, 0, 0))
+    assert told.value.shard in map(str, victims)
     for victim in victims:
         victim.unlink()
-    with pytest.raises(ShardError, match="missing"):
+    with refused(ShardError, "missing"):
         stream.check_present()
 
 
@@ -215,7 +217,7 @@ def test_a_stalled_read_is_bounded(open_stream, monkeypatch):
     stream, release = open_stream(1, timeout=0.05), threading.Event()
     monkeypatch.setattr(stream, "fetch", lambda position: release.wait(10))
     start = time.perf_counter()
-    with pytest.raises(DataError, match=r"no batch for step 3, and no shard for 0\.05 s"):
+    with refused(DataError, "timeout"):
         stream.next(3, (0, 0, 0))
     stream.close()
     assert time.perf_counter() - start < 5

@@ -25,84 +25,68 @@ def test_every_truncation_is_an_error(read_bytes, good, small):
             read_bytes(whole[: min(cut, content - 1)])
 
 
-def test_truncations_say_where(refused, good, small):
-    whole = small.tar(good)
-    refused(whole[:300], reason="truncated at byte 300: no end-of-archive")
-    refused(whole[:600], reason="declares")
-    refused(whole[: 512 * 8 + 512], reason="truncated at byte 4608: half of the end")
+@pytest.mark.parametrize("length", [300, 600, 512 * 8 + 512])
+def test_truncations_are_told_from_damage(refuse, good, small, length):
+    refuse(small.tar(good)[:length], "truncated")
 
 
-def test_members_missing_doubled_unexpected_or_interleaved(refused, good, small):
+def test_members_missing_doubled_unexpected_or_interleaved(refuse, good, small):
     (json_a, npy_a), (json_b, npy_b) = (good[:2], good[2:])
     key_a, key_b = (name[0].split(".")[0] for name in (json_a, json_b))
     tar = small.tar
     cases = [
         ([json_a, json_b, npy_b], "missing", key_a, "latents.npy"),
         ([json_a, npy_a, npy_b], "missing", key_b, "json"),
-        ([json_a, npy_a, npy_a, json_b, npy_b], "member comes up twice", key_a, "latents.npy"),
-        ([json_a, npy_a, json_a, npy_a], "member comes up twice", key_a, "json"),
+        ([json_a, npy_a, npy_a, json_b, npy_b], "duplicate", key_a, "latents.npy"),
+        ([json_a, npy_a, json_a, npy_a], "duplicate", key_a, "json"),
         ([json_a, json_b, npy_a, npy_b], "missing", key_a, "latents.npy"),
-        (
-            [json_a, npy_a, json_b, npy_b, json_a, npy_a],
-            "key comes up again after another key",
-            key_a,
-            "json",
-        ),
-        ([*good, (f"{key_b}.txt", b"x")], "unexpected member", key_b, "txt"),
-        ([*good, (f"{key_b}.pkl", b"x")], "unexpected member", key_b, "pkl"),
-        ([*good, ("zz.json", b"{}")], "more than the declared 2", "zz", "json"),
+        ([json_a, npy_a, json_b, npy_b, json_a, npy_a], "duplicate", key_a, "json"),
+        ([*good, (f"{key_b}.txt", b"x")], "unknown", key_b, "txt"),
+        ([*good, (f"{key_b}.pkl", b"x")], "unknown", key_b, "pkl"),
+        ([*good, ("zz.json", b"{}")], "mismatch", "zz", "json"),
     ]
-    for members, reason, key, member in cases:
-        refused(tar(members), reason=reason, key=key, member=member)
-    refused(tar(good[:2]), reason="holds 1 samples, expected 2")
-    refused(tar([]), reason="holds 0 samples, expected 2")
+    for members, kind, key, member in cases:
+        refuse(tar(members), kind, key, member)
+    refuse(tar(good[:2]), "mismatch")
+    refuse(tar([]), "mismatch")
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "kind", "key"),
     [
-        ("img.v1.0.latents.npy", "unexpected member"),
-        ("../a.json", "member name"),
-        ("/etc/passwd.json", "member name"),
-        ("folder/a.json", "member name"),
-        ("key with space.json", "member name"),
-        ("json", "member name"),
-        ("a\n.json", "member name"),
-        ("ü.json", "member name"),
+        ("img.v1.0.latents.npy", "unknown", "img"),
+        ("../a.json", "unsupported", None),
+        ("/etc/passwd.json", "unsupported", None),
+        ("folder/a.json", "unsupported", None),
+        ("key with space.json", "unsupported", None),
+        ("json", "unsupported", None),
+        ("a\n.json", "unsupported", None),
+        ("ü.json", "unsupported", None),
     ],
 )
-def test_names_outside_the_rule(read_bytes, good, small, name, reason):
-    with pytest.raises(ShardError, match=reason) as error:
-        read_bytes(small.tar([*good, (name, b"{}")]), 3)
-    assert "\n" not in str(error.value)
+def test_names_outside_the_rule(refuse, good, small, name, kind, key):
+    refuse(small.tar([*good, (name, b"{}")]), kind, key, key and name.removeprefix(f"{key}."))
 
 
 @pytest.mark.parametrize(
-    ("kind", "word"),
+    "kind",
     [
-        (tarfile.SYMTYPE, "symbolic link"),
-        (tarfile.LNKTYPE, "hard link"),
-        (tarfile.DIRTYPE, "folder"),
-        (tarfile.FIFOTYPE, "pipe"),
-        (tarfile.CHRTYPE, "device"),
-        (tarfile.XHDTYPE, "pax header"),
-        (tarfile.GNUTYPE_LONGNAME, "GNU long name"),
-        (tarfile.GNUTYPE_SPARSE, "of type"),
+        *(tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE),
+        *(tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE),
     ],
 )
-def test_only_regular_files(read_bytes, good, small, kind, word):
-    with pytest.raises(ShardError, match=word):
-        read_bytes(small.tar(good, type=kind, linkname="/etc/passwd"))
+def test_only_regular_files(refuse, good, small, kind):
+    refuse(small.tar(good, type=kind, linkname="/etc/passwd"), "unsupported")
 
 
-def test_other_formats(refused, good, small):
+def test_other_formats(refuse, good, small):
     tar = small.tar(good)
-    refused(gzip.compress(tar), reason="gzip")
-    refused(b"x" * 2048, reason="no plain USTAR header at byte 0")
+    refuse(gzip.compress(tar), "unsupported")
+    refuse(b"x" * 2048, "unsupported")
     damaged = bytearray(tar)
     damaged[3] ^= 1
-    refused(bytes(damaged), reason="header at byte 0 does not match its checksum")
-    refused(tar.rstrip(b"\0") + bytes(2048) + tar, reason="data after its end")
+    refuse(bytes(damaged), "damaged")
+    refuse(tar.rstrip(b"\0") + bytes(2048) + tar, "damaged")
 
 
 @settings(

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from refusals import refused
 
 
-@given(st.integers(1, 50_000), st.integers(1, 64), st.integers(1, 2000))
+@given(st.integers(0, 50_000), st.integers(1, 64), st.integers(1, 2000))
 def test_plans_fill_every_lane_equally(num_pairs, lanes, pairs_per_shard):
     if num_pairs < lanes:
-        with pytest.raises(DataError, match=f"tier 4 has {num_pairs} pairs.*data.lanes={lanes}"):
+        with refused(DataError, "too-few", "tier 4"):
             plan_shards(4, num_pairs, lanes, pairs_per_shard)
         return
     plan = plan_shards(4, num_pairs, lanes, pairs_per_shard)
@@ -39,11 +39,6 @@ def test_plans_by_hand():
     assert plan(3, 2, 1) == (2, 1, 1)
 
 
-def test_an_empty_tier_is_named():
-    with pytest.raises(DataError, match="tier 5 has no pairs"):
-        plan_shards(5, 0, 8, 100)
-
-
 @given(st.permutations(list(range(100, 140))), st.integers(0, 2**32 - 1))
 def test_filling_ignores_the_order_of_pairs_and_uses_each_once(pair_ids, seed):
     plan = plan_shards(2, 40, 3, 5)
@@ -59,7 +54,7 @@ def test_filling_ignores_the_order_of_pairs_and_uses_each_once(pair_ids, seed):
 
 def test_a_repeated_pair_is_refused():
     plan = plan_shards(1, 4, 2, 5)
-    with pytest.raises(DataError, match="pair 0000000000000007 of tier 1 comes up twice"):
+    with refused(DataError, "duplicate", "0000000000000007"):
         ShardFill(plan, np.array([7, 1, 7, 2]), 0)
 
 
@@ -93,25 +88,23 @@ def test_what_float16_cannot_hold_is_refused(small, tmp_path, value):
     meta = small.meta(1, 0)
     latents = small.latents(meta)
     latents[1, 2, 0, 1] = value
-    with pytest.raises(ShardError, match="do not fit float16") as error:
+    with refused(ShardError, "non-finite", f"{meta.pair_id:016x}") as told:
         write_shard(tmp_path / "a.tar", [(meta, latents)], small.contents)
-    assert (error.value.key, error.value.member) == (f"{meta.pair_id:016x}", "latents.npy")
+    assert told.value.member == "latents.npy"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_shape_mixed_tiers_repeats_and_nothing_are_refused(small, tmp_path):
     one, other = small.meta(1, 0), small.meta(2, 0)
-    path = tmp_path / "a.tar"
-    with pytest.raises(ShardError, match=r"shape \(2, 4, 2\), expected \(2, 4, 2, 2\)"):
-        write_shard(path, [(one, small.latents(one)[:, :, 0])], small.contents)
-    with pytest.raises(ShardError, match=r"one tier, got \[1, 2\]"):
-        write_shard(
-            path, [(one, small.latents(one)), (other, small.latents(other))], small.contents
-        )
-    with pytest.raises(ShardError, match="twice"):
-        write_shard(path, [(one, small.latents(one))] * 2, small.contents)
-    with pytest.raises(ShardError, match=r"one tier, got \[\]"):
-        write_shard(path, [], small.contents)
+    first, second = (one, small.latents(one)), (other, small.latents(other))
+    for samples, kind in (
+        ([(one, small.latents(one)[:, :, 0])], "mismatch"),
+        ([first, second], "mismatch"),
+        ([first, first], "duplicate"),
+        ([], "mismatch"),
+    ):
+        with refused(ShardError, kind):
+            write_shard(tmp_path / "a.tar", samples, small.contents)
     assert list(tmp_path.iterdir()) == []
 
 

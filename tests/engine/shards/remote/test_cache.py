@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cdpo.engine.basics.errors import DataError, OutsideError
 from cdpo.engine.shards.remote.cache import CacheFull, ShardCache
+from refusals import refused
 
 SIZE = 1000
 FORK = multiprocessing.get_context("fork")
@@ -91,7 +92,7 @@ def test_a_fill_that_fails_leaves_nothing(cache: ShardCache) -> None:
     def fail(descriptor: int) -> None:
         raise OutsideError("gone")
 
-    with pytest.raises(OutsideError, match="gone"):
+    with pytest.raises(OutsideError):
         cache.get(key(1), SIZE, fail)
     assert kept(cache) == set() and len(list(cache.folder.iterdir())) == 1
     put(cache, 1)
@@ -185,7 +186,7 @@ def test_another_process_that_never_finishes_is_not_waited_for_for_ever(tmp_path
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(cache.get, key(1), SIZE, hang)
         entered.wait(10)
-        with pytest.raises(OutsideError, match="being fetched by another process"):
+        with refused(OutsideError, "timeout", "data.fetch.budget"):
             cache.get(key(1), SIZE, never)
         done.set()
         os.close(first.result(10))
@@ -208,12 +209,12 @@ def test_a_full_disk_takes_room_from_the_cache_then_is_one_error(
     put(cache, 3)
     assert kept(cache) == {3}
     full.extend([True] * 9)
-    with pytest.raises(DataError, match=r"No space left on device; data\.cache_gib=3\.26e-06 is"):
+    with refused(DataError, "no-space", str(cache.folder)):
         put(cache, 4)
     assert kept(cache) == set() and not list(cache.folder.glob("*.part"))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"Not a directory; give data\.cache another"):
+    with refused(DataError, "unwritable", str(tmp_path / "file" / "cache")):
         ShardCache(tmp_path / "file" / "cache", 1, 1.0)

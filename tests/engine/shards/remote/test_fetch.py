@@ -22,6 +22,7 @@ from cdpo.engine.shards.remote.faults import asked_to_wait, redact
 from cdpo.engine.shards.remote.fetch import Arrival, RemoteFolder, bring_text, is_remote
 from fsspec.implementations.memory import MemoryFile
 from multidict import CIMultiDict
+from refusals import refused
 from shard_server import ShardServer, serving
 
 CONTENT = bytes(range(256)) * 40
@@ -52,15 +53,14 @@ def bring(web: ShardServer, **spec: float) -> bytes:
     return content.getvalue()
 
 
-def fails(web: ShardServer, *texts: str, **spec: float) -> float:
-    """One line with the URL and these texts, exit code 6; how long that took."""
+def fails(web: ShardServer, kind: str, text: str = "", **spec: float) -> float:
+    """One line with the URL and this number or name, exit code 6; how long that took."""
     began = time.monotonic()
-    with pytest.raises(OutsideError) as error:
+    with refused(OutsideError, kind, f"{web.url}/a.tar") as told:
         bring(web, **spec)
-    assert error.value.exit_code == EXIT_OUTSIDE
-    line = str(error.value)
-    assert "\n" not in line and line.startswith(f"{web.url}/a.tar: ")
-    assert [text for text in texts if text not in line] == [], line
+    assert told.value.exit_code == EXIT_OUTSIDE
+    line = str(told.value)
+    assert "\n" not in line and line.startswith(f"{web.url}/a.tar: ") and text in line
     return time.monotonic() - began
 
 
@@ -93,24 +93,28 @@ def test_a_stalled_connection_is_given_up_and_tried_again(web: ShardServer) -> N
 
 def test_a_server_that_stalls_forever(web: ShardServer) -> None:
     web.faults["a.tar"] = ["stall*"]
-    fails(web, "no byte for 0.1 s", "data.fetch.retries", stall=0.1, retries=1)
+    fails(web, "timeout", "data.fetch.retries", stall=0.1, retries=1)
+    deadline = time.monotonic() + 5  # what nobody waits for any more has ended
+    while any(thread.name == "shard-fetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_an_endless_drip_ends_with_the_budget(web: ShardServer) -> None:
     web.faults["a.tar"] = ["drip*"]
-    assert fails(web, "not here within 1 s", "data.fetch.budget", budget=1.0) < 15
+    assert fails(web, "timeout", "data.fetch.budget", budget=1.0) < 15
 
 
 def test_errors_forever_are_counted(web: ShardServer) -> None:
     web.faults["a.tar"] = ["500*"]
-    fails(web, "500 Internal Server Error", "4 failures in a row")
+    fails(web, "unreachable", "500")
     assert web.count("a.tar") == 4
 
 
 @pytest.mark.parametrize("status", ["401", "403", "410"])
 def test_a_refusal_is_not_retried(web: ShardServer, status: str) -> None:
     web.faults["a.tar"] = [f"{status}*"]
-    fails(web, status)
+    fails(web, "refused", status)
     assert web.count("a.tar") == 1
 
 
@@ -118,20 +122,20 @@ def test_a_missing_file_is_told_apart(web: ShardServer) -> None:
     web.faults["a.tar"] = ["404*"]
     with pytest.raises(FileNotFoundError):
         bring(web)
-    with pytest.raises(DataError, match=r"no shards at http://127.0.0.1:\d+ \(x is not there\)"):
+    with refused(DataError, "missing", f"{web.url}/x"):
         bring_text(RemoteFolder(web.url, SOON), "x", 100)
 
 
 def test_nobody_listens(folder: Path) -> None:
     with serving(folder) as web:
         pass
-    fails(web, "Cannot connect", retries=1)
+    fails(web, "unreachable", retries=1)
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "gopher://127.0.0.1/x"])
 def test_a_redirect_leads_to_the_web_only(web: ShardServer, target: str) -> None:
     web.faults["a.tar"], web.redirect_to = ["redirect*"], target
-    fails(web)
+    fails(web, "refused")
     assert web.count("a.tar") == 1
 
 
@@ -166,7 +170,7 @@ def test_a_redirect_from_https_stays_with_https(
         assert bring(https) == CONTENT
         return
     https.redirect_to = f"{web.url}/a.tar?X-Amz-Signature=SECRET"
-    fails(https, f"redirected from https to {web.url}/a.tar")
+    fails(https, "refused", f"{web.url}/a.tar")
     assert web.count("a.tar") == 0 and https.count("a.tar") == 2
 
 
@@ -185,7 +189,7 @@ def test_a_service_that_asks_to_wait_is_not_asked_sooner(web: ShardServer, statu
 
 def test_a_wait_longer_than_the_budget_is_not_begun(web: ShardServer) -> None:
     web.faults["a.tar"] = ["503:3600"]
-    assert fails(web, "503 Service Unavailable, asks for 3600 s", "data.fetch.budget") < 15
+    assert fails(web, "unreachable", "3600") < 15
     assert web.count("a.tar") == 1
 
 
@@ -234,33 +238,24 @@ def test_secrets_of_a_redirect_are_not_shown(web: ShardServer) -> None:
         other.faults["*"] = ["403*"]
         web.faults["a.tar"] = ["redirect*"]
         web.redirect_to = f"{other.url}/a.tar?X-Amz-Signature=SECRET"
-        with pytest.raises(OutsideError) as error:
+        with refused(OutsideError, "refused") as told:
             bring(web)
-    assert "SECRET" not in str(error.value)
+    assert "SECRET" not in str(told.value)
 
 
 def test_a_small_file_is_bounded(web: ShardServer) -> None:
     assert bring_text(RemoteFolder(web.url, SOON), "a.tar", len(CONTENT)) == CONTENT
-    with pytest.raises(DataError, match="over 5000 bytes"):
+    with refused(DataError, "too-large", f"{web.url}/a.tar"):
         bring_text(RemoteFolder(web.url, SOON), "a.tar", 5000)
 
 
-def test_stopping_ends_waits(web: ShardServer) -> None:
-    web.faults["a.tar"] = ["500*"]
-    folder = RemoteFolder(web.url, SOON.model_copy(update={"backoff": 20.0}))
+@pytest.mark.parametrize("fault", ["500*", "stall*"])
+def test_stopping_ends_waits_and_stalled_transfers(web: ShardServer, fault: str) -> None:
+    web.faults["a.tar"] = [fault]
+    folder = RemoteFolder(web.url, SOON.model_copy(update={"backoff": 20.0, "stall": 30.0}))
     threading.Timer(0.2, folder.stop).start()
     began = time.monotonic()
-    with pytest.raises(OutsideError, match="stopped"):
-        folder.bring("a.tar", arrival(10))
-    assert time.monotonic() - began < 10
-
-
-def test_stopping_ends_a_stalled_transfer(web: ShardServer) -> None:
-    web.faults["a.tar"] = ["stall*"]
-    folder = RemoteFolder(web.url, SOON.model_copy(update={"stall": 30.0}))
-    threading.Timer(0.2, folder.stop).start()
-    began = time.monotonic()
-    with pytest.raises(OutsideError, match="stopped"):
+    with refused(OutsideError, "stopped"):
         folder.bring("a.tar", arrival(10**6))
     assert time.monotonic() - began < 5
 
@@ -276,28 +271,28 @@ def test_a_fault_of_this_side_is_not_one_of_the_network(web: ShardServer) -> Non
 
 
 @pytest.mark.parametrize(
-    ("url", "reason"),
+    ("url", "kind"),
     [
-        ("https://user:SECRET@host/set", "without user, password"),
-        ("https://host/set?token=SECRET", "without user, password"),
-        ("https://host/set#SECRET", "without user, password"),
-        ("s3://key:SECRET@bucket/set", "without user, password"),
-        ("ftp://host/set", "from http://, https://, s3://, hf://"),
-        ("simplecache::s3://bucket/set", "a folder or from"),
-        ("https:///set", "names no host"),
-        ("https://[host/set", "is no URL"),
+        ("https://user:SECRET@host/set", "secret"),
+        ("https://host/set?token=SECRET", "secret"),
+        ("https://host/set#SECRET", "secret"),
+        ("s3://key:SECRET@bucket/set", "secret"),
+        ("ftp://host/set", "unsupported"),
+        ("simplecache::s3://bucket/set", "unsupported"),
+        ("https:///set", "missing"),
+        ("https://[host/set", "wrong-type"),
     ],
 )
-def test_urls_that_are_not_taken(url: str, reason: str) -> None:
+def test_urls_that_are_not_taken(url: str, kind: str) -> None:
     assert is_remote(url)
-    with pytest.raises(RecipeError, match=reason) as error:
+    with refused(RecipeError, kind, "data.path") as told:
         RemoteFolder(url, SOON)
-    assert "SECRET" not in str(error.value)
+    assert "SECRET" not in str(told.value)
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(OutsideError, match=r"needs the package s3fs.*pip install 'cdpo\[s3\]'"):
+    with refused(OutsideError, "not-installed", "s3fs"):
         RemoteFolder("s3://bucket/set", SOON)
 
 

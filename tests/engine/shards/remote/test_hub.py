@@ -15,6 +15,7 @@ from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.remote import fetch
 from cdpo.engine.shards.remote.store import RemoteStore, open_store
 from cdpo.engine.shards.store import LocalStore
+from refusals import refused
 from shard_server import ShardHandler, ShardServer, serving
 
 REPO, PREFIX = "owner/pairs", "made/set"
@@ -106,7 +107,7 @@ def test_everything_is_as_in_the_folder(
 
 def test_a_set_or_a_repository_that_is_not_there(hub: ShardServer, tmp_path: Path) -> None:
     for place in (f"hf://datasets/{REPO}/elsewhere", "hf://datasets/owner/nothing/set"):
-        with pytest.raises(DataError, match=f"no shards at {place}"):
+        with refused(DataError, "missing", f"{place}/manifest.json"):
             store_of(tmp_path, place).manifest()
 
 
@@ -115,8 +116,9 @@ def test_a_refusal_is_one_line_without_the_token(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     hub.faults["*"] = ["403*"]
-    with pytest.raises(OutsideError, match="403") as error:
+    url = f"hf://datasets/{REPO}/{PREFIX}/manifest.json"
+    with refused(OutsideError, "refused", url) as told:
         store_of(tmp_path).manifest()
-    line = str(error.value)
-    assert line.startswith(f"hf://datasets/{REPO}/{PREFIX}/manifest.json: ")
+    line = str(told.value)
+    assert line.startswith(f"{url}: ") and "403" in line
     assert "\n" not in line and "SECRET" not in line

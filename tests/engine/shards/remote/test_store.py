@@ -19,6 +19,7 @@ from cdpo.engine.shards.remote.store import RemoteStore, default_cache, open_sto
 from cdpo.engine.shards.store import LocalStore
 from cdpo.engine.shards.stream import PairStream
 from pydantic import ValidationError
+from refusals import refused
 from shard_server import ShardServer, serving
 
 SOON = Fetch(retries=2, backoff=0.01, stall=10.0, budget=30.0, threads=0)
@@ -91,23 +92,23 @@ def test_what_arrives_damaged_is_fetched_once_more(
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason", "requests"),
+    ("fault", "kind", "requests"),
     [
-        ("corrupt", "arrived damaged: sha256 .* is not the manifest's", 2),
-        ("short", "arrived truncated: .* bytes, manifest says", 2),
-        ("long", "arrived too long: over", 2),
+        ("corrupt", "damaged", 2),
+        ("short", "truncated", 2),
+        ("long", "mismatch", 2),
         ("404", "missing", 1),
     ],
 )
 def test_a_shard_that_is_bad_at_its_source_is_named(
-    store: RemoteStore, web: ShardServer, fault: str, reason: str, requests: int
+    store: RemoteStore, web: ShardServer, fault: str, kind: str, requests: int
 ) -> None:
     manifest = store.manifest()
     entry = manifest.shards[0]
     web.faults[entry.name] = [f"{fault}*"]
-    with pytest.raises(ShardError, match=reason) as error:
+    with refused(ShardError, kind) as told:
         ShardReaders(store, manifest).read(entry, 0)
-    assert error.value.shard == f"{web.url}/{entry.name}" and error.value.exit_code == 3
+    assert told.value.shard == f"{web.url}/{entry.name}" and told.value.exit_code == 3
     assert web.count(entry.name) == requests
     assert not [*store.cache.folder.glob("*.tar"), *store.cache.folder.glob("*.part")]
 
@@ -134,9 +135,9 @@ def test_threads_that_wait_for_one_shard_share_its_failure(
     web.faults[entry.name] = ["stall*"]
 
     def read(_: int) -> str:
-        with pytest.raises(OutsideError) as error:
+        with refused(OutsideError, "timeout", f"{web.url}/{entry.name}") as told:
             store.open(entry)
-        return str(error.value)
+        return str(told.value)
 
     slow = store._folder._spec.model_copy(update={"stall": 0.5, "budget": 2.0})
     store._folder._spec = slow
@@ -148,10 +149,10 @@ def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as web:
         store = make_store(web, tmp_path)
-        with pytest.raises(DataError, match=r"no shards at http.*manifest\.json is not there"):
+        with refused(DataError, "missing", f"{web.url}/manifest.json"):
             store.manifest()
         (tmp_path / "served" / "manifest.json").write_text('{"format_version": 9}')
-        with pytest.raises(DataError, match=r"^http.*manifest\.json: format_version is 9"):
+        with refused(DataError, "unsupported", f"{web.url}/manifest.json"):
             store.manifest()
 
 
@@ -167,11 +168,9 @@ def test_a_manifest_may_be_pinned(
         return open_store(place, Data(cache=cache, manifest_sha256=pin)).manifest()
 
     assert manifest(sha256) == LocalStore(folder).manifest()
-    with pytest.raises(
-        DataError, match=f"{place}/manifest.json: its sha256 is {sha256}, not"
-    ) as no:
+    with refused(DataError, "mismatch", "data.manifest_sha256") as told:
         manifest("0" * 64)
-    assert no.value.exit_code == 3
+    assert f"{place}/manifest.json: its sha256 is {sha256}, not" in str(told.value)
     with pytest.raises(ValidationError, match="manifest_sha256"):
         manifest(sha256.upper())
 
@@ -183,7 +182,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: Path) -> 
     with serving(tmp_path / "served") as web:
         for bad in ("../../etc/x.tar", "/etc/x.tar", "http://elsewhere/x.tar", "a.tar?b.tar"):
             (tmp_path / "served" / "manifest.json").write_text(text.replace(name, bad, 1))
-            with pytest.raises(DataError, match=r"shards\.0\.name"):
+            with refused(DataError, "damaged", "shards.0.name"):
                 make_store(web, tmp_path).manifest()
 
 
@@ -274,5 +273,5 @@ def test_a_cache_too_small_for_a_window_is_refused(
 ) -> None:
     manifest = LocalStore(folder).manifest()
     store = make_store(web, tmp_path, 5 * manifest.shards[0].bytes / 2**30)
-    with pytest.raises(RecipeError, match=r"data\.cache_gib=.* cannot hold .* 1 processes"):
+    with refused(RecipeError, "out-of-range", "data.cache_gib"):
         PairStream(make_plan(manifest), ShardReaders(store, manifest), pacing())
