@@ -63,7 +63,7 @@ def test_editors_find_nothing_wrong_with_shipped_recipes(fits, path):
         {"reward": {"type": "vote", "rewards": [{"reward": {"path": "p"}}]}},
         {"compare": {"judge": None, "rewards": [{"path": "p"}], "runs": {"a": "b"}}},
         {"train": {"stpes": 3}},
-        {"trian": {}},
+        {"trains": {}},
         {"train": {"precision": "fp8"}},
         {"train": {"optimizer": {"betas": [0.9]}}},
         {"train": {"steps": "3"}},
