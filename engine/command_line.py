@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from contextlib import suppress
 
 from .basics.errors import EXIT_OK, EXIT_OUTSIDE, EXIT_USAGE, CdpoError
 from .basics.shipped import shipped
@@ -67,11 +68,14 @@ def demo(overrides: list[str]) -> int:
     recipe = shipped("recipes") / "emoji_cdpo.yaml"
     for needed in (recipe, shipped("ds_configs"), shipped("assets/emoji")):
         if not needed.exists():
-            print(f"cdpo: the demo lacks {needed}: install cdpo anew", file=sys.stderr)
+            print(f"error: the demo lacks {needed}: install cdpo anew", file=sys.stderr)
             return EXIT_OUTSIDE
     for verb in VERBS:
         command = [sys.executable, "-m", f"{__package__}.{verb}", "--recipe", str(recipe)]
-        code = subprocess.call([*command, *overrides])
-        if code:
-            return code
+        running = subprocess.Popen([*command, *overrides])
+        while running.poll() is None:
+            with suppress(KeyboardInterrupt):  # which the verb has too, and answers in its own way
+                running.wait()
+        if running.returncode:
+            return running.returncode
     return EXIT_OK

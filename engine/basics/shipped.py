@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FOLDERS = ("recipes", "ds_configs", "assets")
@@ -18,7 +19,6 @@ def locate(path: str) -> str:
     So a shipped recipe works from any folder. What opens a file that a recipe names asks here; the
     recipe and all records keep the path as it was written.
     """
-    is_ours = Path(path).parts[:1] in [(folder,) for folder in FOLDERS]
-    if is_ours and not Path(path).exists() and shipped(path).exists():
-        return str(shipped(path))
-    return path
+    ours = shipped(path)
+    is_ours = path.split("/")[0] in FOLDERS and not os.path.exists(path)
+    return str(ours) if is_ours and os.path.exists(ours) else path

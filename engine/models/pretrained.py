@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -23,9 +22,9 @@ from ..basics.shipped import locate
 from ..recipe import Model
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-SECONDS_TO_ANSWER = (
-    2.0  # HF_HUB_ETAG_TIMEOUT, the client's own knob for slow networks, overrides it
-)
+# That a hub may take to answer; HF_HUB_ETAG_TIMEOUT, its client's own knob for slow networks, comes
+# before it.
+SECONDS_TO_ANSWER = 2.0
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
     that cannot be reached comes from its cache, without the libraries' retries.
     """
     place = locate(path or "")
-    is_remote = HUB_ID.fullmatch(place) and not Path(place).exists()
+    is_remote = HUB_ID.fullmatch(place) and not os.path.exists(place)
     offline = why_offline(constants.ENDPOINT) if is_remote else None
     try:
         with _offline_mode() if offline else nullcontext():
@@ -47,15 +46,14 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
     except CdpoError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        if offline:
-            cached = Path(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}").exists()
-            reason = reason if cached else "it is no folder, and not in the hub's cache"
-            reason += f" (offline: {offline})"
+        reason, failure = (str(error).strip() or type(error).__name__).split("\n")[0], "unreadable"
+        cached = os.path.join(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}")
+        if offline and not os.path.exists(cached):
+            reason = "it is no folder, and not in the hub's cache"
+        if offline and (isinstance(error, OSError) or not os.path.exists(cached)):
+            reason, failure = f"{reason} (offline: {offline})", "unreachable"
         key = what.partition("=")[0] if "=" in what else path
-        raise OutsideError(
-            f"{what} is no {kind}: {reason}", key, "unreachable" if offline else "unreadable"
-        ) from None
+        raise OutsideError(f"{what} is no {kind}: {reason}", key, failure) from None
 
 
 @cache
@@ -81,7 +79,7 @@ def why_offline(endpoint: str) -> str | None:
     asking.start()
     asking.join(seconds + 0.5)
     reason = reasons[0] if reasons else "no answer"
-    return reason and f"{endpoint} is not reached: {reason}"
+    return reason and f"{endpoint} is not reached in HF_HUB_ETAG_TIMEOUT={seconds:g} s: {reason}"
 
 
 @contextmanager

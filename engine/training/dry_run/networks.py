@@ -5,10 +5,10 @@ Nothing is read but the configs, so this takes seconds for a model of any size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def _config_place(path: str, file: str, revision: str | None = None) -> str:
     has it. A revision, which may differ from them, is never taken from there.
     """
     ours = shipped("assets/configs") / path.replace("/", "--")
-    is_known = revision is not None or Path(path).exists() or not ours.is_dir()
+    is_known = revision is not None or os.path.exists(path) or not os.path.isdir(ours)
     if is_known or isinstance(try_to_load_from_cache(path, file), str):
         return path
     return str(ours)

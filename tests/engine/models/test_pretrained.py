@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.models import fingerprint, sd
+from cdpo.engine.models import fingerprint, sd, sdxl
 from cdpo.engine.models.pretrained import read_network, reading, why_offline
 from cdpo.engine.recipe import (
     AestheticSpec,
@@ -147,7 +147,7 @@ def test_a_name_that_takes_long_to_look_up_does_not_hold_the_process(hub_at, mon
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.parametrize("path", ["a folder", "/a/b", "./a/b", "a/b/c", ""])
+@pytest.mark.parametrize("path", ["a folder", "/a/b", "./a/b", "a/b/c", "a" * 300 + "/b/c", ""])
 def test_what_is_no_hub_id_asks_no_hub(hub_at, answering, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a folder").mkdir()
@@ -174,6 +174,8 @@ def test_what_is_in_the_cache_is_read_without_a_hub(hub_at, tiny_world, tmp_path
     with refused(OutsideError, "unreachable", "model.path") as told:
         sd.load(spec, torch.device("cpu"), torch.float32)
     assert "not in the hub's cache" not in str(told.value)  # the library's reason, and ours
+    with refused(OutsideError, "unreadable", "model.path"):  # what it is does not hang on the hub
+        sdxl.load(spec, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(
