@@ -94,7 +94,8 @@ def _opened(
         yield None
         return
     except OSError as error:
-        raise ShardError(str(path), f"cannot be opened: {error.strerror or error}") from None
+        reason = f"cannot be opened: {error.strerror or error}"
+        raise ShardError(str(path), reason, kind="unreadable") from None
     with file:
         index = index_samples(file.fileno(), str(path), (IMAGE, RECORD))
         stored = _Stored(file.fileno(), str(path), index)
@@ -125,46 +126,51 @@ class _Stored:
             return False
         for row, record in enumerate(self.records):
             if self._key(row) != image_id(prompt, row) or record.get("prompt") != prompt:
-                raise self._error(row, RECORD, "is not the next candidate of the prompt")
+                raise self._error(
+                    row, RECORD, "is not the next candidate of the prompt", "mismatch"
+                )
             if record.get("num_candidates") != len(self.records):
                 written = record.get("num_candidates")
                 reason = f"{len(self.records)} candidates, {written} were written"
-                raise self._error(row, RECORD, reason)
+                raise self._error(row, RECORD, reason, "missing")
         return True
 
     def image(self, row: int) -> Image.Image:
         """Decode a candidate, which must be the PNG that was written and of bounded size."""
         data = self._member(row, IMAGE, MAX_IMAGE_BYTES)
         if hashlib.sha256(data).hexdigest() != self.records[row].get("sha256"):
-            raise self._error(row, IMAGE, "image does not match its sha256; remove the file")
+            reason = "image does not match its sha256; remove the file"
+            raise self._error(row, IMAGE, reason, "damaged")
         try:
             image = Image.open(io.BytesIO(data), formats=("PNG",))
             if image.width * image.height > MAX_PIXELS:  # from the header, nothing is decoded yet
                 size = f"{image.width}x{image.height}"
-                raise self._error(row, IMAGE, f"{size} pixels, at most {MAX_PIXELS} in all")
+                reason = f"{size} pixels, at most {MAX_PIXELS} in all"
+                raise self._error(row, IMAGE, reason, "too-large")
             return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self._error(row, IMAGE, f"not a readable PNG ({error})") from None
+            raise self._error(row, IMAGE, f"not a readable PNG ({error})", "damaged") from None
 
     def _record(self, row: int) -> dict[str, Any]:
         try:
             record = json.loads(self._member(row, RECORD, MAX_RECORD_BYTES))
         except (ValueError, RecursionError) as error:
-            raise self._error(row, RECORD, f"not valid JSON ({error})") from None
+            raise self._error(row, RECORD, f"not valid JSON ({error})", "damaged") from None
         if not isinstance(record, dict):
-            raise self._error(row, RECORD, "not a JSON object")
+            raise self._error(row, RECORD, "not a JSON object", "wrong-type")
         return record
 
     def _member(self, row: int, member: str, limit: int) -> bytes:
         column = self.index.members.index(member)
         size = int(self.index.sizes[row, column])
         if size > limit:
-            raise self._error(row, member, f"{size} bytes, at most {limit} expected")
+            reason = f"{size} bytes, at most {limit} expected"
+            raise self._error(row, member, reason, "too-large")
         offset = int(self.index.offsets[row, column])
         return read_span(self.descriptor, self.name, offset, size)
 
     def _key(self, row: int) -> str:
         return self.index.keys[row].decode()
 
-    def _error(self, row: int, member: str, reason: str) -> ShardError:
-        return ShardError(self.name, reason, self._key(row), member)
+    def _error(self, row: int, member: str, reason: str, kind: str) -> ShardError:
+        return ShardError(self.name, reason, self._key(row), member, kind)

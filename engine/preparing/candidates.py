@@ -67,7 +67,8 @@ class CandidateSet:
         """The images of a prompt; DataError if they have gone since they were sampled."""
         images = read_candidates(self.folder, prompt, self.meta)
         if images is None:
-            raise DataError(f"{self.folder}: the images of {prompt!r} have gone: start again")
+            told = f"{self.folder}: the images of {prompt!r} have gone: start again"
+            raise DataError(told, prompt, "missing")
         return images
 
     def write(self, prompt: str, images: Sequence[Image.Image]) -> None:

@@ -60,7 +60,8 @@ def find_files(path: str, image_folders: tuple[str, ...] | None = None) -> Sourc
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
         if not found:
-            raise DataError(f"{where}: there is no such file or folder, nor one of that pattern")
+            told = f"{where}: there is no such file or folder, nor one of that pattern"
+            raise DataError(told, "prepare.source.path", "missing")
     kinds: dict[str, list[Path]] = {kind: [] for kind in TABLES}
     for file in sorted(found):
         if file.is_file() and file.suffix[1:] in kinds:
@@ -74,10 +75,15 @@ def _of_one_kind(
     present = [kind for kind in TABLES if kinds[kind]]
     if len(present) > 1:
         counts = ", ".join(f"{len(kinds[kind])} {kind}" for kind in present)
-        raise DataError(f"{where}: holds {counts} files: name one kind, e.g. PATH/*.{present[0]}")
+        told = f"{where}: holds {counts} files: name one kind, e.g. PATH/*.{present[0]}"
+        raise DataError(told, "prepare.source.path", "ambiguous")
     if not present:
         folders = f", nor folders {' and '.join(image_folders)}" if image_folders else ""
-        raise DataError(f"{where}: holds no .parquet, .tar or .csv files{folders}")
+        raise DataError(
+            f"{where}: holds no .parquet, .tar or .csv files{folders}",
+            "prepare.source.path",
+            "empty",
+        )
     paths = kinds[present[0]]
     root = Path(os.path.commonpath([file.parent for file in paths]))
     return SourceFiles(present[0], root, tuple(paths))

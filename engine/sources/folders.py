@@ -35,7 +35,9 @@ class FolderReader:
         if unknown:
             raise DataError(
                 f"{self.folder}: a folder of images has no column {' and no column '.join(unknown)}"
-                ": set them to null, or give a table"
+                ": set them to null, or give a table",
+                unknown[0],
+                "missing",
             )
         names = self._names()
         for start in range(0, len(names), ROWS_AT_ONCE):
@@ -62,7 +64,9 @@ class FolderReader:
                     if lone:
                         raise DataError(
                             f"{self.folder / other}: no image for {name}/{inside[lone[0]]}, and "
-                            f"for {len(lone) - 1} others: names must match"
+                            f"for {len(lone) - 1} others: names must match",
+                            f"{name}/{inside[lone[0]]}",
+                            "missing",
                         )
             self._found = [
                 (stem, tuple(f"{n}/{i[stem]}" for n, i in zip(self.images, by_folder, strict=True)))
@@ -76,7 +80,8 @@ class FolderReader:
         for path in sorted((self.folder / folder).iterdir()):
             if path.suffix.lower() in ENDINGS:
                 if path.stem in found:
-                    raise DataError(f"{path}: {found[path.stem]} has the same name")
+                    told = f"{path}: {found[path.stem]} has the same name"
+                    raise DataError(told, str(path), "duplicate")
                 found[path.stem] = path.name
         return found
 
@@ -84,10 +89,11 @@ class FolderReader:
         path = self.folder / self.caption / f"{name}.txt"
         data = load_file(Path(path))
         if isinstance(data, UnreadableImage):
-            raise DataError(f"caption of {name}: {data}")
+            raise DataError(f"caption of {name}: {data}", str(path), data.kind)
         if len(data) > MAX_CAPTION_BYTES:
             return ""  # no caption: the row is left out and counted
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+            told = f"{path} is not UTF-8 text (byte {error.start})"
+            raise DataError(told, str(path), "unreadable") from None

@@ -139,7 +139,9 @@ def open_index(
         counts = ", ".join(f"{count} {reason}" for reason, count in facts.left_out.items())
         raise DataError(
             f"prepare.source.path={spec.path}: none of its {facts.rows} rows states a preference"
-            + (f": {counts}" if counts else "")
+            + (f": {counts}" if counts else ""),
+            "prepare.source.path",
+            "empty",
         )
     return facts
 

@@ -50,21 +50,24 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImage(f"has over {MAX_PIXELS} pixels") from None
+        raise UnreadableImage(f"has over {MAX_PIXELS} pixels", kind="too-large") from None
     except Image.UnidentifiedImageError:
-        what = f"is no image of {', '.join(FORMATS)}" if data else "is empty"
-        raise UnreadableImage(what) from None
+        if not data:
+            raise UnreadableImage("is empty", kind="empty") from None
+        raise UnreadableImage(f"is no image of {', '.join(FORMATS)}", kind="unsupported") from None
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise UnreadableImage(f"is damaged ({error})") from None
+        raise UnreadableImage(f"is damaged ({error})", kind="damaged") from None
     return _fitted(rgb, resolution)
 
 
 def _check_size(width: int, height: int) -> None:
     size = f"{width}x{height} pixels"
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{size}, at most {MAX_PIXELS} in all are taken")
+        raise UnreadableImage(f"{size}, at most {MAX_PIXELS} in all are taken", kind="too-large")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadableImage(f"{size}, at most {MAX_ASPECT} times as long as wide are taken")
+        raise UnreadableImage(
+            f"{size}, at most {MAX_ASPECT} times as long as wide are taken", kind="out-of-range"
+        )
 
 
 def _fitted(image: Image.Image, resolution: Size) -> Picture:
@@ -130,17 +133,19 @@ def load_records(
         if found < len(wanted):
             raise DataError(
                 f"{reader.files.paths[part.file]}: has fewer rows than when it was indexed: it has "
-                "changed; start again"
+                "changed; start again",
+                str(reader.files.paths[part.file]),
+                "changed",
             )
 
 
 def _picture(column: str, data: bytes | UnreadableImage, resolution: Size) -> Picture:
     if isinstance(data, UnreadableImage):
-        raise UnreadableImage(f"{column}: {data}")
+        raise UnreadableImage(f"{column}: {data}", column, data.kind)
     try:
         return read_picture(data, resolution)
     except UnreadableImage as error:
-        raise UnreadableImage(f"{column}: {error}") from None
+        raise UnreadableImage(f"{column}: {error}", column, error.kind) from None
 
 
 class Tolerance:
@@ -159,7 +164,9 @@ class Tolerance:
             remedy = f"the first of over prepare.source.max_unreadable={self.most} such rows"
         else:
             remedy = "prepare.source.max_unreadable=N leaves out up to N such rows"
-        raise DataError(f"{self.problems[0]} ({remedy})")
+        raise DataError(
+            f"{self.problems[0]} ({remedy})", "prepare.source.max_unreadable", "unreadable"
+        )
 
     def copy(self) -> Tolerance:
         """For one rank's share of a pass: what all ranks met is noted after it."""

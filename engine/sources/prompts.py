@@ -40,15 +40,22 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
     for where, cell in cells:
         if cell is None:
             continue
+        key = where.removesuffix(",")
         if not isinstance(cell, str):
-            raise DataError(f"prompts: {where} holds {type(cell).__name__}, not text")
+            raise DataError(
+                f"prompts: {where} holds {type(cell).__name__}, not text", key, "wrong-type"
+            )
         prompt = cell.strip()
         if half := lone_surrogate(prompt):
-            raise DataError(f"prompts: {where} holds half a character, {half!r}: remove it")
+            raise DataError(
+                f"prompts: {where} holds half a character, {half!r}: remove it", key, "damaged"
+            )
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise DataError(
                 f"prompts: {where} has {len(prompt)} characters; at most "
-                f"{MAX_PROMPT_CHARACTERS} are taken"
+                f"{MAX_PROMPT_CHARACTERS} are taken",
+                key,
+                "too-large",
             )
         if prompt:
             yield prompt
@@ -58,9 +65,9 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise DataError(f"prompts: {path} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from None
+        raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
     for number, line in enumerate(lines, start=1):
         if not line.lstrip().startswith("#"):
             yield f"{path}:{number}", line
@@ -80,7 +87,8 @@ def _table(path: str, kind: str, column: str) -> Iterator[tuple[str, Any]]:
             for row in rows:
                 yield f"{reader.describe(0, row.number)}, column {column},", row.values[column]
     except DataError as error:
-        raise DataError(f"prompts: {str(error).removeprefix('prompts: ')}") from None
+        told = f"prompts: {str(error).removeprefix('prompts: ')}"
+        raise DataError(told, error.key, error.kind) from None
 
 
 def _json_lines(path: str, column: str) -> Iterator[tuple[str, Any]]:
@@ -93,18 +101,22 @@ def _json_lines(path: str, column: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield _json_cell(line, f"{path}:{number}", column)
     except OSError as error:
-        raise DataError(f"prompts: {path} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
 
 
 def _json_cell(line: bytes, where: str, column: str) -> tuple[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"prompts: {where} is longer than {MAX_LINE_BYTES >> 20} MiB")
+        raise DataError(
+            f"prompts: {where} is longer than {MAX_LINE_BYTES >> 20} MiB", where, "too-large"
+        )
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"prompts: {where} is not JSON: {error}") from None
+        raise DataError(f"prompts: {where} is not JSON: {error}", where, "damaged") from None
     if not isinstance(row, dict):
-        raise DataError(f"prompts: {where} is not an object such as {{{column!r}: ...}}")
+        raise DataError(
+            f"prompts: {where} is not an object such as {{{column!r}: ...}}", where, "wrong-type"
+        )
     _check_column(where, column, list(row))
     return f"{where}, column {column},", row[column]
 
@@ -113,8 +125,14 @@ def _check_column(where: str, column: str, present: list[str]) -> None:
     if column not in present:
         raise DataError(
             f"prompts: {where} has no column {column}; it has {', '.join(present) or 'none'}: set "
-            "prompts.column to the one that holds the prompts"
+            "prompts.column to the one that holds the prompts",
+            "prompts.column",
+            "missing",
         )
+
+
+def _unreadable(path: str, why: str) -> DataError:
+    return DataError(f"prompts: {path} {why}", path, "unreadable")
 
 
 MAX_FILLED_IN = 1_000_000  # prompts of templates: lists multiply, and a slip is soon a billion
@@ -134,7 +152,9 @@ def read_prompts(spec: Prompts, seed: int) -> tuple[list[str], list[str]]:
         raise DataError(
             f"{_named(spec, 'heldout')} shares {len(both)} prompts with "
             f"{_named(spec, 'train')}, e.g. {sorted(both)[0]!r}: held-out prompts must not be "
-            "trained on"
+            "trained on",
+            "prompts.heldout",
+            "duplicate",
         )
     return train, heldout
 
@@ -143,17 +163,18 @@ def _read(spec: Prompts, side: str) -> list[str]:
     """The prompts of `train` or `heldout` in their order, each once."""
     value = getattr(spec, side)
     if isinstance(value, str):
-        return _some(prompts_in(value, spec.column), f"prompts: {value} holds no prompt")
+        otherwise = f"prompts: {value} holds no prompt"
+        return _some(prompts_in(value, spec.column), f"prompts.{side}", otherwise)
     if isinstance(value, Templates):
         return list(dict.fromkeys(_filled_in(value, spec.column, f"prompts.{side}")))
     return []
 
 
-def _some(texts: Iterable[str], otherwise: str) -> list[str]:
-    """The texts, each once; DataError saying ``otherwise`` where there is none."""
+def _some(texts: Iterable[str], key: str, otherwise: str) -> list[str]:
+    """The texts, each once; DataError saying ``otherwise`` of ``key`` where there is none."""
     found = list(dict.fromkeys(texts))
     if not found:
-        raise DataError(otherwise)
+        raise DataError(otherwise, key, "empty")
     return found
 
 
@@ -168,7 +189,9 @@ def _filled_in(spec: Templates, column: str, key: str) -> Iterator[str]:
     if sum(sizes.values()) > MAX_FILLED_IN:
         raise DataError(
             f"{key}: its lists make {sum(sizes.values())} prompts; at most {MAX_FILLED_IN} are "
-            "taken: shorten a list"
+            "taken: shorten a list",
+            key,
+            "too-large",
         )
     for template in spec.templates:
         yield from _products(template, lists, key)
@@ -176,8 +199,8 @@ def _filled_in(spec: Templates, column: str, key: str) -> Iterator[str]:
 
 def _entries(value: str | Sequence[str], column: str, key: str) -> list[str]:
     if isinstance(value, str):
-        return _some(prompts_in(value, column), f"{key}: {value} holds no entry")
-    return _some(filter(None, map(str.strip, value)), f"{key}: the list is empty")
+        return _some(prompts_in(value, column), key, f"{key}: {value} holds no entry")
+    return _some(filter(None, map(str.strip, value)), key, f"{key}: the list is empty")
 
 
 def _products(template: str, lists: dict[str, list[str]], key: str) -> Iterator[str]:
@@ -188,12 +211,16 @@ def _products(template: str, lists: dict[str, list[str]], key: str) -> Iterator[
         if not 0 < len(prompt) <= MAX_PROMPT_CHARACTERS:
             raise DataError(
                 f"{key}: template {template!r} makes a prompt of {len(prompt)} characters; 1 to "
-                f"{MAX_PROMPT_CHARACTERS} are taken"
+                f"{MAX_PROMPT_CHARACTERS} are taken",
+                key,
+                "out-of-range",
             )
         if half := lone_surrogate(prompt):
             raise DataError(
                 f"{key}: template {template!r} makes a prompt with half a character, {half!r}: "
-                "remove it"
+                "remove it",
+                key,
+                "damaged",
             )
         yield prompt
 
@@ -211,15 +238,21 @@ def _divided(prompts: list[str], split: Split, seed: int) -> tuple[list[str], li
     if not 0 < len(out) < len(prompts):
         raise DataError(
             f"{_shown(split)} holds out {len(out)} of {len(prompts)} prompts; both sides need "
-            "one: change it, or the seed"
+            "one: change it, or the seed",
+            _key_of(split),
+            "empty",
         )
     trained = [prompt for prompt in prompts if prompt not in out]
     return trained, [prompt for prompt in prompts if prompt in out]
 
 
 def _shown(split: Split) -> str:
-    which = f"fraction={split.fraction:g}" if split.fraction is not None else f"count={split.count}"
-    return f"prompts.heldout.{which}"
+    value = f"{split.fraction:g}" if split.fraction is not None else str(split.count)
+    return f"{_key_of(split)}={value}"
+
+
+def _key_of(split: Split) -> str:
+    return f"prompts.heldout.{'count' if split.fraction is None else 'fraction'}"
 
 
 def _named(spec: Prompts, side: str) -> str:

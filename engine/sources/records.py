@@ -92,7 +92,9 @@ class RecordMaker:
         if label not in (0, 0.5, 1):
             raise DataError(
                 f"{where}: {self.label} is {label:g}; it must be 1 (the first image won), 0 (it "
-                "lost) or 0.5 (a tie)"
+                "lost) or 0.5 (a tie)",
+                self.label,
+                "out-of-range",
             )
         if label == 0.5:
             return TIE
@@ -119,12 +121,15 @@ def _number(value: Any, where: str, column: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{where}: {column} is {str(value)[:60]!r}, not a number") from None
+        raise DataError(
+            f"{where}: {column} is {str(value)[:60]!r}, not a number", column, "wrong-type"
+        ) from None
 
 
 def _truth(value: Any, where: str, column: str) -> bool:
     """A cell as true or false, false for an empty one; as text, as CSV has it, or as a number."""
     word = "" if value is None else str(value).strip().lower()
     if word not in _WORDS:
-        raise DataError(f"{where}: {column} is {str(value)[:60]!r}, neither true nor false")
+        told = f"{where}: {column} is {str(value)[:60]!r}, neither true nor false"
+        raise DataError(told, column, "wrong-type")
     return _WORDS[word]

@@ -87,14 +87,17 @@ def load_file(path: Path) -> bytes | UnreadableImage:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                return UnreadableImage(f"{path}: is not a file")
+                return UnreadableImage(f"{path}: is not a file", str(path), "wrong-type")
             if status.st_size > MAX_IMAGE_BYTES:
-                return UnreadableImage(f"{path}: {too_large(status.st_size)}")
+                return UnreadableImage(
+                    f"{path}: {too_large(status.st_size)}", str(path), "too-large"
+                )
             return os.pread(descriptor, status.st_size, 0)
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        return UnreadableImage(f"{path}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or error
+        return UnreadableImage(f"{path}: {reason}", str(path), "unreadable")
 
 
 def too_large(size: int) -> str:
@@ -112,5 +115,7 @@ def check_columns(wanted: Sequence[str], present: Sequence[str], where: str) -> 
         hint = "; for winner and loser: prepare.source.images=[winner,loser] and label=null"
     raise DataError(
         f"{where}: has no column {' and no column '.join(missing)}; it has {', '.join(present)}"
-        f" (the recipe's prepare.source says which is which{hint})"
+        f" (the recipe's prepare.source says which is which{hint})",
+        missing[0],
+        "missing",
     )

@@ -58,7 +58,9 @@ class ParquetReader:
                     if batch.nbytes > MAX_ROW_BYTES:
                         raise DataError(
                             f"{self.describe(file, number)}: holds {batch.nbytes} bytes beside its "
-                            f"images, at most {MAX_ROW_BYTES} are taken"
+                            f"images, at most {MAX_ROW_BYTES} are taken",
+                            str(self.files.paths[file]),
+                            "too-large",
                         )
                     [values] = batch.to_pylist()
                     paths = self._paths(values) if as_paths else ()
@@ -99,7 +101,9 @@ class ParquetReader:
             if not (_is_text(kind) or _is_bytes(kind) or _has_bytes(kind)):
                 raise DataError(
                     f"{self.files.paths[file]}: column {name} holds {kind}, not images: bytes, a "
-                    "struct with a field `bytes`, or paths are wanted"
+                    "struct with a field `bytes`, or paths are wanted",
+                    name,
+                    "wrong-type",
                 )
 
     @contextmanager
@@ -109,7 +113,8 @@ class ParquetReader:
             with pq.ParquetFile(path, buffer_size=STREAM_BUFFER, pre_buffer=False) as table:
                 yield table
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
+            told = f"{path}: cannot be read as parquet: {_first_line(error)}"
+            raise DataError(told, str(path), "unreadable") from None
 
 
 class CsvReader:
@@ -159,7 +164,8 @@ class CsvReader:
             with pc.open_csv(path, parse_options=parse, convert_options=convert) as table:
                 yield table
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as CSV: {_first_line(error)}") from None
+            told = f"{path}: cannot be read as CSV: {_first_line(error)}"
+            raise DataError(told, str(path), "unreadable") from None
 
 
 def load_beside(files: SourceFiles, file: int, places: Sequence[Place]) -> Iterator[Images]:
@@ -174,10 +180,10 @@ def _cell(cell: pa.Scalar) -> bytes | UnreadableImage:
     if pa.types.is_struct(cell.type):
         cell = cell["bytes"]
     if not cell.is_valid:
-        return UnreadableImage("is null")
+        return UnreadableImage("is null", kind="missing")
     buffer = cell.as_buffer()
     if buffer.size > MAX_IMAGE_BYTES:
-        return UnreadableImage(too_large(buffer.size))
+        return UnreadableImage(too_large(buffer.size), kind="too-large")
     return buffer.to_pybytes()
 
 

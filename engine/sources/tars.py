@@ -44,7 +44,8 @@ class TarReader:
     def columns(self) -> list[str]:
         for sample in self._samples(0):
             return [*self.images, *self._record(0, *sample)]
-        raise DataError(f"{self.files.paths[0]}: holds no samples")
+        path = self.files.paths[0]
+        raise DataError(f"{path}: holds no samples", str(path), "empty")
 
     def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
         found: list[Row] = []
@@ -84,11 +85,13 @@ class TarReader:
                 if key and any(want in members for want in wanted):
                     yield key, _whole(path, key, members, wanted)
                 if owner in seen:
-                    raise DataError(f"{path} key {owner}: comes up again after another key")
+                    told = f"{path} key {owner}: comes up again after another key"
+                    raise DataError(told, owner, "duplicate")
                 seen.add(owner)
                 key, members = owner, {}
             if member in members:
-                raise DataError(f"{path} key {key}: member {member} comes up twice")
+                told = f"{path} key {key}: member {member} comes up twice"
+                raise DataError(told, key, "duplicate")
             members[member] = span
         if key and any(want in members for want in wanted):
             yield key, _whole(path, key, members, wanted)
@@ -97,15 +100,17 @@ class TarReader:
         path = self.files.paths[file]
         offset, size = members[RECORD]
         if size > MAX_RECORD_BYTES:
-            raise DataError(f"{path} key {key}: {RECORD} has {size} bytes, over {MAX_RECORD_BYTES}")
+            told = f"{path} key {key}: {RECORD} has {size} bytes, over {MAX_RECORD_BYTES}"
+            raise DataError(told, key, "too-large")
         with path.open("rb") as tar:
             text = os.pread(tar.fileno(), size, offset)
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} key {key}: {RECORD} is not valid JSON ({error})") from None
+            told = f"{path} key {key}: {RECORD} is not valid JSON ({error})"
+            raise DataError(told, key, "damaged") from None
         if not isinstance(record, dict):
-            raise DataError(f"{path} key {key}: {RECORD} is not a JSON object")
+            raise DataError(f"{path} key {key}: {RECORD} is not a JSON object", key, "wrong-type")
         return record
 
 
@@ -122,15 +127,19 @@ def _regular_files(path: Path) -> Iterator[tuple[str, Span]]:
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     what = "is a link or another special file, only regular files are taken"
-                    raise DataError(f"{path}: {member.name[:160]!r} {what}")
+                    raise DataError(
+                        f"{path}: {member.name[:160]!r} {what}", str(path), "unsupported"
+                    )
                 yield member.name, (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a tar: {error}") from None
+        told = f"{path}: cannot be read as a tar: {error}"
+        raise DataError(told, str(path), "unreadable") from None
     with path.open("rb") as file:
         # tarfile takes whatever is no header for the end.
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"{path}: is cut off or damaged at byte {end}: no end of the archive")
+            told = f"{path}: is cut off or damaged at byte {end}: no end of the archive"
+            raise DataError(told, str(path), "damaged")
 
 
 def _whole(
@@ -140,12 +149,14 @@ def _whole(
     if missing:
         raise DataError(
             f"{path} key {key}: member {' and '.join(missing)} is missing; it has "
-            f"{', '.join(members)} (prepare.source.images says which are the images)"
+            f"{', '.join(members)} (prepare.source.images says which are the images)",
+            key,
+            "missing",
         )
     return members
 
 
 def _read(descriptor: int, offset: int, size: int) -> bytes | UnreadableImage:
     if size > MAX_IMAGE_BYTES:
-        return UnreadableImage(too_large(size))
+        return UnreadableImage(too_large(size), kind="too-large")
     return os.pread(descriptor, size, offset)

@@ -159,7 +159,9 @@ def _check_alike(first: _Set, other: _Set) -> None:
         if ours != theirs:
             raise DataError(
                 f"{first.folder} and {other.folder} cannot be merged: {key} is {ours} in the "
-                f"first and {theirs} in the second; prepare one of them again as the other"
+                f"first and {theirs} in the second; prepare one of them again as the other",
+                key,
+                "mismatch",
             )
 
 
@@ -184,7 +186,8 @@ def _done_before(into: Path, inputs: str) -> Manifest | None:
         if manifest.fingerprint == inputs:
             ShardReaders(into, manifest).check_present(manifest.shards)
             return manifest
-    raise RecipeError(f"--into {into} is there already and is not this merge: give another folder")
+    told = f"--into {into} is there already and is not this merge: give another folder"
+    raise RecipeError(told, "--into", "in-use")
 
 
 def _gather(sets: Sequence[_Set]) -> list[_TierPairs]:
@@ -225,7 +228,9 @@ def _refuse_repeats(sets: Sequence[_Set], tiers: Sequence[_TierPairs]) -> None:
     folders = " and in ".join(str(sets[owner].folder) for owner in owners[:2])
     raise DataError(
         f"{len(twice)} pairs come up twice, e.g. {sample_key(twice[0])} in {folders}: sets that "
-        "are merged must be of different prompts or data"
+        "are merged must be of different prompts or data",
+        sample_key(twice[0]),
+        "duplicate",
     )
 
 
@@ -272,7 +277,8 @@ def _writing(into: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}") from None
+        told = f"cannot write {folder}: {error.strerror or error}"
+        raise DataError(told, str(folder), "unwritable") from None
     try:
         _lock(lock, folder)
         _clear(folder)
@@ -292,7 +298,8 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RecipeError(f"{folder} is in use: another merge is writing there") from None
+        told = f"{folder} is in use: another merge is writing there"
+        raise RecipeError(told, str(folder), "in-use") from None
 
 
 def _clear(folder: Path) -> None:
@@ -300,6 +307,7 @@ def _clear(folder: Path) -> None:
     found = sorted(folder.iterdir())
     for path in found:
         if path.name not in ours and not path.match("tier-*.tar") and not path.match("*.tar.tmp"):
-            raise RecipeError(f"{path} is not of a merge: remove it, or give another --into")
+            told = f"{path} is not of a merge: remove it, or give another --into"
+            raise RecipeError(told, str(path), "unknown")
     for path in found:
         path.unlink()

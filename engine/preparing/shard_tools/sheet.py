@@ -56,7 +56,9 @@ def load_vae(source: VaeSource) -> Autoencoder:
     if not folder.is_dir():
         raise OutsideError(
             f"a sheet is decoded by the VAE of the set, {source.path}, and that is no folder here: "
-            "run where it is one, or show the set without --sheet"
+            "run where it is one, or show the set without --sheet",
+            str(source.path),
+            "missing",
         )
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
     vae = read_network(AutoencoderKL, str(inner), torch.float32, key="vae", kind="VAE")
@@ -64,7 +66,9 @@ def load_vae(source: VaeSource) -> Autoencoder:
     if autoencoder.fingerprint != source.fingerprint:
         raise OutsideError(
             f"the VAE in {inner} has other weights than the one that made the set: its pictures "
-            "would not be those that were ranked"
+            "would not be those that were ranked",
+            str(inner),
+            "mismatch",
         )
     return autoencoder
 

@@ -20,6 +20,7 @@ from cdpo.engine.curriculum.labelled import (
 )
 from cdpo.engine.curriculum.pairs import form_pairs
 from cdpo.engine.recipe import Curriculum
+from refusals import refused
 
 NAN = float("nan")
 #                 agree     against   tie       agree     none      agree
@@ -125,5 +126,5 @@ def test_images_of_a_caption_are_ranked_as_sampled_candidates_are():
 
 def test_a_caption_of_too_many_images_is_likely_the_wrong_column():
     ids = np.zeros(labelled.MAX_OF_CAPTION + 1, np.int64)
-    with pytest.raises(DataError, match=r"4097 images have the caption 'jpg', .*the right one\?"):
+    with refused(DataError, "too-large", "prepare.source.caption"):
         ranked_pairs(ids, np.zeros(len(ids), np.float32), lambda _: "jpg", Curriculum(), 0)

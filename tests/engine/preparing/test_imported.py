@@ -241,11 +241,11 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_an_unreadable_image_stops_the_import_and_is_named(paired, ranks, damaged):
-    with refused(
-        DataError, "unreadable", "prepare.source.max_unreadable", wording="unreadable-image"
-    ):
+    most = "prepare.source.max_unreadable"
+    with refused(DataError, "unreadable", most) as caught:
         prepare(paired(path=damaged), ranks)
-    with refused(DataError, "unreadable", "prepare.source.max_unreadable"):
+    assert str(caught.value).startswith(f"{damaged} row 3: jpg_1: ")
+    with refused(DataError, "unreadable", most):
         prepare(paired("prepare.source.max_unreadable=1", path=damaged), ranks)
 
 

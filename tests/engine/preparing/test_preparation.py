@@ -1,4 +1,4 @@
-"""Stage 1 over any parts: only what decides shards makes them stale, and a kill loses nothing."""
+"""Stage 1 over any parts: only what decides the shards makes them stale; a kill loses nothing."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from cdpo.engine.sources.rows import UnreadableImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from refusals import refused
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -64,7 +65,7 @@ def test_an_image_of_the_right_size_is_not_touched():
 def test_any_size_fills_any_resolution(height, width, to_height, to_width):
     image = Image.new("RGB", (width, height), "red")
     if max(height, width) > 16 * min(height, width):
-        with pytest.raises(UnreadableImage, match="times as long as wide"):
+        with refused(UnreadableImage, "out-of-range"):
             read_picture(encoded(image), (to_height, to_width))
         return
     found = read_picture(encoded(image), (to_height, to_width))
@@ -89,22 +90,22 @@ def test_transparency_shows_white_and_other_modes_become_rgb():
 
 
 @pytest.mark.parametrize(
-    ("data", "expected"),
+    ("data", "kind"),
     [
-        (b"", "is empty"),
-        (b"GIF89a no image", "is no image of JPEG, PNG, WEBP"),
-        (encoded(Image.new("RGB", (8, 8)), "GIF"), "is no image of"),
-        (encoded(Image.new("RGB", (8, 8)), "PPM"), "is no image of"),
-        (preferences.picture(1, (64, 64))[:-900], "is damaged"),
-        (preferences.picture(1, (64, 64), "JPEG")[:-300], "is damaged"),
-        (png_header(0, 5), "is damaged|is no image"),
-        (png_header(5000, 5000), "5000x5000 pixels, at most 16777216"),
-        (png_header(2**31 - 1, 2**31 - 1), "has over 16777216 pixels"),
-        (png_header(1, 16_000_000), "1x16000000 pixels, at most 16 times as long as wide"),
+        (b"", "empty"),
+        (b"GIF89a no image", "unsupported"),
+        (encoded(Image.new("RGB", (8, 8)), "GIF"), "unsupported"),
+        (encoded(Image.new("RGB", (8, 8)), "PPM"), "unsupported"),
+        (preferences.picture(1, (64, 64))[:-900], "damaged"),
+        (preferences.picture(1, (64, 64), "JPEG")[:-300], "damaged"),
+        (png_header(0, 5), "damaged"),
+        (png_header(5000, 5000), "too-large"),
+        (png_header(2**31 - 1, 2**31 - 1), "too-large"),
+        (png_header(1, 16_000_000), "out-of-range"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line(data, expected):
-    with pytest.raises(UnreadableImage, match=expected) as caught:
+def test_what_cannot_be_read_is_said_in_one_line(data, kind):
+    with refused(UnreadableImage, kind) as caught:
         read_picture(data, (16, 16))
     assert "\n" not in str(caught.value)
 

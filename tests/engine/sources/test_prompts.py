@@ -17,6 +17,7 @@ from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.sources.prompts import MAX_LINE_BYTES, read_prompts
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [f"prompt number {number}" for number in range(300)]
@@ -86,15 +87,13 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
         train=write(tmp_path, "t", "a dog\na cat\na cow"),
         heldout=write(tmp_path, "h", "a cow \na pig\na cat"),
     )
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "duplicate", "prompts.heldout"):
         read_prompts(spec, 0)
-    assert f"prompts.heldout={spec.heldout} shares 2 prompts with {spec.train}" in str(caught.value)
-    assert "'a cat'" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "# only\n# comments"])
 def test_a_file_without_prompts(tmp_path, content):
-    with pytest.raises(DataError, match=r"train\.txt holds no prompt"):
+    with refused(DataError, "empty", "prompts.train"):
         read_train(tmp_path, content)
 
 
@@ -103,20 +102,20 @@ def test_a_file_that_cannot_be_read(tmp_path, kind):
     folder = tmp_path / f"folder.{kind}"
     folder.mkdir()
     for path in (tmp_path / f"absent.{kind}", folder):
-        with pytest.raises(DataError, match=f"^prompts: {path}:? cannot be read") as caught:
+        with refused(DataError, "unreadable", str(path)) as caught:
             read_prompts(Prompts(train=str(path)), 0)
         assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_text(tmp_path):
-    with pytest.raises(DataError, match=r"train\.txt is not UTF-8 text \(byte 6\)"):
+    with refused(DataError, "unreadable"):
         read_train(tmp_path, b"a dog\n\xff\xfe")
 
 
 def test_a_prompt_that_is_too_long_is_named_by_its_line(tmp_path):
     longest = "x" * MAX_PROMPT_CHARACTERS
     assert read_train(tmp_path, f"a\n{longest}\n# {longest}") == ["a", longest]
-    with pytest.raises(DataError, match=r"train\.txt:2 has 2001 characters; at most 2000"):
+    with refused(DataError, "too-large", f"{tmp_path / 'train.txt'}:2"):
         read_train(tmp_path, f"a\n{longest}y")
 
 
@@ -138,10 +137,10 @@ def test_a_column_of_a_table(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_table_without_the_column_names_those_it_has(tmp_path, kind):
     path = table(tmp_path, kind, {"caption": ["a"], "score": [1]})
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "missing", "prompts.column") as caught:
         read_prompts(Prompts(train=path), 0)
     assert str(caught.value).startswith(f"prompts: {path}")
-    assert "no column prompt; it has caption, score: set prompts.column" in str(caught.value)
+    assert "caption, score" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -150,15 +149,14 @@ def test_a_table_without_the_column_names_those_it_has(tmp_path, kind):
 def test_a_cell_that_is_too_long_is_named_by_row_and_column(tmp_path, kind, row):
     cells = ["a", "b", "x" * (MAX_PROMPT_CHARACTERS + 1)]
     path = table(tmp_path, kind, {"prompt": cells})
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "too-large", f"{path}{row}, column prompt"):
         read_prompts(Prompts(train=path), 0)
-    assert f"prompts: {path}{row}, column prompt, has 2001 characters" in str(caught.value)
 
 
 @pytest.mark.parametrize(("kind", "row"), [("parquet", " row 0"), ("jsonl", ":1")])
 def test_a_column_that_is_not_text(tmp_path, kind, row):
     path = table(tmp_path, kind, {"prompt": [7, 8]})
-    with pytest.raises(DataError, match=f"{path}{row}, column prompt, holds int, not text"):
+    with refused(DataError, "wrong-type", f"{path}{row}, column prompt"):
         read_prompts(Prompts(train=path), 0)
 
 
@@ -175,16 +173,17 @@ def test_a_column_that_is_not_text(tmp_path, kind, row):
     ],
     ids=["letter", "half", "deep", "list", "other", "bytes", "long"],
 )
-def test_lines_of_jsonl_that_are_no_row(tmp_path, second, expected):
+def test_lines_of_jsonl_that_are_no_row(tmp_path, second, kind, column):
     path = write(tmp_path, "t.jsonl", b'{"prompt": "a"}\n' + second + b"\n")
-    with pytest.raises(DataError) as caught:
+    key = "prompts.column" if column is None else f"{path}:2{column}"
+    with refused(DataError, kind, key) as caught:
         read_prompts(Prompts(train=path), 0)
-    assert f"prompts: {path}{expected}" in str(caught.value)
+    assert f"prompts: {path}:2" in str(caught.value)
 
 
 def test_a_parquet_file_that_is_none(tmp_path):
     path = write(tmp_path, "t.parquet", b"PAR1, not really")
-    with pytest.raises(DataError, match=f"^prompts: {path}: cannot be read as parquet"):
+    with refused(DataError, "unreadable", str(path)):
         read_prompts(Prompts(train=path), 0)
 
 
@@ -232,14 +231,14 @@ def test_templates_hold_names_of_lists_and_nothing_else(template):
 def test_lists_that_are_empty_too_long_or_too_many(tmp_path):
     empty = write(tmp_path, "empty.txt", "# nothing\n")
     for entries in (empty, (), (" ",)):
-        with pytest.raises(DataError, match=r"prompts\.train\.lists\.a: .*(no entry|empty)"):
+        with refused(DataError, "empty", "prompts.train.lists.a"):
             filled_in(["{a}"], a=entries)
-    with pytest.raises(DataError, match=r"template '\{a\}\{a\}' makes a prompt of 2200 characters"):
+    with refused(DataError, "out-of-range", "prompts.train"):
         filled_in(["{a}{a}"], a=("x" * 1100,))
-    with pytest.raises(DataError, match=r"template '\{a\}!' makes a prompt with half a character"):
+    with refused(DataError, "damaged", "prompts.train"):
         filled_in(["{a}!"], a=("b", "\ud83d"))
     digits = tuple(map(str, range(200)))
-    with pytest.raises(DataError, match="its lists make 8000000 prompts; at most 1000000"):
+    with refused(DataError, "too-large", "prompts.train"):
         filled_in(["{a}{b}{c}"], a=digits, b=digits, c=digits)
 
 
@@ -304,7 +303,7 @@ def test_limit_comes_after_the_split(tmp_path):
 
 @pytest.mark.parametrize("by", [{"fraction": 1e-6}, {"count": 300}, {"count": 999}])
 def test_both_sides_need_a_prompt(tmp_path, by):
-    with pytest.raises(DataError, match=r"prompts\.heldout\.\w+=\S+ holds out \d+ of 300 prompts"):
+    with refused(DataError, "empty", f"prompts.heldout.{next(iter(by))}"):
         split(tmp_path, TEXTS, **by)
 
 
@@ -314,7 +313,7 @@ def test_templates_can_be_split_and_held_out(tmp_path):
     train, heldout = read_prompts(spec, 0)
     assert len(train) == 3 and len(heldout) == 1
     spec = Prompts.model_validate({"train": animals, "heldout": animals})
-    with pytest.raises(DataError, match=r"prompts\.heldout shares 4 prompts with prompts\.train"):
+    with refused(DataError, "duplicate", "prompts.heldout"):
         read_prompts(spec, 0)
 
 

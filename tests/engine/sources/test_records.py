@@ -17,6 +17,7 @@ from cdpo.engine.sources.records import (
     RecordMaker,
 )
 from cdpo.engine.sources.rows import Row
+from refusals import refused
 
 COLUMNS = ["caption", "label_0", "image_0_uid", "image_1_uid", "best_image_uid", "has_label"]
 
@@ -67,13 +68,14 @@ def test_rows_without_a_preference_are_counted(values, reason):
 
 @pytest.mark.parametrize("label", [0.7, 2, -1, float("inf"), "0.3"])
 def test_another_label_is_an_error_that_names_the_row(label):
-    with pytest.raises(DataError, match=r"^x\.parquet row 7: label_0 is .*; it must be 1 \(the"):
+    with refused(DataError, "out-of-range", "label_0"):
         make(paired(), label_0=label)
 
 
 def test_a_label_that_is_no_number():
-    with pytest.raises(DataError, match=r"x\.parquet row 7: label_0 is 'left', not a number"):
+    with refused(DataError, "wrong-type", "label_0") as caught:
         make(paired(), label_0="left")
+    assert str(caught.value).startswith("x.parquet row 7: ")
 
 
 @pytest.mark.parametrize("judged", [True, 1, 1.0, "true", "True", "1"])
@@ -83,7 +85,7 @@ def test_a_row_that_was_judged(judged):
 
 
 def test_whether_a_row_was_judged_is_true_or_false():
-    with pytest.raises(DataError, match=r"x\.parquet row 7: has_label is 'maybe', neither true"):
+    with refused(DataError, "wrong-type", "has_label"):
         make(paired(), has_label="maybe")
 
 
@@ -107,5 +109,5 @@ def test_given_scores():
     assert record is not None and (record.scores, record.names) == ((1.5,), ("a.png",))
     empty = maker.make(Row(0, 0, {"caption": "x", "score": None}), "")
     assert empty is not None and empty.scores[0] != empty.scores[0]
-    with pytest.raises(DataError, match=r"t\.csv row 3: score is 'good', not a number"):
+    with refused(DataError, "wrong-type", "score"):
         maker.make(Row(0, 3, {"caption": "x", "score": "good"}), "t.csv row 3")
