@@ -161,15 +161,15 @@ def test_a_column_that_is_not_text(tmp_path, kind, row):
 
 
 @pytest.mark.parametrize(
-    ("second", "expected"),
+    ("second", "kind", "column"),
     [
-        (b'{"prompt": "a \\ud83d"}', ":2, column prompt, holds half a character, '\\ud83d'"),
-        (b"{", ":2 is not JSON: "),
-        (b"[" * 100_000, ":2 is not JSON: "),
-        (b'["a"]', ":2 is not an object such as {'prompt': ...}"),
-        (b'{"text": "b"}', ":2 has no column prompt; it has text"),
-        (b"\xff", ":2 is not JSON: "),
-        (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', ":2 is longer than 1 MiB"),
+        (b'{"prompt": "a \\ud83d"}', "damaged", ", column prompt"),
+        (b"{", "damaged", ""),
+        (b"[" * 100_000, "damaged", ""),
+        (b'["a"]', "wrong-type", ""),
+        (b'{"text": "b"}', "missing", None),
+        (b"\xff", "damaged", ""),
+        (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', "too-large", ""),
     ],
     ids=["letter", "half", "deep", "list", "other", "bytes", "long"],
 )
