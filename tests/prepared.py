@@ -6,12 +6,33 @@ import io
 from pathlib import Path
 
 import numpy as np
+import preferences
 import webdataset
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.sample import PairMeta
+
+ROWS = [preferences.judged(number) for number in range(60)]
+DECIDED = [row for row in ROWS if row.label_0 != 0.5]
+OVERRIDES = {
+    "sampled": (),
+    "masked": (
+        "prepare.source.type=masked",
+        "prepare.source.fractions=[0.9, 0.5, 0.1]",
+        "prepare.candidates_per_prompt=4",
+        "curriculum.pairs_per_prompt_per_tier=3",
+        "reward.path=nowhere",  # it is not loaded
+    ),
+    "paired": (
+        "prepare.source.type=paired",
+        "curriculum.difficulty=score_gap",
+        "curriculum.binning=quantile",
+        "prepare.source.on_disagreement=swap",
+    ),
+}
+"""Of the tiny recipe, by the kind of source."""
 
 
 def prepare(recipe: Recipe, ranks: Ranks, terminal: Terminal | None = None) -> Path:

@@ -190,15 +190,15 @@ class ImportedPairs:
         counts = ranked.made.counts + Counter({UNREADABLE: len(tolerance.problems)})
         return {"rows": self.facts.rows} | self.facts.left_out | dict(counts)
 
-    def chosen(self, pairs: np.ndarray, fills: Sequence[TierShards], count: int) -> list[int]:
-        """From each tier in turn, as they lie in its first shard."""
+    def sheet_rows(
+        self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """From each tier in turn, as they lie in its first shard; a caption may have thousands of
+        images.
+        """
         firsts = [fill.pairs[fill.fill.members(0)] for fill in fills]
         turns = ((firsts[turn % len(firsts)], turn // len(firsts)) for turn in range(count))
-        return [int(members[place]) for members, place in turns if place < len(members)]
-
-    def shown(self, ranked: Ranked, pairs: np.ndarray) -> list[int]:
-        """A caption may have thousands."""
-        return []
+        return ((int(own[place]), []) for own, place in turns if place < len(own))
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -102,10 +102,9 @@ class PairSource(Protocol):
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int] | None:
         """Of rows that were read: their number, and what became of those that are no pair."""
 
-    def chosen(self, pairs: np.ndarray, fills: Sequence[TierShards], count: int) -> list[int]:
-        """Numbers of ``count`` pairs for whose captions the contact sheet has a row."""
-
-    def shown(self, ranked: Ranked, pairs: np.ndarray) -> list[int]:
-        """Images for the contact sheet, of a caption with these pairs; none: those of the pairs
-        that are shown.
+    def sheet_rows(
+        self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """``count`` rows of the contact sheet: the number of a pair, for whose caption the row is,
+        and the images to show beside those of its pairs.
         """

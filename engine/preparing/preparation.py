@@ -188,15 +188,14 @@ class Preparation:
         captions = parts.captions[pairs["winner"] // parts.each]
         pixels, scores = Pixels(parts), ranked.scores.reshape(-1)
         count = self.recipe.prepare.contact_sheet_prompts
-        for number in self.source.chosen(pairs, fills, count):
+        for number, shown in self.source.sheet_rows(ranked, pairs, fills, count):
             same = pairs[captions == captions[number]]
             by_tier = {int(pair["tier"]): pair for pair in same[::-1]}
             by_tier[int(pairs[number]["tier"])] = pairs[number]
             in_row = [by_tier[tier] for tier in sorted(by_tier)]
             in_pairs = [int(pair[side]) for pair in in_row for side in ("winner", "loser")]
-            shown = self.source.shown(ranked, same) or in_pairs
             images = {image: Image.fromarray(pixels.image(image)[0]) for image in shown + in_pairs}
-            ordered = sorted(dict.fromkeys(shown), key=lambda image: -scores[image])
+            ordered = sorted(shown or dict.fromkeys(in_pairs), key=lambda image: -scores[image])
             rows.append(
                 ContactRow(
                     prompt=parts.caption(int(pairs[number]["winner"]) // parts.each),

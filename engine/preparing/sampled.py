@@ -178,10 +178,11 @@ class SampledPairs:
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> None:
         return None
 
-    def chosen(self, pairs: np.ndarray, fills: Sequence[TierShards], count: int) -> list[int]:
-        """The first pairs of the first prompts."""
-        _, firsts = np.unique(pairs["winner"] // self.ranker.count, return_index=True)
-        return [int(number) for number in firsts[:count]]
-
-    def shown(self, ranked: Ranked, pairs: np.ndarray) -> list[int]:
-        return self.ranker.shown(ranked.scores, pairs)
+    def sheet_rows(
+        self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The first prompts."""
+        records = pairs["winner"] // ranked.parts.each
+        prompts, firsts = np.unique(records, return_index=True)
+        for prompt, first in zip(prompts[:count], firsts, strict=False):
+            yield int(first), self.ranker.shown(ranked.scores, pairs[records == prompt])

@@ -17,35 +17,18 @@ import pytest
 import torch
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.preparing import imported, latents
-from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
 from PIL import Image
-from prepared import contents, is_finished, pairs_of, prepare
+from prepared import DECIDED, OVERRIDES, ROWS, contents, is_finished, pairs_of, prepare
 from refusals import refused
 
-ROWS = [preferences.judged(number) for number in range(60)]
-DECIDED = [row for row in ROWS if row.label_0 != 0.5]
-PAIRED = (
-    "prepare.source.type=paired",
-    "curriculum.difficulty=score_gap",
-    "curriculum.binning=quantile",
-    "prepare.source.on_disagreement=swap",
-)
+PAIRED = OVERRIDES["paired"]
 WINNERS = ("prepare.source.images=[winner,loser]", "prepare.source.label=null")
 RANKED = ("prepare.source.type=ranked", "data.lanes=1")
-
-
-@pytest.fixture(scope="module")
-def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files of the Pick-a-Pic form."""
-    folder = tmp_path_factory.mktemp("pickapic")
-    preferences.write_parquet(folder / "train-0.parquet", ROWS[:40])
-    preferences.write_parquet(folder / "train-1.parquet", ROWS[40:])
-    return folder
 
 
 @pytest.fixture
@@ -58,15 +41,10 @@ def paired(tiny_recipe: Callable[..., Recipe], parquet: Path) -> Callable[..., R
     return load
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_world: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def plain(made: Callable[[str], Path]) -> Path:
     """The shards of an undisturbed import, with 2 images of the last shard dropped: read only."""
-    from cdpo.engine.recipe.reading import load_recipe
-    from conftest import CPU
-
-    run_dir = tmp_path_factory.mktemp("plain") / "run"
-    mine = [f"run_dir={run_dir}", *PAIRED, f"prepare.source.path={parquet}"]
-    return prepare(load_recipe(tiny_world / "recipe.yaml", mine), Ranks(0, 1, 0, CPU))
+    return made("paired") / "shards"
 
 
 # What comes out

@@ -3,68 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 
-import preferences
 import pytest
 import tiny
-import torch
 from cdpo.engine.preparing import candidates, latents, scores, shard_set
 from cdpo.engine.preparing.imported import SourceParts
 from cdpo.engine.preparing.sampled import CandidateParts
-from cdpo.engine.ranks import Ranks
-from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe.reading import load_recipe
-from prepared import contents, is_finished, prepare
+from prepared import DECIDED, contents, is_finished, prepare
 
-ROWS = [preferences.judged(number) for number in range(60)]
-RECORDS = {"sampled": len(tiny.PROMPTS), "paired": sum(row.label_0 != 0.5 for row in ROWS)}
-OVERRIDES = {
-    "sampled": (),
-    "masked": (
-        "prepare.source.type=masked",
-        "prepare.source.fractions=[0.9, 0.5, 0.1]",
-        "prepare.candidates_per_prompt=4",
-        "curriculum.pairs_per_prompt_per_tier=3",
-    ),
-    "paired": (
-        "prepare.source.type=paired",
-        "curriculum.difficulty=score_gap",
-        "curriculum.binning=quantile",
-        "prepare.source.on_disagreement=swap",
-    ),
-}
-Load = Callable[..., Recipe]
-
-
-@pytest.fixture(scope="module")
-def load(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """The tiny recipe of a kind of source."""
-    data = tmp_path_factory.mktemp("data")
-    preferences.write_parquet(data / "train-0.parquet", ROWS[:40])
-    preferences.write_parquet(data / "train-1.parquet", ROWS[40:])
-
-    def recipe(kind: str, run_dir: Path, *overrides: str) -> Recipe:
-        path = [f"prepare.source.path={data}"] if kind == "paired" else []
-        mine = [f"run_dir={run_dir}", *OVERRIDES[kind], *path, *overrides]
-        return load_recipe(tiny_world / "recipe.yaml", mine)
-
-    return recipe
-
-
-@pytest.fixture(scope="module")
-def plain(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run folder of an undisturbed stage 1 of a kind: not to be written to."""
-
-    @cache
-    def run(kind: str) -> Path:
-        run_dir = tmp_path_factory.mktemp(kind) / "run"
-        prepare(load(kind, run_dir), Ranks(0, 1, 0, torch.device("cpu")))
-        return run_dir
-
-    return run
+RECORDS = {"sampled": len(tiny.PROMPTS), "paired": len(DECIDED)}
 
 
 @pytest.mark.parametrize(
@@ -99,10 +47,8 @@ def plain(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         ("paired", "prompts.train=null", True),
     ],
 )
-def test_only_what_decides_the_shards_makes_them_stale(
-    plain, load, ranks, kind, override, finished
-):
-    run_dir = plain(kind)
+def test_only_what_decides_the_shards_makes_them_stale(made, load, ranks, kind, override, finished):
+    run_dir = made(kind)
     before = contents(run_dir / "source") if kind == "paired" else {}
     assert is_finished(load(kind, run_dir, override), ranks) == finished
     for name, data in before.items():
@@ -124,7 +70,7 @@ def test_only_what_decides_the_shards_makes_them_stale(
     ],
 )
 def test_killed_at_a_fail_point_and_started_again(
-    plain, load, ranks, tmp_path, monkeypatch, kind, module, place, passage
+    made, load, ranks, tmp_path, monkeypatch, kind, module, place, passage
 ):
     """The same bytes, and nothing is scored or encoded twice."""
     passages: Counter[str] = Counter()
@@ -149,5 +95,5 @@ def test_killed_at_a_fail_point_and_started_again(
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe, ranks)
     assert not (tmp_path / "run" / "shards" / "manifest.json").exists()
-    assert contents(prepare(recipe, ranks)) == contents(plain(kind) / "shards")
+    assert contents(prepare(recipe, ranks)) == contents(made(kind) / "shards")
     assert sum(loaded) == 2 * RECORDS[kind]  # once to score, once to encode

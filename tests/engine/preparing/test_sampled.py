@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-import torch
 import webdataset
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.display.terminal import Terminal
@@ -20,7 +19,6 @@ from cdpo.engine.preparing import preparation, shard_set
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.preparing.rankers import reward as reward_ranker
-from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import Manifest, load_manifest
 from cdpo.engine.shards.reader import ShardReaders
@@ -63,13 +61,10 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def plain(made: Callable[[str], Path]) -> Path:
     """The run folder of an undisturbed stage 1: not to be written to."""
-    run_dir = tmp_path_factory.mktemp("plain") / "run"
-    recipe = load_recipe(tiny_world / "recipe.yaml", [f"run_dir={run_dir}"])
-    prepare(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    return run_dir
+    return made("sampled")
 
 
 # What comes out

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
 import webdataset
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
@@ -25,34 +24,17 @@ from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.preparing.rankers.masked import MaskedRanker
 from cdpo.engine.preparing.sampled import CandidateParts
 from cdpo.engine.preparing.shard_tools.command import main as shard_tools
-from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.sample import PairMeta
 from launching import ForkServer, losses
 from PIL import Image
-from prepared import candidate_of, contents, prepare
+from prepared import OVERRIDES, candidate_of, contents, pairs_of, prepare
 
 SHARES = (0.9, 0.5, 0.1)
 WINNERS, BUDGET = 4, 3
-MASKED = (
-    "prepare.source.type=masked",
-    "prepare.source.fractions=[0.9, 0.5, 0.1]",
-    f"prepare.candidates_per_prompt={WINNERS}",
-    f"curriculum.pairs_per_prompt_per_tier={BUDGET}",
-    "reward.path=nowhere",  # it is not loaded
-)
+MASKED = OVERRIDES["masked"]
 PER_PROMPT = WINNERS + len(SHARES) * BUDGET
-
-
-def metas(shards: Path) -> list[PairMeta]:
-    """Every record, through webdataset's own reader."""
-    return [
-        PairMeta.model_validate_json(sample["json"])
-        for path in sorted(shards.glob("*.tar"))
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
-    ]
 
 
 def images_of(run_dir: Path, prompt: str) -> list[np.ndarray]:
@@ -61,13 +43,10 @@ def images_of(run_dir: Path, prompt: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(sample["png"]))).astype(int) for sample in samples]
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def plain(made: Callable[[str], Path]) -> Path:
     """The run folder of an undisturbed stage 1: not to be written to."""
-    run_dir = tmp_path_factory.mktemp("masked") / "run"
-    recipe = load_recipe(tiny_world / "recipe.yaml", [f"run_dir={run_dir}", *MASKED])
-    prepare(recipe, Ranks(0, 1, 0, torch.device("cpu")))
-    return run_dir
+    return made("masked")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -76,7 +55,7 @@ def plain(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_tier_pairs_winners_with_losers_of_its_share(plain):
     by_tier: dict[tuple[str, int], list[PairMeta]] = defaultdict(list)
-    for meta in metas(plain / "shards"):
+    for meta, _ in pairs_of(plain / "shards"):
         by_tier[meta.prompt, meta.tier].append(meta)
     used: Counter[tuple[str, int]] = Counter()
     for (prompt, tier), pairs in by_tier.items():
@@ -118,7 +97,7 @@ def test_images_are_drawn_from_the_noise_and_the_mask_of_their_winner(
     prompt = tiny.PROMPTS[1]
     kept = images_of(plain, prompt)
     assert len(kept) == PER_PROMPT
-    own = [meta for meta in metas(plain / "shards") if meta.prompt == prompt]
+    own = [meta for meta, _ in pairs_of(plain / "shards") if meta.prompt == prompt]
     for tier, share in enumerate(SHARES, start=1):
         pair = next(meta for meta in own if meta.tier == tier)
         winner, loser = map(candidate_of, pair.images)
