@@ -27,7 +27,7 @@ from ..models.autoencoder import pixels_of
 from ..ranks import Ranks
 from ..shards.contents import Kind
 from ..sources.pictures import Picture, Size, Tolerance
-from .parts import Parts, part_of
+from .parts import Parts, do_missing, part_of
 from .scores import batches
 
 Framing = tuple[Size, Size]
@@ -113,16 +113,14 @@ class Latents:
             if ends[part] < ends[part + 1]
         }
         missing = ranks.on_first(lambda: [n for n in wanted if not self._is_done(n, wanted[n])])
-        total = len(images)
-        done = total - sum(len(wanted[part]) for part in missing)
         own = tolerance.copy()
-        with terminal.progress("encode", total, done) as progress:
-            for part in ranks.until_stopped(ranks.share(missing)):
-                self._encode_part(backbone, part, wanted[part], batch_size, own)
-                failpoint("prepare.latents")
-                encoded = len(wanted[part]) * ranks.world_size
-                progress.advance(min(encoded, total - progress.done))
-        ranks.meet()
+
+        def encode(part: int) -> None:
+            self._encode_part(backbone, part, wanted[part], batch_size, own)
+            failpoint("prepare.latents")
+
+        sizes = {part: len(asked) for part, asked in wanted.items()}
+        do_missing("encode", sizes, missing, encode, ranks, terminal)
         return self._unreadable(wanted, tolerance)
 
     def image(self, image: int) -> tuple[np.ndarray, Framing]:

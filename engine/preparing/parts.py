@@ -6,7 +6,7 @@ what stands here; scores, latents, shards and manifest are made of both alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..curriculum.labelled import PairsMade
+from ..display.terminal import Terminal
 from ..models import Backbone
+from ..ranks import Ranks
 from ..shards.manifest import RewardSource
 from ..sources.pictures import Loaded, Size, Tolerance
 from .shard_set import TierShards
@@ -73,6 +75,27 @@ class Parts(Protocol):
 def part_of(parts: Parts, record: int) -> int:
     """The part that a record is in."""
     return int(np.searchsorted(parts.starts, record, side="right")) - 1
+
+
+def do_missing(
+    label: str,
+    images: Mapping[int, int],
+    missing: Sequence[int],
+    work: Callable[[int], None],
+    ranks: Ranks,
+    terminal: Terminal,
+) -> None:
+    """Do the ``missing`` ones of some parts, a share on each rank, until one is asked to stop.
+
+    ``images`` are counted by part, for the progress.
+    """
+    total = sum(images.values())
+    done = total - sum(images[part] for part in missing)
+    with terminal.progress(label, total, done) as progress:
+        for part in ranks.until_stopped(ranks.share(missing)):
+            work(part)
+            progress.advance(min(images[part] * ranks.world_size, total - progress.done))
+    ranks.meet()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..display.terminal import Terminal
 from ..ranks import Ranks
 from ..rewards import RewardModel, checked_scores
 from ..sources.pictures import Tolerance
-from .parts import Parts
+from .parts import Parts, do_missing
 
 RECORDS_AT_ONCE = 4096  # written to the table together
 Item = TypeVar("Item")
@@ -49,15 +49,14 @@ class Scoring:
         """
         missing = self.ranks.on_first(self._missing)
         sizes = np.diff(self.parts.starts) * self.parts.each
-        total, done = int(sizes.sum()), int(sizes.sum() - sizes[missing].sum())
         own = tolerance.copy()
-        with terminal.progress("score", total, done) as progress:
-            for part in self.ranks.until_stopped(self.ranks.share(missing)):
-                self._score_part(part, reward, images_per_call, own)
-                failpoint("prepare.part")
-                scored = int(sizes[part]) * self.ranks.world_size
-                progress.advance(min(scored, total - progress.done))
-        self.ranks.meet()
+
+        def score(part: int) -> None:
+            self._score_part(part, reward, images_per_call, own)
+            failpoint("prepare.part")
+
+        images = dict(enumerate(sizes.tolist()))
+        do_missing("score", images, missing, score, self.ranks, terminal)
         scores, problems = self.ranks.on_first(self._merge)
         for problem in problems:
             tolerance.note(problem)
