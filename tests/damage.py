@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shard_sets import tar
 
 Members = list[tuple[str, bytes]]
 
 
 def read_members(shard: Path) -> Members:
     """Name and content of every member, in order."""
-    with tarfile.open(shard) as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    with tarfile.open(shard) as file:
+        return [(member.name, file.extractfile(member).read()) for member in file]  # type: ignore[union-attr]
 
 
 def keys(shard: Path) -> list[str]:
@@ -32,13 +33,7 @@ def keys(shard: Path) -> list[str]:
 
 def rewrite(shard: Path, change: Callable[[Members], Members]) -> None:
     """Write the shard with other members, and its manifest to match."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in change(read_members(shard)):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    replace(shard, buffer.getvalue())
+    replace(shard, tar(change(read_members(shard))))
 
 
 def replace(shard: Path, content: bytes) -> None:
@@ -62,8 +57,8 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Non
 
 def cut_at_last_header(shard: Path) -> None:
     """End the tar where the header of its last member begins: no member is cut in two."""
-    with tarfile.open(shard) as tar:
-        end = tar.getmembers()[-1].offset
+    with tarfile.open(shard) as file:
+        end = file.getmembers()[-1].offset
     replace(shard, shard.read_bytes()[:end])
 
 

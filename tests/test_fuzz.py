@@ -8,30 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError, RecipeError, ShardError
-from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.recipe.identity import recipe_hash, save_resolved
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.shards.contents import contents_of
 from cdpo.engine.shards.manifest import (
     Manifest,
-    ModelSource,
-    RewardSource,
     ShardEntry,
-    VaeSource,
     load_manifest,
     manifest_hash,
     save_manifest,
 )
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.shards.sample import PairMeta, sample_key
-from cdpo.engine.shards.writer import write_shard
+from cdpo.engine.shards.sample import sample_key
 from fuzzing import JSON_TOKENS, YAML_TOKENS, Edit, apply, edits, fuzz, mend_tar
 from hypothesis import given
 from hypothesis import strategies as st
+from shard_sets import write_kind
 
 ROOT = Path(__file__).parents[1]
-SHAPE = (4, 2, 2)
-PIXELS = (16, 16)
 COUNT = 3
 MEMORY = 16 * 2**20  # bytes, for files of some kilobytes
 
@@ -40,45 +33,7 @@ MEMORY = 16 * 2**20  # bytes, for files of some kilobytes
 def real(request, tmp_path_factory) -> Path:
     """A set of two shards of three pairs, as `prepare` writes it."""
     folder = tmp_path_factory.mktemp("real")
-    contents = contents_of(request.param, SHAPE, PIXELS)
-    entries = []
-    for lane in range(2):
-        samples = []
-        for number in range(COUNT):
-            prompt = f"prompt {lane} {number}"
-            pair_id = content_id(prompt, "0", "1")
-            meta = PairMeta(
-                pair_id=pair_id,
-                prompt=prompt,
-                tier=1,
-                scores=(0.75, 0.25),
-                ranks=(1, 2),
-                images=(f"{prompt}, 0", f"{prompt}, 1"),
-                original_size=(PIXELS, PIXELS),
-                crop=((0, 0), (0, 0)),
-            )
-            draw = np.random.default_rng(pair_id)
-            if request.param == "raw":
-                images = draw.integers(0, 256, (2, *PIXELS, 3), dtype=np.uint8)
-            else:
-                images = draw.normal(size=contents.shape)
-            samples.append((meta, images))
-        entries.append(write_shard(folder / f"tier-1-{lane:06d}.tar", samples, contents))
-    manifest = Manifest(
-        kind=request.param,
-        created_by="test",
-        fingerprint="f",
-        seed=3,
-        lanes=2,
-        tiers=1,
-        resolution=PIXELS,
-        latent_shape=SHAPE,
-        model=ModelSource(path="m", fingerprint="a"),
-        vae=VaeSource(path="v", fingerprint="b", scaling_factor=0.5),
-        reward=RewardSource(path="r", fingerprint="c", type="clip_score"),
-        shards=tuple(entries),
-    )
-    save_manifest(folder, manifest)
+    write_kind(folder, request.param, 2, 2, COUNT, (16, 16))
     return folder
 
 

@@ -15,7 +15,7 @@ from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards import webp
 from cdpo.engine.shards.contents import ImageContents, contents_of
 from cdpo.engine.shards.lanes import LanePlan
-from cdpo.engine.shards.manifest import load_manifest, save_manifest
+from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.stream import PairStream
 from cdpo.engine.shards.webp import decode_webp, encode_webp
@@ -29,31 +29,12 @@ RESOLUTION = (16, 24)
 KINDS = ("latents", "moments", "raw")
 
 
-def pair_of(kind: str, meta) -> np.ndarray:
-    """What a pair looks like that tells its record."""
-    draw = np.random.default_rng(meta.pair_id)
-    if kind == "raw":
-        return draw.integers(0, 256, (2, *RESOLUTION, 3), dtype=np.uint8)
-    return draw.normal(size=(2, 8 if kind == "moments" else 4, 2, 2)).astype(np.float16)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def pair_set(request, small, tmp_path_factory) -> SimpleNamespace:
     """Four lanes of two shards with three pairs, of each kind."""
-    folder, kind = tmp_path_factory.mktemp(request.param), request.param
-    contents = contents_of(kind, small.shape, RESOLUTION)
-    metas = [small.meta(1, number) for number in range(24)]
-    entries = [
-        write_shard(
-            folder / f"s{index}.tar",
-            ((meta, pair_of(kind, meta)) for meta in metas[index::8]),
-            contents,
-        )
-        for index in range(8)
-    ]
-    manifest = small.manifest(entries, 4, 1, kind=kind, resolution=RESOLUTION)
-    save_manifest(folder, manifest)
-    return SimpleNamespace(folder=folder, kind=kind, manifest=load_manifest(folder))
+    folder = tmp_path_factory.mktemp(request.param)
+    small.write_kind(folder, request.param, 4, 8, 3, RESOLUTION)
+    return SimpleNamespace(folder=folder, kind=request.param, manifest=load_manifest(folder))
 
 
 def test_a_claimed_shape_takes_no_memory():
@@ -78,24 +59,29 @@ def stream_of(pair_set, world_size=1, rank=0, workers=0) -> PairStream:
     return PairStream(plan, readers, Pacing(Curriculum(tiers=1), 12), workers=workers)
 
 
-def test_every_kind_comes_back_as_written(pair_set):
-    readers = ShardReaders(pair_set.folder, pair_set.manifest)
+def test_every_kind_comes_back_as_written(pair_set, small):
+    readers, seen = ShardReaders(pair_set.folder, pair_set.manifest), set()
     for entry in pair_set.manifest.shards:
-        for index in range(entry.count):
+        for index, key in enumerate(readers.keys(entry)):
             sample = readers.read(entry, index)
-            assert np.array_equal(sample.images, pair_of(pair_set.kind, sample.meta))
+            images = small.images(sample.meta, pair_set.kind, RESOLUTION)
+            assert np.array_equal(sample.images, images) and sample.images.dtype == images.dtype
+            assert (f"{sample.pair_id:016x}", sample.tier) == (key, 1)
+            assert sample.meta == small.meta(1, int(sample.prompt.split()[1]))
+            seen.add(key)
+    assert len(seen) == 24
 
 
 def test_a_batch_holds_winners_first(pair_set, small):
     batch = stream_of(pair_set).next(0, (0,))
     for row, prompt in enumerate(batch.prompts):
-        winner, loser = pair_of(pair_set.kind, small.meta(1, int(prompt.split()[1])))
+        winner, loser = small.images(
+            small.meta(1, int(prompt.split()[1])), pair_set.kind, RESOLUTION
+        )
         if pair_set.kind == "raw":  # channels first, as a VAE takes them
             winner, loser = winner.transpose(2, 0, 1), loser.transpose(2, 0, 1)
         assert torch.equal(batch.images[row], torch.from_numpy(winner))
         assert torch.equal(batch.images[8 + row], torch.from_numpy(loser))
-    parts = torch.cat([part.images for part in batch.split(4)])
-    assert torch.equal(parts[:4], batch.images[:4]) and torch.equal(parts[4:8], batch.images[8:12])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -115,7 +101,7 @@ def test_ranks_joined_are_the_global_batch_and_resume_anywhere(pair_set, world_s
 
 def test_plain_webdataset_and_pillow_read_the_images(small, tmp_path):
     meta = small.meta(1, 0)
-    pair = pair_of("raw", meta)
+    pair = small.images(meta, "raw", RESOLUTION)
     write_shard(tmp_path / "a.tar", [(meta, pair)], ImageContents(RESOLUTION))
     [sample] = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     for member, pixels in zip(("w.webp", "l.webp"), pair, strict=True):
@@ -124,7 +110,7 @@ def test_plain_webdataset_and_pillow_read_the_images(small, tmp_path):
 
 def test_what_has_another_size_or_type_is_not_written(small, tmp_path):
     meta = small.meta(1, 0)
-    pixels = pair_of("raw", meta)
+    pixels = small.images(meta, "raw", RESOLUTION)
     for contents, pair in (
         (ImageContents((16, 16)), pixels),
         (ImageContents(RESOLUTION), pixels.astype(np.float32)),

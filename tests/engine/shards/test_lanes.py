@@ -1,5 +1,4 @@
 import hashlib
-import time
 from collections import Counter
 
 import numpy as np
@@ -150,31 +149,3 @@ def test_a_curriculum_of_other_tiers_is_refused(small, tiers):
     stages = Pacing(Curriculum(tiers=tiers), 5000).stages
     with refused(DataError, "mismatch", "curriculum.tiers"):
         plan_of(manifest).check_stages(stages)
-
-
-def test_1e8_pairs_in_1e5_shards_cost_nothing(small):
-    """Planning a rank of 128 and finding a position anywhere, in processor time, so that a busy
-    machine does not matter: some 30 ms each.
-    """
-    per_tier = 39 * 512
-    manifest = small.paper(512, dict.fromkeys(range(1, 6), (per_tier, 1000)))
-    assert manifest.num_pairs > 9e7
-    stage = Stage(4, (1, 2, 3, 4, 5), 0, 10**6)
-    start = time.process_time()
-    mine = plan_of(manifest, 128, 77, 1024, 8)
-    planned = time.process_time()
-    found = places(mine, 10**7, stage)
-    located = time.process_time()
-    assert planned - start < 1
-    assert located - planned < 1
-    alone = plan_of(manifest, 1, 0, 1024, 8)
-    assert found == places(alone, 10**7, stage)[8 * 77 : 8 * 78]
-
-
-def test_512_ranks_cover_a_pass_exactly_once(small):
-    manifest = small.paper(512, {1: (1024, 4), 2: (512, 2)})
-    stage = Stage(0, (1, 2), 0, 100)
-    plans = [plan_of(manifest, 512, rank, 1024) for rank in range(512)]
-    seen = Counter(p for plan in plans for b in range(5) for p in places(plan, b, stage))
-    assert len(seen) == manifest.num_pairs
-    assert set(seen.values()) == {1}

@@ -11,7 +11,6 @@ from cdpo.engine.curriculum.pacing import Cursor, Pacing, Position, Stage
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
-from cdpo.engine.shards.writer import plan_shards
 
 LANES, TIERS = 512, 5
 SHARDS = TIERS * 39 * LANES  # 99,840
@@ -126,10 +125,3 @@ def test_512_ranks_cover_a_pass_exactly_once_in_equal_parts(small):
         own.append(len(pairs))
     assert (seen == 1).all()
     assert max(own) - min(own) <= each
-
-
-def test_shards_of_a_hundred_million_pairs_are_planned_at_once():
-    plan = plan_shards(1, 10**8, LANES, 1000)
-    assert plan.num_shards % LANES == 0 and plan.count <= 1000
-    assert plan.num_shards * plan.count + plan.dropped == 10**8
-    assert plan.dropped < plan.num_shards

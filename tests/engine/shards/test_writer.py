@@ -59,11 +59,11 @@ def test_a_repeated_pair_is_refused():
 
 
 def test_same_samples_same_bytes(small, tmp_path, monkeypatch):
-    latents = np.arange(-16, 16, dtype=np.float32).reshape(2, *small.shape) / 3
+    latents = np.arange(-16, 16, dtype=np.float32).reshape(2, *small.SHAPE) / 3
     samples = [(small.meta(1, number), latents) for number in range(5)]
-    first = write_shard(tmp_path / "a.tar", samples, small.contents)
+    first = write_shard(tmp_path / "a.tar", samples, small.CONTENTS)
     monkeypatch.setattr(time, "time", lambda: 2e9)
-    second = write_shard(tmp_path / "b.tar", samples, small.contents)
+    second = write_shard(tmp_path / "b.tar", samples, small.CONTENTS)
     assert first.sha256 == second.sha256
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     assert first.bytes == (tmp_path / "a.tar").stat().st_size
@@ -74,7 +74,7 @@ def test_same_samples_same_bytes(small, tmp_path, monkeypatch):
 
 def test_plain_webdataset_reads_our_shards(small, tmp_path):
     metas = [small.meta(1, number) for number in range(5)]
-    write_shard(tmp_path / "a.tar", ((meta, small.latents(meta)) for meta in metas), small.contents)
+    write_shard(tmp_path / "a.tar", ((meta, small.latents(meta)) for meta in metas), small.CONTENTS)
     found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in found] == [f"{meta.pair_id:016x}" for meta in metas]
     for sample, meta in zip(found, metas, strict=True):
@@ -89,7 +89,7 @@ def test_what_float16_cannot_hold_is_refused(small, tmp_path, value):
     latents = small.latents(meta)
     latents[1, 2, 0, 1] = value
     with refused(ShardError, "non-finite", f"{meta.pair_id:016x}") as told:
-        write_shard(tmp_path / "a.tar", [(meta, latents)], small.contents)
+        write_shard(tmp_path / "a.tar", [(meta, latents)], small.CONTENTS)
     assert told.value.member == "latents.npy"
     assert list(tmp_path.iterdir()) == []
 
@@ -104,21 +104,21 @@ def test_wrong_shape_mixed_tiers_repeats_and_nothing_are_refused(small, tmp_path
         ([], "mismatch"),
     ):
         with refused(ShardError, kind):
-            write_shard(tmp_path / "a.tar", samples, small.contents)
+            write_shard(tmp_path / "a.tar", samples, small.CONTENTS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_dies_leaves_the_old_file(small, tmp_path):
     meta = small.meta(1, 0)
     path = tmp_path / "a.tar"
-    entry = write_shard(path, [(meta, small.latents(meta))], small.contents)
+    entry = write_shard(path, [(meta, small.latents(meta))], small.CONTENTS)
 
     def dying():
         yield small.meta(1, 1), small.latents(meta)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(path, dying(), small.contents)
+        write_shard(path, dying(), small.CONTENTS)
     assert path.stat().st_size == entry.bytes
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
 
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small, tmp_path, monkeypatch
     monkeypatch.setattr(files.os, "fsync", full)
     meta = small.meta(1, 0)
     with refused(DataError, "unwritable", str(tmp_path / "a.tar"), wording="full-disk"):
-        write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.contents)
+        write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.CONTENTS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,4 +138,4 @@ def test_a_folder_that_cannot_be_is_one_line(small, tmp_path):
     meta = small.meta(1, 0)
     (tmp_path / "file").touch()
     with refused(DataError, "unwritable", str(tmp_path / "file" / "a.tar")):
-        write_shard(tmp_path / "file" / "a.tar", [(meta, small.latents(meta))], small.contents)
+        write_shard(tmp_path / "file" / "a.tar", [(meta, small.latents(meta))], small.CONTENTS)

@@ -28,7 +28,7 @@ def write(small, tmp_path):
             for lane in range(2):
                 samples = [(meta, small.latents(meta)) for meta in metas[lane::2]]
                 path = folder / f"tier-{tier}-{lane:06d}.tar"
-                entries.append(write_shard(path, samples, small.contents))
+                entries.append(write_shard(path, samples, small.CONTENTS))
         save_manifest(folder, small.manifest(entries, 2, len(numbers_by_tier), **changes))
         return folder
 

@@ -132,7 +132,7 @@ def test_prompts_with_most_tiers_come_first(small, tmp_path):
             for number, prompt in enumerate(prompts)
         ]
         samples = [(meta, small.latents(meta)) for meta in metas]
-        return write_shard(tmp_path / f"t{tier}.tar", samples, small.contents)
+        return write_shard(tmp_path / f"t{tier}.tar", samples, small.CONTENTS)
 
     manifest = small.manifest([shard(1, ["a", "b", "c"]), shard(2, ["c", "c", "b"])], 1, 2)
     chosen = sheet.choose(tmp_path, manifest, 2)
