@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cdpo.engine.basics import errors
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -145,3 +146,19 @@ def test_files_of_one_room_do_not_import_each_other_in_circles():
 def test_tests_mirror_the_rooms():
     tested = {path.name for path in (ROOT / "tests" / "engine").iterdir() if path.is_dir()}
     assert tested - {"__pycache__"} == set(ROOMS) - {"kernels", "root"}
+
+
+def test_every_error_of_ours_says_its_kind():
+    """And its key where there is one: scripts and tests go by those, messages may be reworded."""
+    ours = {name for name, kind in vars(errors).items() if isinstance(kind, type)} - {
+        "StopRequested"
+    }
+    silent = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ours:
+                place = 4 if node.func.id == "ShardError" else 2  # type: ignore[attr-defined]
+                named = any(keyword.arg == "kind" for keyword in node.keywords)
+                if not named and len(node.args) <= place:
+                    silent.append(f"{relative(path)}:{node.lineno}")
+    assert not silent, "\n".join(silent)
