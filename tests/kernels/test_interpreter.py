@@ -13,8 +13,8 @@ from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
 HERE = Path(__file__).parent
 # Two thirds of the time; the same holds on PyTorch, and here for other kernels or dtypes.
 HEAVY = (
-    "(opcheck or graph_breaks) and not philox or every_gradient and float16 or without_triton"
-    " or group_norm and (oracle or deterministic) or convergence and v_prediction"
+    "(opcheck or graph_breaks) and not philox or convergence or every_gradient or without_triton"
+    " or group_norm and (oracle or deterministic)"
 )
 
 
