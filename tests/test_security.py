@@ -1,8 +1,9 @@
 """Data, recipes, models and checkpoints may come from strangers: none of them runs code.
 
-What each parser refuses is tested beside it: tar members in engine/shards/test_strict_tar.py, npy
-headers in test_sample.py, alias bombs in engine/test_recipe_file.py, markup in prompts in
-engine/reporting/test_report_browser.py. Here: that no code of ours asks a library to be lenient.
+What each parser refuses is tested beside it, in tests/engine/: tar members in
+shards/test_tar_index.py, npy headers in shards/test_sample.py, alias bombs in
+recipe/test_reading.py, markup in prompts in comparing/report/test_report_browser.py. Here: that no
+code of ours asks a library to be lenient.
 """
 
 import ast

@@ -83,7 +83,7 @@ def test_the_demo_runs_from_another_folder(installed: Path, tmp_path: Path) -> N
     made = tmp_path / "runs" / "emoji_cdpo"
     assert [json.loads(line)["step"] for line in (made / "metrics.jsonl").open()] == [1, 2, 3]
     assert (made / "compare" / "report.html").is_file()
-    manifest = json.loads((made / "checkpoints" / "step-00000003" / "manifest.json").read_text())
+    manifest = json.loads((made / "checkpoints" / "step-00000003" / "MANIFEST.json").read_text())
     assert manifest["zero"] == "zero2"
     assert manifest["identity"]["model.path"] == "assets/emoji/sd"  # as written: it may move
     assert os.listdir(tmp_path) == ["runs"]
