@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import ssl
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from multidict import CIMultiDict
 from refusals import refused
 from shard_server import ShardServer, serving
 
-CONTENT = bytes(range(256)) * 40
+CONTENT = random.Random(0).randbytes(10_240)  # no half of it is like the other
 SOON = Fetch(retries=3, backoff=0.01, stall=10.0, budget=30.0)
 
 
