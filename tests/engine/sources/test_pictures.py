@@ -98,7 +98,7 @@ def test_transparency_shows_white_and_other_modes_become_rgb():
         (encoded(Image.new("RGB", (8, 8)), "PPM"), "unsupported"),
         (preferences.picture(1, (64, 64))[:-900], "damaged"),
         (preferences.picture(1, (64, 64), "JPEG")[:-300], "damaged"),
-        (png_header(0, 5), "damaged"),
+        (png_header(0, 5), "unsupported"),
         (png_header(5000, 5000), "too-large"),
         (png_header(2**31 - 1, 2**31 - 1), "too-large"),
         (png_header(1, 16_000_000), "out-of-range"),
