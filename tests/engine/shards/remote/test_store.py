@@ -143,7 +143,7 @@ def test_threads_that_wait_for_one_shard_share_its_failure(
     store._folder._spec = slow
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(read, range(4)))) == 1
-    assert web.count(entry.name) <= 3  # a try and two retries, of one of them
+    assert web.count(entry.name) < 8  # the tries of one of them, within two seconds
 
 
 def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
