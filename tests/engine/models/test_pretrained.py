@@ -20,13 +20,13 @@ import torch
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import fingerprint, sd, sdxl
 from cdpo.engine.models.pretrained import read_network, reading, why_offline
-from cdpo.engine.recipe import (
+from cdpo.engine.recipe import Model
+from cdpo.engine.recipe.reward import (
     AestheticSpec,
     CaptionSimilaritySpec,
     ClipScoreSpec,
     HpsSpec,
     ImageRewardSpec,
-    Model,
     PickScoreSpec,
 )
 from cdpo.engine.rewards import load_reward

@@ -93,7 +93,7 @@ def test_shipped_recipes_are_short_and_say_nothing_twice(name, monkeypatch):
     assert same <= {"reward.type", "compare.judge.type"}
     assert recipe.run_dir == f"runs/{name}"
     assert any(read_prompts(recipe.prompts, recipe.seed))
-    assert Path(recipe.deepspeed).is_file()
+    assert (ROOT / "ds_configs" / f"{recipe.deepspeed}.json").is_file()
 
 
 def test_what_must_be_given_is_enough_for_the_published_run():

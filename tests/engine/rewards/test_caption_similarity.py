@@ -240,10 +240,12 @@ def test_another_sentence_model_is_one_line_that_names_it(damage, reason, captio
     assert str(folder) in str(told.value) and reason in str(told.value)
 
 
-@pytest.mark.parametrize("path", ["nowhere/at-all", None])
-def test_another_captioner_is_one_line_that_names_it(path, sentences, tiny_world):
+@pytest.mark.parametrize(
+    ("path", "kind"), [("nowhere/at-all", "unreachable"), (None, "unreadable")]
+)
+def test_another_captioner_is_one_line_that_names_it(path, kind, sentences, tiny_world):
     folder = path or str(tiny_world / "reward")  # a CLIP, which writes nothing
-    with refused(OutsideError, "unreadable") as told:
+    with refused(OutsideError, kind) as told:
         load_reward(CaptionSimilaritySpec(path=folder, sentence_model=str(sentences)), CPU)
     assert folder in str(told.value)
 

@@ -426,7 +426,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(open_clip, tmp_path, tiny_
     with refused(OutsideError, "unreadable") as told:
         load_reward(HpsSpec(path=str(path), tokenizer=str(tiny_world / "reward")), CPU)
     assert "it has 49408 tokens" in str(told.value)
-    with refused(OutsideError, "unreadable", "reward.tokenizer"):
+    with refused(OutsideError, "unreachable", "reward.tokenizer"):
         load_reward(HpsSpec(path=str(path), tokenizer="nowhere"), CPU)
 
 
