@@ -1,6 +1,7 @@
 """The prompts of a recipe: read or filled in, each once, and divided into training and held-out.
 
-A file of prompts has one a line, or is a table (parquet, CSV, TSV, JSONL) with a column of them.
+A file of prompts has one a line, or is a table (parquet, CSV, TSV, JSONL) with a column of them, or
+a JSON list of texts or of objects that have the column.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .files import SourceFiles
 from .tables import CsvReader, ParquetReader
 
 MAX_LINE_BYTES = 2**20  # of a JSONL file, whose rows hold more than a prompt
+MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
 
 
 def prompts_in(path: str, column: str) -> Iterator[str]:
@@ -33,8 +35,17 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
     kind = Path(path).suffix.lower()
     if kind == ".jsonl":
         cells = _json_lines(path, column)
+    elif kind == ".json":
+        cells = _json_list(path, column)
     elif kind in (".parquet", ".csv", ".tsv"):
         cells = _table(path, kind, column)
+    elif kind in (".yaml", ".yml"):
+        raise DataError(
+            f"prompts: {path} is YAML, whose lists are not read: give a file with a prompt a line, "
+            "or JSON, or templates in the recipe",
+            path,
+            "unsupported",
+        )
     else:
         cells = _lines(path)
     for where, cell in cells:
@@ -63,7 +74,8 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`, which cuts at U+2028 and other characters that are part of a prompt.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise _unreadable(path, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -105,14 +117,34 @@ def _json_lines(path: str, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_cell(line: bytes, where: str, column: str) -> tuple[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(
-            f"prompts: {where} is longer than {MAX_LINE_BYTES >> 20} MiB", where, "too-large"
-        )
+    return _cell(_json(line, where, MAX_LINE_BYTES), where, column)
+
+
+def _json_list(path: str, column: str) -> Iterator[tuple[str, Any]]:
+    """Entries are texts, or objects with the column."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        with open(path, "rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
+    entries = _json(content, path, MAX_JSON_BYTES)
+    if not isinstance(entries, list):
+        raise DataError(f"prompts: {path} is no JSON list", path, "wrong-type")
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, entry {number}"
+        yield (f"{where},", entry) if isinstance(entry, str) else _cell(entry, where, column)
+
+
+def _json(text: bytes, where: str, most: int) -> Any:
+    if len(text) > most:
+        raise DataError(f"prompts: {where} is longer than {most >> 20} MiB", where, "too-large")
+    try:
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"prompts: {where} is not JSON: {error}", where, "damaged") from None
+
+
+def _cell(row: Any, where: str, column: str) -> tuple[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f"prompts: {where} is not an object such as {{{column!r}: ...}}", where, "wrong-type"

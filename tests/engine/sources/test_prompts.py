@@ -73,6 +73,56 @@ def test_files_of_other_systems(tmp_path):
     assert read_train(tmp_path, b"\xef\xbb\xbf# comment\na dog") == ["a dog"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c"])
+def test_what_is_no_end_of_line_ends_no_prompt(tmp_path, mark):
+    assert read_train(tmp_path, f"a{mark}b\r\nc\rd\n") == [f"a{mark}b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [["a", " b ", "", "a"], [{"prompt": "a", "x": 1}, {"prompt": None}, {"prompt": "b"}]],
+)
+def test_a_json_list_holds_texts_or_rows(tmp_path, entries):
+    path = write(tmp_path, "train.JSON", json.dumps(entries, indent=1))
+    assert read_prompts(Prompts(train=path), seed=0)[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "key"),
+    [
+        ('{"prompt": "a"}', "wrong-type", "train.json"),
+        ("[1]", "wrong-type", "train.json, entry 1"),
+        ('[{"text": "a"}]', "missing", "prompts.column"),
+        ('[{"prompt": 1}]', "wrong-type", "train.json, entry 1, column prompt"),
+        ('["a"', "damaged", "train.json"),
+        ("[" * 100_000, "damaged", "train.json"),
+        ("[]", "empty", "prompts.train"),
+    ],
+)
+def test_a_json_file_that_is_no_list_of_prompts(tmp_path, content, kind, key):
+    path = write(tmp_path, "train.json", content)
+    with refused(DataError, kind, str(tmp_path / key) if key.startswith("train") else key):
+        read_prompts(Prompts(train=path), seed=0)
+
+
+def test_yaml_is_not_taken_for_lines(tmp_path):
+    path = write(tmp_path, "train.yaml", "- a\n- b\n")
+    with refused(DataError, "unsupported", path):
+        read_prompts(Prompts(train=path), seed=0)
+
+
+SETS = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(
+    not SETS.is_dir(), reason="the field's own prompt files are not beside the tree"
+)
+@pytest.mark.parametrize("name", ["hpsv2.json", "papv2.json", "partiprompts.json", "geneval.jsonl"])
+def test_prompt_sets_of_the_field(name):
+    found, _ = read_prompts(Prompts(train=str(SETS / name)), seed=0)
+    assert len(found) > 100 and all(text == text.strip() for text in found)
+
+
 def test_limit_takes_the_first_distinct_ones_of_each_set(tmp_path):
     assert read_train(tmp_path, "b\nb\na\nc\n", limit=2) == ["b", "a"]
     assert read_train(tmp_path, "b\na", limit=9) == ["b", "a"]
