@@ -101,9 +101,10 @@ _Split = Annotated[Split, Tag(SPLIT)]
 class Prompts(Section):
     """Where prompts come from.
 
-    Files are text with one prompt a line, where `#` starts a comment line, or tables: .parquet,
-    .csv, .tsv or .jsonl. Repeated prompts count once. A relative path is that of the working folder
-    or else of a file that is shipped, such as `recipes/prompts/animals.txt`.
+    Files are text with one prompt a line, where `#` starts a comment line, tables (.parquet, .csv,
+    .tsv or .jsonl), or a .json list of texts or objects. Repeated prompts count once. A relative
+    path is that of the working folder or else of a file that is shipped, such as
+    `recipes/prompts/animals.txt`.
     """
 
     train: Annotated[_File | _Templates, Discriminator(_form_without_split)] | None = None

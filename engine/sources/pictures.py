@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from ..basics.errors import DataError
 from .index import Part
@@ -21,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 4096 * 4096
 MAX_ASPECT = 16  # a strip of 1 x 16,000,000 pixels would be resized to gigabytes
 Size = tuple[int, int]
+_SRGB = ImageCms.createProfile("sRGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,11 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image.width, image.height)  # from the header, nothing is decoded yet
+        if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+            # Pillow sees a file that was cut, not one whose tail was never written and is zeros.
+            raise UnreadableImage("is damaged (its end is missing)", kind="damaged")
         upright = ImageOps.exif_transpose(image)
-        rgb = _on_white(upright)
+        rgb = _on_white(_in_srgb(_in_eight_bits(upright)))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
@@ -78,6 +83,44 @@ def _fitted(image: Image.Image, resolution: Size) -> Picture:
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     cut = resized.crop((left, top, left + width, top + height))
     return Picture(cut, (image.height, image.width), (top, left))
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as grey of 8: Pillow would cut all above 255 off, which is white."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = (np.asarray(image).astype(np.uint64) * 255 + 32767) // 65535
+    grey = Image.fromarray(levels.astype(np.uint8))
+    grey.info = image.info
+    if "transparency" in image.info:  # the level that is not shown, which one of 8 bits may share
+        clear = np.asarray(image) == image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Colours as sRGB has them, which networks were trained on, where a profile says otherwise.
+
+    A profile that cannot be used, being damaged or of other channels, counts as none, as it does in
+    browsers.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode in ("P", "1"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    opaque = image.convert(image.mode.removesuffix("A")) if alpha else image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        found = ImageCms.profileToProfile(opaque, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    if found is None:
+        return image
+    if alpha is not None:
+        found.putalpha(alpha)
+    return found
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from cdpo.engine.sources.pictures import read_picture
 from cdpo.engine.sources.rows import UnreadableImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from refusals import refused
 
 
@@ -89,10 +89,67 @@ def test_transparency_shows_white_and_other_modes_become_rgb():
         assert read_picture(encoded(Image.new(mode, (16, 16)), kind), (8, 8)).image.mode == "RGB"
 
 
+def test_grey_of_sixteen_bits_keeps_its_greys():
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    found = read_picture(encoded(Image.fromarray(levels)), (64, 64)).image
+    exact = levels[..., None].astype(np.float64) / 257
+    assert np.abs(np.asarray(found, np.float64) - exact).max() <= 0.5 + 1e-6
+    clear = encoded(Image.fromarray(levels), transparency=int(levels[0, 7]))
+    shown = np.asarray(read_picture(clear, (64, 64)).image)
+    assert (shown[0, 7] == 255).all() and (shown[0, [6, 8]] < 10).all()
+
+
+def exchanged() -> bytes:
+    """sRGB's profile with the primaries of red and blue exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[at : at + 4]): at + 4 for at in range(132, 132 + 12 * count, 12)}
+    red, blue = (slice(tags[name], tags[name] + 8) for name in (b"rXYZ", b"bXYZ"))
+    profile[red], profile[blue] = profile[blue], profile[red]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_colours_are_those_that_a_profile_says(kind):
+    options = {"quality": 100} if kind != "PNG" else {}
+    data = encoded(Image.new("RGB", (16, 16), "red"), kind, icc_profile=exchanged(), **options)
+    shown = np.asarray(read_picture(data, (16, 16)).image, int)
+    assert np.abs(shown - (0, 0, 255)).max() <= 4
+
+
+def test_a_profile_leaves_transparency_and_srgb_alone():
+    half = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    found = read_picture(encoded(half, icc_profile=exchanged()), (16, 16)).image
+    assert found.getpixel((8, 8)) == (255, 255, 255)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    for profile in (srgb, b"no profile", exchanged()[:200]):
+        found = read_picture(encoded(noise, icc_profile=profile), (16, 16)).image
+        assert np.array_equal(np.asarray(found), np.asarray(noise))
+    for mode in ("L", "LA", "P", "1", "CMYK"):  # of other channels than the profile's
+        kind = "JPEG" if mode == "CMYK" else "PNG"
+        data = encoded(Image.new(mode, (16, 16)), kind, icc_profile=exchanged())
+        assert read_picture(data, (16, 16)).image.mode == "RGB"
+
+
+def zero_filled(share: float) -> bytes:
+    """A JPEG whose last part was never written, as a full disk or a broken download leaves it."""
+    data = preferences.picture(1, (64, 64), "JPEG")
+    kept = int(len(data) * share)
+    return data[:kept] + bytes(len(data) - kept)
+
+
+def test_what_follows_the_end_of_a_jpeg_does_not_matter():
+    data = preferences.picture(1, (64, 64), "JPEG")
+    assert read_picture(data + bytes(512) + b"a trailer of some camera", (16, 16))
+
+
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
         (b"", "empty"),
+        (zero_filled(0.5), "damaged"),
+        (zero_filled(0.9), "damaged"),
         (b"GIF89a no image", "unsupported"),
         (encoded(Image.new("RGB", (8, 8)), "GIF"), "unsupported"),
         (encoded(Image.new("RGB", (8, 8)), "PPM"), "unsupported"),
