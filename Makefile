@@ -12,7 +12,8 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 RECIPE ?= recipes/emoji_cdpo.yaml
-TEST_PROCESSES ?= 2
+# One more than there are cores: a third of the time tests wait for processes that they start.
+TEST_PROCESSES ?= 3
 # A marker expression: `make unit TESTS=long` runs what `make test` leaves out, and nothing else.
 TESTS ?= not long
 # Packages that tests read data of and do not import: CLIP's vocabulary, a real Sentence-BERT. What

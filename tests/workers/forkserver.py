@@ -25,6 +25,7 @@ from typing import Any
 with contextlib.redirect_stderr(io.StringIO()):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as a verb does before it imports them
     import cdpo.engine.comparing.comparison
     import cdpo.engine.preparing.preparation
     import cdpo.engine.training.trainer  # noqa: F401
