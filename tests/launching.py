@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = -9
@@ -168,9 +167,3 @@ def losses(run: Path) -> list[float]:
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
-
-
-def change_recipe(path: Path, **sections: Any) -> None:
-    recipe = yaml.safe_load(path.read_text())
-    recipe.update(sections)
-    path.write_text(yaml.safe_dump(recipe))

@@ -81,7 +81,6 @@ def test_fingerprints_tell_rewards_apart_by_their_first_letters():
 BRIGHTNESS = """
 import hashlib
 import numpy as np
-from refusals import refused
 
 class Brightness:
     fingerprint = hashlib.sha256(b"brightness 1").hexdigest()

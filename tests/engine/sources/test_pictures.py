@@ -133,8 +133,11 @@ def test_a_profile_leaves_transparency_and_srgb_alone():
 
 
 def zero_filled(share: float) -> bytes:
-    """A JPEG whose last part was never written, as a full disk or a broken download leaves it."""
-    data = preferences.picture(1, (64, 64), "JPEG")
+    """A JPEG whose last part was never written, as a full disk or a broken download leaves it; so
+    large that Pillow, which stumbles over it in small ones, takes it as it is.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG", quality=90)
     kept = int(len(data) * share)
     return data[:kept] + bytes(len(data) - kept)
 
