@@ -71,6 +71,18 @@ def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> It
         raise
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_REMEDY = "is a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from"
+
+
+def lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins so is what Git leaves in place of one that LFS keeps.
+
+    :data:`LFS_REMEDY` says what to do, after the name of the file.
+    """
+    return head.startswith(LFS_POINTER)
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's content, or the names in a folder, down to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -8,6 +8,7 @@ source alone, and so are the shards.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ from ..rewards import RewardModel, load_reward
 from ..shards.manifest import RewardSource
 from ..sources import open_source
 from ..sources.index import Index, open_index
+from ..sources.left_out import NAME, LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance, load_records
 from ..sources.prompts import read_prompts
 from ..sources.rows import RowReader
@@ -115,11 +117,15 @@ class ImportedPairs:
         self.recipe = recipe
         self.terminal = terminal
         self.spec = recipe.prepare.source
-        _, heldout = read_prompts(recipe.prompts, recipe.seed)
+        self._passed_over = io.BytesIO()
+        left_out = LeftOut(self._passed_over)
+        _, heldout = read_prompts(recipe.prompts, recipe.seed, left_out)
         self.reader = ranks.on_first(lambda: open_source(self.spec))
-        folder = Path(recipe.run_dir) / "source"
-        self.facts = ranks.on_first(lambda: open_index(folder, self.reader, self.spec, heldout))
-        self.index = Index(folder, self.facts)
+        self.folder = Path(recipe.run_dir) / "source"
+        self.facts = ranks.on_first(
+            lambda: open_index(self.folder, self.reader, self.spec, heldout)
+        )
+        self.index = Index(self.folder, self.facts)
         self.given = self._given_scores()
 
     def describe(self) -> list[tuple[str, str]]:
@@ -188,7 +194,13 @@ class ImportedPairs:
 
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int]:
         counts = ranked.made.counts + Counter({UNREADABLE: len(tolerance.problems)})
-        return {"rows": self.facts.rows} | self.facts.left_out | dict(counts)
+        return {"rows": self.facts.rows} | self.facts.left_out | self.facts.noted | dict(counts)
+
+    def name_left_out(self, left_out: LeftOut) -> None:
+        left_out.copy(self._passed_over.getvalue().decode().splitlines())
+        with (self.folder / NAME).open(encoding="utf-8", newline="") as lines:
+            next(lines)
+            left_out.copy(lines)
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int

@@ -18,6 +18,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
 from ..shards.manifest import RewardSource
+from ..sources.left_out import LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance
 from .shard_set import TierShards
 
@@ -124,6 +125,9 @@ class PairSource(Protocol):
 
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int] | None:
         """Of rows that were read: their number, and what became of those that are no pair."""
+
+    def name_left_out(self, left_out: LeftOut) -> None:
+        """Note everything that is not used as it stands."""
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int

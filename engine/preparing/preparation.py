@@ -26,6 +26,7 @@ from ..recipe.identity import save_resolved
 from ..shards.contents import contents_of
 from ..shards.manifest import Manifest, ShardEntry, Statistics, save_manifest
 from ..shards.sample import PairMeta
+from ..sources.left_out import NAME, naming
 from ..sources.pictures import Tolerance
 from .imported import ImportedPairs, listed
 from .latents import Latents, Pixels
@@ -102,6 +103,7 @@ class Preparation:
         fills = self._fill(pairs)
         fates = self.source.fates(ranked, tolerance)
         self._tell(pairs, fills, fates)
+        self.ranks.on_first(self._name_left_out)
         shards = self._write(pairs, fills, images, backbone)
         statistics = _statistics(ranked, fills, fates)
         manifest = manifest_of(
@@ -166,6 +168,20 @@ class Preparation:
         shape = backbone.latent_shape(resolution)
         contents = contents_of(self.recipe.data.format, shape, resolution)
         return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
+
+    def _name_left_out(self) -> dict[str, int]:
+        """Write the list of all that is not used as it stands; returns its length by reason.
+
+        Where there is nothing to list there is no file.
+        """
+        path = self.run_dir / NAME
+        with naming(path) as left_out:
+            self.source.name_left_out(left_out)
+        if left_out.counts:
+            self.terminal.line(f"left out, each by name: {path}")
+        else:
+            path.unlink()
+        return left_out.counts
 
     def _finish(
         self, manifest: Manifest, ranked: Ranked, pairs: np.ndarray, fills: list[TierShards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
 from ..shards.manifest import RewardSource
+from ..sources.left_out import LeftOut
 from ..sources.pictures import Loaded, Picture, Size, Tolerance
 from ..sources.prompts import read_prompts
 from .candidate_files import image_id
@@ -106,7 +108,9 @@ class SampledPairs:
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
-        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed)
+        self._passed_over = io.BytesIO()
+        left_out = LeftOut(self._passed_over)
+        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed, left_out)
         self.ranker = make_ranker(recipe, ranks, terminal)
 
     def describe(self) -> list[tuple[str, str]]:
@@ -177,6 +181,9 @@ class SampledPairs:
 
     def fates(self, ranked: Ranked, tolerance: Tolerance) -> None:
         return None
+
+    def name_left_out(self, left_out: LeftOut) -> None:
+        left_out.copy(self._passed_over.getvalue().decode().splitlines())
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int

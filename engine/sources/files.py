@@ -25,6 +25,8 @@ class SourceFiles:
     kind: Kind
     root: Path
     paths: tuple[Path, ...]
+    passed_over: tuple[tuple[str, str], ...] = ()
+    """Other files that lie there: name and why each is not read."""
 
     def name(self, number: int) -> str:
         """What a file is called inside the data set, wherever that lies."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..basics.errors import DataError
 from .files import SourceFiles
+from .left_out import LeftOut
 from .rows import ROWS_AT_ONCE, Images, Place, Row, UnreadableImage, load_file
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,7 +31,7 @@ class FolderReader:
         """The sub-folders: a folder knows neither labels nor scores."""
         return sorted(inner.name for inner in self.folder.iterdir() if inner.is_dir())
 
-    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+    def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         unknown = [name for name in columns if name != self.caption]
         if unknown:
             raise DataError(
@@ -43,16 +44,13 @@ class FolderReader:
         for start in range(0, len(names), ROWS_AT_ONCE):
             chunk = names[start : start + ROWS_AT_ONCE]
             yield [
-                Row(0, start + index, {self.caption: self._caption(name)}, paths)
+                Row(0, start + index, {self.caption: self._caption(name)}, paths, where=name)
                 for index, (name, paths) in enumerate(chunk)
             ]
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         for place in places:
             yield tuple(load_file(self.folder / path) for path in place.paths)
-
-    def describe(self, file: int, number: int) -> str:
-        return f"{self.folder} {self._names()[number][0]}"
 
     def _names(self) -> list[tuple[str, tuple[str, ...]]]:
         """Stem and image paths of every pair."""

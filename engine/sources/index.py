@@ -2,7 +2,8 @@
 
 `index.arrow` is an Arrow file that is mapped, not read, so that a million captions cost no memory;
 its record batches are the *parts* in which images are scored and encoded. `index.json`, written
-last, says what it was made of. The parts are a function of the source alone.
+last, says what it was made of; `left_out.csv` names what became no record. The parts are a function
+of the source alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from ..basics.errors import DataError
 from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..recipe import Imported
+from .left_out import NAME, LeftOut, naming
 from .records import Record, RecordMaker
-from .rows import Place, RowReader
+from .rows import Place, RowReader, describe
 
-VERSION = 1  # of the layout below: another one is made again
+VERSION = 2  # of the layout below: another one is made again
 SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
@@ -39,6 +41,7 @@ SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("paths", pa.list_(pa.string())),
         ("spans", pa.list_(pa.int64())),
+        ("where", pa.string()),
     ]
 )
 
@@ -54,6 +57,8 @@ class IndexFacts:
     rows: int
     left_out: dict[str, int]
     """Rows that state no preference, by reason."""
+    noted: dict[str, int]
+    """What else was noted of the source, by reason: see :mod:`.left_out`."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,15 @@ class Index:
     def part(self, number: int) -> Part:
         """Where the images of a part's records are, and their captions."""
         batch = self._file.get_batch(number)
-        columns = (batch.column(name).to_pylist() for name in ("number", "paths", "spans"))
+        columns = (batch.column(name).to_pylist() for name in ("number", "paths", "spans", "where"))
         return Part(
             batch.column("file")[0].as_py(),
             batch.column("group")[0].as_py(),
             int(self.starts[number]),
             batch.column("caption").to_pylist(),
             [
-                Place(row, tuple(paths), tuple(spans))
-                for row, paths, spans in zip(*columns, strict=True)
+                Place(row, tuple(paths), tuple(spans), where)
+                for row, paths, spans, where in zip(*columns, strict=True)
             ],
         )
 
@@ -136,10 +141,11 @@ def open_index(
         folder.mkdir(parents=True, exist_ok=True)
         facts = _make(folder, reader, spec, heldout, made_of)
     if not facts.rows or facts.rows == sum(facts.left_out.values()):
-        counts = ", ".join(f"{count} {reason}" for reason, count in facts.left_out.items())
+        counts = facts.left_out | facts.noted
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DataError(
             f"prepare.source.path={spec.path}: none of its {facts.rows} rows states a preference"
-            + (f": {counts}" if counts else ""),
+            + (f": {listed} (each is named in {folder / NAME})" if counts else ""),
             "prepare.source.path",
             "empty",
         )
@@ -148,6 +154,8 @@ def open_index(
 
 def load_facts(folder: Path) -> IndexFacts | None:
     """The facts of the index in ``folder``; None if there is none that can be used."""
+    if not (folder / NAME).exists():
+        return None
     try:
         return IndexFacts(**json.loads((folder / "index.json").read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -162,30 +170,39 @@ def _make(
     rows = 0
     (folder / "index.json").unlink(missing_ok=True)
     with (
+        naming(folder / NAME) as left_out,
         replacing(folder / "index.arrow") as new,
         pa.ipc.new_file(new, SCHEMA) as file,
     ):
-        for number, found in _limited(reader, maker, spec.limit):
-            rows += len(found)
-            made = [maker.make(row, reader.describe(number, row.number)) for row in found]
-            records = [record for record in made if record is not None]
+        for name, reason in reader.files.passed_over:
+            left_out.pass_over(name, "", reason)
+        for number, found in _limited(reader, maker, spec.limit, left_out):
+            name, records = reader.files.name(number), []
+            for row in found:
+                where = describe(reader.files, number, row.where)
+                record = maker.make(row, where, name, left_out)
+                records += [record] if record else []
             if records:
-                name = reader.files.name(number)
+                rows += len(records)
                 table = [_columns(record, number, name) for record in records]
                 content.update(json.dumps([name, table]).encode())
+                for columns, record in zip(table, records, strict=True):
+                    columns["where"] = record.row.where  # for people: another content it is not
                 file.write_batch(pa.RecordBatch.from_pylist(table, SCHEMA))
-    facts = IndexFacts(made_of, content.hexdigest(), rows, dict(sorted(maker.left_out.items())))
+    lost, rows = dict(sorted(left_out.rows.items())), rows + left_out.rows.total()
+    noted = dict(sorted((left_out.beside + left_out.remarks).items()))
+    facts = IndexFacts(made_of, content.hexdigest(), rows, lost, noted)
     with replacing(folder / "index.json") as text:
         text.write(json.dumps(asdict(facts), indent=1).encode())
     return facts
 
 
 def _limited(
-    reader: RowReader, maker: RecordMaker, limit: int | None
+    reader: RowReader, maker: RecordMaker, limit: int | None, left_out: LeftOut
 ) -> Iterator[tuple[int, list[Any]]]:
     left = limit
     for number in range(len(reader.files.paths)):
-        for found in reader.rows(number, maker.columns):
+        for found in reader.rows(number, maker.columns, left_out):
             yield number, found[:left]
             left = None if left is None else left - len(found)
             if left is not None and left <= 0:

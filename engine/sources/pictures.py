@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from ..basics.errors import DataError
 from .index import Part
-from .rows import RowReader, UnreadableImage
+from .rows import RowReader, UnreadableImage, describe
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 4096 * 4096
@@ -159,7 +159,7 @@ def load_records(
             pictures = tuple(_picture(name, item, resolution) for name, item in named)
             return Loaded(index, part.captions[index], pictures)
         except UnreadableImage as error:
-            where = reader.describe(part.file, part.places[index].number)
+            where = describe(reader.files, part.file, part.places[index].where)
             return Loaded(index, part.captions[index], (), f"{where}: {error}")
 
     places = [part.places[index] for index in wanted]

@@ -20,13 +20,15 @@ from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
 from .files import SourceFiles
+from .left_out import LeftOut
+from .rows import describe
 from .tables import CsvReader, ParquetReader
 
 MAX_LINE_BYTES = 2**20  # of a JSONL file, whose rows hold more than a prompt
 MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
 
 
-def prompts_in(path: str, column: str) -> Iterator[str]:
+def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[str]:
     """The prompts of a file in their order, repeated ones included; tables are read in a stream.
 
     Blank lines and empty cells are no prompts. DataError names file, line or row, and column.
@@ -38,7 +40,7 @@ def prompts_in(path: str, column: str) -> Iterator[str]:
     elif kind == ".json":
         cells = _json_list(path, column)
     elif kind in (".parquet", ".csv", ".tsv"):
-        cells = _table(path, kind, column)
+        cells = _table(path, kind, column, left_out)
     elif kind in (".yaml", ".yml"):
         raise DataError(
             f"prompts: {path} is YAML, whose lists are not read: give a file with a prompt a line, "
@@ -85,7 +87,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def _table(path: str, kind: str, column: str) -> Iterator[tuple[str, Any]]:
+def _table(path: str, kind: str, column: str, left_out: LeftOut) -> Iterator[tuple[str, Any]]:
     place = Path(path)
     reader: ParquetReader | CsvReader
     if kind == ".parquet":
@@ -95,9 +97,12 @@ def _table(path: str, kind: str, column: str) -> Iterator[tuple[str, Any]]:
         reader = CsvReader(SourceFiles("csv", place.parent, (place,)), (), delimiter)
     try:
         _check_column(path, column, reader.columns())
-        for rows in reader.rows(0, [column]):
+        for rows in reader.rows(0, [column], left_out):
             for row in rows:
-                yield f"{reader.describe(0, row.number)}, column {column},", row.values[column]
+                yield (
+                    f"{describe(reader.files, 0, row.where)}, column {column},",
+                    row.values[column],
+                )
     except DataError as error:
         told = f"prompts: {str(error).removeprefix('prompts: ')}"
         raise DataError(told, error.key, error.kind) from None
@@ -170,12 +175,17 @@ def _unreadable(path: str, why: str) -> DataError:
 MAX_FILLED_IN = 1_000_000  # prompts of templates: lists multiply, and a slip is soon a billion
 
 
-def read_prompts(spec: Prompts, seed: int) -> tuple[list[str], list[str]]:
+def read_prompts(
+    spec: Prompts, seed: int, left_out: LeftOut | None = None
+) -> tuple[list[str], list[str]]:
     """Training and held-out prompts of a recipe, none where it names none.
+
+    What of their files is no prompt is noted in ``left_out``.
 
     DataError names the file and line, or row and column, at fault.
     """
-    train, heldout = _read(spec, "train"), _read(spec, "heldout")
+    left_out = left_out or LeftOut()
+    train, heldout = _read(spec, "train", left_out), _read(spec, "heldout", left_out)
     if isinstance(spec.heldout, Split):
         train, heldout = _divided(train, spec.heldout, seed)
     train, heldout = train[: spec.limit], heldout[: spec.limit]
@@ -191,14 +201,14 @@ def read_prompts(spec: Prompts, seed: int) -> tuple[list[str], list[str]]:
     return train, heldout
 
 
-def _read(spec: Prompts, side: str) -> list[str]:
+def _read(spec: Prompts, side: str, left_out: LeftOut) -> list[str]:
     """The prompts of `train` or `heldout` in their order, each once."""
     value = getattr(spec, side)
     if isinstance(value, str):
         otherwise = f"prompts: {value} holds no prompt"
-        return _some(prompts_in(value, spec.column), f"prompts.{side}", otherwise)
+        return _some(prompts_in(value, spec.column, left_out), f"prompts.{side}", otherwise)
     if isinstance(value, Templates):
-        return list(dict.fromkeys(_filled_in(value, spec.column, f"prompts.{side}")))
+        return list(dict.fromkeys(_filled_in(value, spec.column, f"prompts.{side}", left_out)))
     return []
 
 
@@ -210,9 +220,10 @@ def _some(texts: Iterable[str], key: str, otherwise: str) -> list[str]:
     return found
 
 
-def _filled_in(spec: Templates, column: str, key: str) -> Iterator[str]:
+def _filled_in(spec: Templates, column: str, key: str, left_out: LeftOut) -> Iterator[str]:
     lists = {
-        name: _entries(value, column, f"{key}.lists.{name}") for name, value in spec.lists.items()
+        name: _entries(value, column, f"{key}.lists.{name}", left_out)
+        for name, value in spec.lists.items()
     }
     sizes = {
         template: math.prod(len(lists[name]) for name in names_in(template))
@@ -229,9 +240,9 @@ def _filled_in(spec: Templates, column: str, key: str) -> Iterator[str]:
         yield from _products(template, lists, key)
 
 
-def _entries(value: str | Sequence[str], column: str, key: str) -> list[str]:
+def _entries(value: str | Sequence[str], column: str, key: str, left_out: LeftOut) -> list[str]:
     if isinstance(value, str):
-        return _some(prompts_in(value, column), key, f"{key}: {value} holds no entry")
+        return _some(prompts_in(value, column, left_out), key, f"{key}: {value} holds no entry")
     return _some(filter(None, map(str.strip, value)), key, f"{key}: the list is empty")
 
 

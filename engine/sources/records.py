@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..basics.errors import DataError
 from ..recipe import Imported, Paired, Ranked
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
+from .left_out import LeftOut
 from .rows import Row
 
 TIE, UNLABELLED, CONTRADICTORY = "ties", "without a label", "label contradicts best_image"
@@ -36,7 +36,7 @@ class Record:
 
 
 class RecordMaker:
-    """Reads rows as a recipe says; ``left_out`` counts the others by reason."""
+    """Reads rows as a recipe says."""
 
     def __init__(self, spec: Imported, present: Collection[str], heldout: Collection[str]) -> None:
         """``present`` are the source's columns: those that are optional are used if they are there.
@@ -45,7 +45,6 @@ class RecordMaker:
         """
         self.spec = spec
         self.heldout = frozenset(heldout)
-        self.left_out: Counter[str] = Counter()
         self.label, self.judged, self.best, self.ids = None, None, None, None
         self.scores: tuple[str, ...] = ()
         if isinstance(spec, Paired):
@@ -64,8 +63,11 @@ class RecordMaker:
         optional = (self.label, self.judged, self.best, *(self.ids or ()), *self.scores)
         return list(dict.fromkeys([self.spec.caption, *filter(None, optional)]))
 
-    def make(self, row: Row, where: str) -> Record | None:
-        """The record of a row, or None for one that is left out. DataError names ``where``."""
+    def make(self, row: Row, where: str, file: str, left_out: LeftOut) -> Record | None:
+        """The record of a row of ``file``, or None for one that is noted in ``left_out``.
+
+        DataError names ``where``.
+        """
         caption = row.values[self.spec.caption]
         caption = caption.strip() if isinstance(caption, str) else ""
         winner: int | str | None = 0
@@ -76,10 +78,15 @@ class RecordMaker:
         elif self.label:
             winner = self._winner(row, where)
         if isinstance(winner, str):
-            self.left_out[winner] += 1
+            left_out.leave_out(file, row.where, winner, self._column(winner), caption)
             return None
         assert winner is not None
         return Record(row, caption, winner, self._names(row), self._scores(row, where))
+
+    def _column(self, reason: str) -> str:
+        """The column that a row is left out for."""
+        named = {TIE: self.label, UNLABELLED: self.judged or self.label, CONTRADICTORY: self.best}
+        return named.get(reason, self.spec.caption) or ""
 
     def _winner(self, row: Row, where: str) -> int | str:
         """The place of the better image, or why there is none."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..basics.errors import DataError
 from .files import SourceFiles
+from .left_out import LeftOut
 
 ROWS_AT_ONCE = 256  # rows without images, read together
 MAX_IMAGE_BYTES = 64 * 2**20  # an encoded image; the largest decoded one has 48 MB
@@ -25,8 +26,9 @@ class Row:
     """A row of a source without its images.
 
     ``group`` and ``number`` say where in the file it lies: row group and row of a table, 0 and
-    sample of a tar. ``paths`` are those of images that are files, ``spans`` (offset, size, offset,
-    size ...) those of images inside a tar; a table with images inside has neither.
+    sample of a tar; ``where`` says it to people, e.g. ``row 17``. ``paths`` are those of images
+    that are files, ``spans`` (offset, size, offset, size ...) those of images inside a tar; a table
+    with images inside has neither.
     """
 
     group: int
@@ -34,6 +36,7 @@ class Row:
     values: dict[str, Any]
     paths: tuple[str, ...] = ()
     spans: tuple[int, ...] = ()
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Place:
     number: int
     paths: tuple[str, ...]
     spans: tuple[int, ...]
+    where: str = ""
 
 
 Images = tuple[bytes | UnreadableImage, ...]
@@ -59,9 +63,12 @@ class RowReader(Protocol):
         """What a row has, the images included. DataError when files differ in it."""
         ...
 
-    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+    def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         """All rows of a file in their order, with the values of these columns; no list is longer
         than :data:`ROWS_AT_ONCE` or goes over the border of a group.
+
+        What of the file makes no row is noted in ``left_out``, under the file's name in the data
+        set: rows that cannot be read, and what lies beside the rows.
         """
         ...
 
@@ -69,14 +76,10 @@ class RowReader(Protocol):
         """The encoded images of some rows of a group, which are given in their order."""
         ...
 
-    def describe(self, file: int, number: int) -> str:
-        """How messages name a row."""
-        ...
 
-
-def describe_row(files: SourceFiles, file: int, number: int) -> str:
-    """``train-00000.parquet row 17``, counted from 0 as tables are."""
-    return f"{files.paths[file]} row {number}"
+def describe(files: SourceFiles, file: int, where: str) -> str:
+    """How messages name a row: ``data/train-00000.parquet row 17``."""
+    return f"{files.paths[file]} {where}"
 
 
 def load_file(path: Path) -> bytes | UnreadableImage:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ..basics.errors import DataError
 from .files import SourceFiles
+from .left_out import LeftOut
 from .rows import (
     MAX_IMAGE_BYTES,
     ROWS_AT_ONCE,
@@ -20,7 +21,7 @@ from .rows import (
     Row,
     UnreadableImage,
     check_columns,
-    describe_row,
+    describe,
     load_file,
     too_large,
 )
@@ -45,7 +46,7 @@ class ParquetReader:
         with self._opened(0) as table:
             return list(table.schema_arrow.names)
 
-    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+    def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         with self._opened(file) as table:
             schema = table.schema_arrow
             check_columns([*columns, *self.images], schema.names, str(self.files.paths[file]))
@@ -55,16 +56,17 @@ class ParquetReader:
             number, found = 0, list[Row]()
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(AT_ONCE, [group], wanted):
+                    where = f"row {number}"
                     if batch.nbytes > MAX_ROW_BYTES:
                         raise DataError(
-                            f"{self.describe(file, number)}: holds {batch.nbytes} bytes beside its "
-                            f"images, at most {MAX_ROW_BYTES} are taken",
+                            f"{describe(self.files, file, where)}: holds {batch.nbytes} bytes "
+                            f"beside its images, at most {MAX_ROW_BYTES} are taken",
                             str(self.files.paths[file]),
                             "too-large",
                         )
                     [values] = batch.to_pylist()
                     paths = self._paths(values) if as_paths else ()
-                    found.append(Row(group, number, values, paths))
+                    found.append(Row(group, number, values, paths, where=where))
                     number += 1
                     if len(found) == ROWS_AT_ONCE:
                         yield found
@@ -88,9 +90,6 @@ class ParquetReader:
                 if place is None:
                     return
                 first += 1
-
-    def describe(self, file: int, number: int) -> str:
-        return describe_row(self.files, file, number)
 
     def _paths(self, values: dict[str, Any]) -> tuple[str, ...]:
         return tuple(values[name] or "" for name in self.images)
@@ -129,7 +128,7 @@ class CsvReader:
         with self._opened(0, ()) as table:
             return list(table.schema.names)
 
-    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+    def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         with self._opened(file, ()) as table:
             check_columns([*columns, *self.images], table.schema.names, str(self.files.paths[file]))
         number = 0
@@ -138,16 +137,19 @@ class CsvReader:
                 for start in range(0, len(block), ROWS_AT_ONCE):
                     rows = block.slice(start, ROWS_AT_ONCE).to_pylist()
                     yield [
-                        Row(0, number + index, row, tuple(row[name] for name in self.images))
+                        Row(
+                            0,
+                            number + index,
+                            row,
+                            tuple(row[name] for name in self.images),
+                            where=f"row {number + index}",
+                        )
                         for index, row in enumerate(rows)
                     ]
                     number += len(rows)
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         yield from load_beside(self.files, file, places)
-
-    def describe(self, file: int, number: int) -> str:
-        return describe_row(self.files, file, number)
 
     @contextmanager
     def _opened(self, file: int, columns: Sequence[str]) -> Iterator[pc.CSVStreamingReader]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..basics.errors import DataError
 from .files import SourceFiles
+from .left_out import LeftOut
 from .rows import (
     MAX_IMAGE_BYTES,
     ROWS_AT_ONCE,
@@ -25,7 +26,6 @@ from .rows import (
     Row,
     UnreadableImage,
     check_columns,
-    describe_row,
     too_large,
 )
 
@@ -47,14 +47,14 @@ class TarReader:
         path = self.files.paths[0]
         raise DataError(f"{path}: holds no samples", str(path), "empty")
 
-    def rows(self, file: int, columns: Sequence[str]) -> Iterator[list[Row]]:
+    def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         found: list[Row] = []
         for number, (key, members) in enumerate(self._samples(file)):
             record = self._record(file, key, members)
             check_columns(columns, list(record), f"{self.files.paths[file]} key {key}")
             spans = tuple(part for name in self.images for part in members[name])
             values = {name: record[name] for name in columns}
-            found.append(Row(0, number, values, spans=spans))
+            found.append(Row(0, number, values, spans=spans, where=f"key {key}"))
             if len(found) == ROWS_AT_ONCE:
                 yield found
                 found = []
@@ -67,9 +67,6 @@ class TarReader:
             for place in places:
                 spans = zip(place.spans[::2], place.spans[1::2], strict=True)
                 yield tuple(_read(tar.fileno(), *span) for span in spans)
-
-    def describe(self, file: int, number: int) -> str:
-        return describe_row(self.files, file, number)
 
     def _samples(self, file: int) -> Iterator[tuple[str, dict[str, Span]]]:
         """Key and place of the members of every sample, each whole."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.basics import files
 from cdpo.engine.basics.errors import CheckpointError, DataError
-from cdpo.engine.basics.files import replacing
+from cdpo.engine.basics.files import lfs_pointer, replacing
 
 
 def test_the_new_file_takes_the_place_of_the_old_one_with_its_count_and_hash(
@@ -80,3 +80,15 @@ def test_libraries_write_into_it(tmp_path: Path) -> None:
     with replacing(tmp_path / "t.jsonl") as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in range(3))
     assert (tmp_path / "t.jsonl").read_text() == "0\n1\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "is_one"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", True),
+        (b"version https://git-lfs", False),
+        (b"", False),
+    ],
+)
+def test_pointers_of_git_lfs(head, is_one):
+    assert lfs_pointer(head) == is_one

@@ -99,7 +99,10 @@ def test_the_manifest_says_what_became_of_every_row(plain, tiny_world):
 
 def test_what_is_left_behind(plain):
     names = {path.name for path in plain.parent.iterdir()}
-    assert names == {"contact_sheet.png", "recipe.yaml", "scores.parquet", "shards", "source"}
+    assert names == {
+        *("contact_sheet.png", "left_out.csv", "recipe.yaml", "scores.parquet", "shards"),
+        "source",
+    }
     assert not list(plain.parent.rglob("*.tmp"))
     table = pq.read_table(plain.parent / "scores.parquet").to_pylist()
     assert len(table) == 96

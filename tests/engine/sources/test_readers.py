@@ -17,6 +17,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.index import Index, open_index
+from cdpo.engine.sources.left_out import LeftOut
 from cdpo.engine.sources.pictures import load_records
 from cdpo.engine.sources.records import NO_CAPTION
 from cdpo.engine.sources.rows import Place, RowReader, UnreadableImage
@@ -56,7 +57,8 @@ def test_parquet_of_several_files_and_row_groups(tmp_path):
     assert read(tmp_path / "index", Paired(path=str(tmp_path / "data"))) == EXPECTED
     pattern = Paired(path=str(tmp_path / "data" / "*-1.parquet"))
     assert read(tmp_path / "index", pattern) == EXPECTED[16:]
-    assert read(tmp_path / "index", Paired(path=str(tmp_path), limit=10)) == EXPECTED[:8]
+    whole = Paired(path=str(tmp_path / "data"), limit=10)
+    assert read(tmp_path / "index", whole) == EXPECTED[:8]
 
 
 def test_webdataset_tars(tmp_path):
@@ -308,7 +310,7 @@ def test_a_value_that_all_rows_share_is_not_read_once_a_row(tmp_path):
     pa.set_memory_pool(pool)
     try:
         reader = open_source(images)
-        [first, *_] = reader.rows(0, ["caption"])
+        [first, *_] = reader.rows(0, ["caption"], LeftOut())
         places = [Place(row.number, (), ()) for row in first[:20]]
         assert sum(len(image) == large for [image] in reader.load(0, 0, places)) == len(places)
         with refused(DataError, "too-large", str(captions.path)):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Paired, Ranked
+from cdpo.engine.sources.left_out import LeftOut
 from cdpo.engine.sources.records import (
     CONTRADICTORY,
     HELD_OUT,
@@ -22,10 +23,11 @@ from refusals import refused
 COLUMNS = ["caption", "label_0", "image_0_uid", "image_1_uid", "best_image_uid", "has_label"]
 
 
-def make(maker: RecordMaker, **values: Any) -> Record | None:
+def make(maker: RecordMaker, left_out: LeftOut | None = None, **values: Any) -> Record | None:
     defaults = {"caption": "a cat", "label_0": 1.0, "image_0_uid": "a", "image_1_uid": "b"}
     row = {**defaults, "best_image_uid": None, "has_label": True, **values}
-    return maker.make(Row(0, 7, row), "x.parquet row 7")
+    row = Row(0, 7, row, where="row 7")
+    return maker.make(row, "x.parquet row 7", "x.parquet", left_out or LeftOut())
 
 
 def paired(**changes: Any) -> RecordMaker:
@@ -61,9 +63,9 @@ def test_a_label_says_how_the_first_image_did(label, winner):
     ],
 )
 def test_rows_without_a_preference_are_counted(values, reason):
-    maker = paired()
-    assert make(maker, **values) is None
-    assert maker.left_out == {reason: 1}
+    left_out = LeftOut()
+    assert make(paired(), left_out, **values) is None
+    assert left_out.rows == left_out.counts == {reason: 1}
 
 
 @pytest.mark.parametrize("label", [0.7, 2, -1, float("inf"), "0.3"])
@@ -90,10 +92,8 @@ def test_whether_a_row_was_judged_is_true_or_false():
 
 
 def test_best_image_is_looked_at_only_where_it_says_something():
-    maker = paired()
-    assert make(maker, best_image_uid="a") and make(maker, best_image_uid="tie")
+    assert make(paired(), best_image_uid="a") and make(paired(), best_image_uid="tie")
     assert make(paired(best_image=None), best_image_uid="b")
-    assert not maker.left_out
 
 
 def test_optional_columns_are_read_where_they_are():
@@ -105,9 +105,9 @@ def test_optional_columns_are_read_where_they_are():
 
 def test_given_scores():
     maker = RecordMaker(Ranked(path="p"), ["caption", "score"], ())
-    record = maker.make(Row(0, 0, {"caption": "x", "score": "1.5"}, ("a.png",)), "")
+    rows = [Row(0, 0, {"caption": "x", "score": score}, ("a.png",)) for score in ("1.5", None)]
+    record, empty = (maker.make(row, "", "", LeftOut()) for row in rows)
     assert record is not None and (record.scores, record.names) == ((1.5,), ("a.png",))
-    empty = maker.make(Row(0, 0, {"caption": "x", "score": None}), "")
     assert empty is not None and empty.scores[0] != empty.scores[0]
     with refused(DataError, "wrong-type", "score"):
-        maker.make(Row(0, 3, {"caption": "x", "score": "good"}), "t.csv row 3")
+        maker.make(Row(0, 3, {"caption": "x", "score": "good"}), "t.csv row 3", "t.csv", LeftOut())
