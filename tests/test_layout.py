@@ -33,6 +33,8 @@ ROOMS["preparing"] = set(ROOMS) - {"objectives", "kernels"}
 ROOMS["training"] = set(ROOMS) - {"preparing"}
 ROOMS["comparing"] = set(ROOMS) - {"shards", "curriculum"}
 ROOMS["root"] = set(ROOMS)
+# Functions that look for a word in what others say, or cut it themselves to hide passwords.
+LOOKED_AT = {"told_by", "is_out_of_memory", "_is_of_a_collective", "_global_in", "reason_of"}
 PROTOCOL = "cdpo.engine.models.protocol."  # all that an objective knows of a model
 # Not installed here, perhaps, but imported by the libraries we use when they are.
 OPTIONAL = {
@@ -146,6 +148,55 @@ def test_files_of_one_room_do_not_import_each_other_in_circles():
 def test_tests_mirror_the_rooms():
     tested = {path.name for path in (ROOT / "tests" / "engine").iterdir() if path.is_dir()}
     assert tested - {"__pycache__"} == set(ROOMS) - {"kernels", "root"}
+
+
+def _our_errors() -> set[str]:
+    """Names of the classes that derive from CdpoError, wherever they are."""
+    ours, classes = {"CdpoError"}, list[ast.ClassDef]()
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes += [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    for _ in range(4):  # levels of inheritance
+        ours |= {c.name for c in classes if any(getattr(b, "id", "") in ours for b in c.bases)}
+    return ours
+
+
+def _foreign_errors(tree: ast.AST, ours: set[str]) -> Iterator[tuple[str, ast.AST]]:
+    """Names of caught or given errors of others, each with the code in which it is one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and node.name and node.type is not None:
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(getattr(kind, "id", None) not in ours for kind in kinds):
+                yield node.name, node
+        elif isinstance(node, ast.FunctionDef):
+            for argument in node.args.args:
+                kind = getattr(argument.annotation, "id", "")
+                if kind.endswith(("Error", "Exception")) and kind not in ours:
+                    yield argument.arg, node
+
+
+def test_what_others_say_is_never_passed_on_as_it_is():
+    """Not in f-strings, as str() or repr(), or by attributes that hold text: through `told_by`."""
+    ours, bare = _our_errors(), set()
+    assert "UnreadableImage" in ours
+    for path in SOURCES:
+        if not relative(path).startswith("engine/"):
+            continue
+        for name, code in _foreign_errors(ast.parse(path.read_text(encoding="utf-8")), ours):
+            for node in ast.walk(code):
+                match node:
+                    case ast.FormattedValue(value=ast.Name(id=found)):
+                        pass
+                    case ast.Call(func=ast.Name(id="str" | "repr"), args=[ast.Name(id=found)]):
+                        pass
+                    case ast.Attribute(value=ast.Name(id=found), attr="strerror" | "args"):
+                        pass
+                    case _:
+                        continue
+                function = getattr(code, "name", None)
+                if found == name and function not in LOOKED_AT:
+                    bare.add(f"{relative(path)}:{node.lineno}")
+    assert not bare, "\n".join(sorted(bare))
 
 
 def test_every_error_of_ours_says_its_kind():

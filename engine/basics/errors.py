@@ -6,6 +6,10 @@ any other exception is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 EXIT_OK = 0
@@ -18,21 +22,66 @@ EXIT_OUTSIDE = 6
 EXIT_STOPPED = 75
 
 
+MOST_CHARACTERS = 2000  # of a message of ours
+MOST_TOLD = 200  # of another library's inside it
+# Escape sequences of terminals: colours and cursors (CSI), titles and links (OSC), the rest.
+_ESCAPES = re.compile(
+    r"(\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
+)
+# What ends lines, moves cursors or turns the direction of a text, and halves of characters.
+_CONTROLS = re.compile(r" *([\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]\s*)+")
+_SENTENCE = re.compile(r"(?<=[^\s.]{2})[.!]\s+(?=[A-Z])")
+
+
+def told_by(error: BaseException) -> str:
+    """What an error of another library or of the system says, as a part of a line of ours: its
+    first sentence, without escape sequences and control characters, in at most
+    :data:`MOST_TOLD` characters; its class where it says nothing.
+
+    Whatever is put into a message goes through here. What follows the first sentence is advice for
+    programmers ("re-run with weights_only=False"), which users of ours must not take.
+    """
+    number = getattr(error, "errno", None)
+    if isinstance(error, OSError) and number in errno.errorcode:
+        return os.strerror(number)  # str() names the file again, which the message does
+    lines = str(error)[: 4 * MOST_CHARACTERS].strip().split("\n")
+    text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
+    text = _SENTENCE.split(plain(" ".join(text.split())), maxsplit=1)[0].removesuffix(".")
+    if isinstance(error, KeyError) or not text:  # of which the key is all that is said
+        text = f"{type(error).__name__} {text}".strip()
+    return plain(text, MOST_TOLD)
+
+
+def plain(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text as one line that no terminal obeys, whose middle is left out if it is too long."""
+    if len(text) > 2 * most:  # megabytes need not be looked through
+        text = f"{text[:most]} {text[-most:]}"
+    text = _CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip()
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
 class CdpoError(Exception):
     """Base of the errors that are the user's to mend: the message says what, where and the fix.
 
     ``key`` is what it is about, as a program would name it: a dotted key of the recipe, a file, a
     column, a sample. ``kind`` is what is wrong with it, in one or two words joined by a hyphen that
     stay when the message is worded anew: `unknown`, `missing`, `damaged`, `mismatch` ...
+
+    A message is one line, whatever names and texts it was made of; a sequence has a line for each
+    of several problems.
     """
 
     exit_code = EXIT_DEFECT
     of_all_ranks = False
     """Whether every rank raises it now, and none need be told."""
 
-    def __init__(self, message: str, key: str | None = None, kind: str | None = None) -> None:
+    def __init__(
+        self, message: str | Sequence[str], key: str | None = None, kind: str | None = None
+    ) -> None:
         super().__init__(message, key, kind)
-        self.message, self.key, self.kind = message, key, kind
+        self.message = "\n".join(map(plain, [message] if isinstance(message, str) else message))
+        self.key, self.kind = key, kind
 
     def __str__(self) -> str:
         return self.message

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CdpoError, DataError
+from .errors import CdpoError, DataError, told_by
 
 
 class NewFile(io.RawIOBase):
@@ -66,8 +66,8 @@ def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> It
         with suppress(OSError):
             temporary.unlink()
         if error is not None and isinstance(raised, OSError):
-            reason = raised.strerror or raised
-            raise error(f"cannot write {path}: {reason}", str(path), "unwritable") from raised
+            message = f"cannot write {path}: {told_by(raised)}"
+            raise error(message, str(path), "unwritable") from raised
         raise
 
 

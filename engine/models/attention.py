@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (N, S, H, d), key (N, T, H, d), value (N, T, H, d)) -> (N, S, H, d): N images, S and T
@@ -87,17 +87,16 @@ def choose_attention(
         except ImportError as error:
             if wanted != "auto":
                 raise RecipeError(
-                    f"speed.attention={name}: {error}. Install it with {PACKAGES[name][2]}, or use "
-                    "auto",
+                    f"speed.attention={name}: {told_by(error)}. Install it with "
+                    f"{PACKAGES[name][2]}, or use auto",
                     "speed.attention",
                     "not-installed",
                 ) from None
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if wanted != "auto":
-                reason = str(error).strip().split("\n")[0]
                 raise RecipeError(
                     f"speed.attention={name} does not work with {dtype} on {device.type} "
-                    f"({reason}): use auto or sdpa",
+                    f"({told_by(error)}): use auto or sdpa",
                     "speed.attention",
                     "unsupported",
                 ) from None

@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..basics.errors import CdpoError, OutsideError
+from ..basics.errors import CdpoError, OutsideError, told_by
 from ..basics.shipped import locate
 from ..recipe import Model
 
@@ -46,7 +46,9 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
     except CdpoError:
         raise
     except Exception as error:
-        reason, failure = (str(error).strip() or type(error).__name__).split("\n")[0], "unreadable"
+        reason, failure = told_by(error), "unreadable"
+        if isinstance(error, OSError) and error.filename:  # a file of the folder's
+            reason += f": {error.filename}"
         cached = os.path.join(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}")
         if offline and not os.path.exists(cached):
             reason = "it is no folder, and not in the hub's cache"
@@ -73,7 +75,7 @@ def why_offline(endpoint: str) -> str | None:
             get_session().head(endpoint, timeout=seconds, follow_redirects=False)
             reasons.append(None)
         except Exception as error:
-            reasons.append(str(error) or type(error).__name__)
+            reasons.append(told_by(error))
 
     asking = Thread(target=ask, daemon=True)
     asking.start()

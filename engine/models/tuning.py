@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels import use as use_kernels
 from ...kernels.dispatch import INTERPRETED
 from ...kernels.fuse import fuse
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 from ..recipe import Recipe, Speed
 from .attention import Attend, choose_attention, use_attention
 from .protocol import Backbone
@@ -274,9 +274,8 @@ def _check_compiler(mode: str, device: torch.device) -> None:
     try:
         torch.compile(_something_small)(torch.ones(8, device=device))
     except Exception as error:  # dynamo and inductor have no common base for what can go wrong
-        reason = str(error).strip().split("\n")[0]
         raise RecipeError(
-            f"speed.compile={mode}: torch.compile does not work here ({reason}): use off",
+            f"speed.compile={mode}: torch.compile does not work here ({told_by(error)}): use off",
             "speed.compile",
             "unsupported",
         ) from None
@@ -299,5 +298,5 @@ def _choose_kernels(mode: str, device: torch.device) -> None:
         use_kernels(mode)
     except RuntimeError as error:
         raise RecipeError(
-            f"train.kernels={mode}: {error}", "train.kernels", "not-installed"
+            f"train.kernels={mode}: {told_by(error)}", "train.kernels", "not-installed"
         ) from None

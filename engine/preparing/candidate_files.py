@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..basics.errors import ShardError
+from ..basics.errors import ShardError, told_by
 from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..shards.tar_index import SampleIndex, index_samples, read_span
@@ -94,7 +94,7 @@ def _opened(
         yield None
         return
     except OSError as error:
-        reason = f"cannot be opened: {error.strerror or error}"
+        reason = f"cannot be opened: {told_by(error)}"
         raise ShardError(str(path), reason, kind="unreadable") from None
     with file:
         index = index_samples(file.fileno(), str(path), (IMAGE, RECORD))
@@ -149,13 +149,17 @@ class _Stored:
                 raise self._error(row, IMAGE, reason, "too-large")
             return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self._error(row, IMAGE, f"not a readable PNG ({error})", "damaged") from None
+            raise self._error(
+                row, IMAGE, f"not a readable PNG ({told_by(error)})", "damaged"
+            ) from None
 
     def _record(self, row: int) -> dict[str, Any]:
         try:
             record = json.loads(self._member(row, RECORD, MAX_RECORD_BYTES))
         except (ValueError, RecursionError) as error:
-            raise self._error(row, RECORD, f"not valid JSON ({error})", "damaged") from None
+            raise self._error(
+                row, RECORD, f"not valid JSON ({told_by(error)})", "damaged"
+            ) from None
         if not isinstance(record, dict):
             raise self._error(row, RECORD, "not a JSON object", "wrong-type")
         return record

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import replacing
 from ..display.terminal import Terminal
@@ -122,7 +122,9 @@ class Scoring:
                 scores[records] = found
             except (ValueError, OSError) as error:  # pyarrow's own errors are one or the other
                 raise DataError(
-                    f"scores: {path} cannot be read ({error}): remove it", str(path), "damaged"
+                    f"scores: {path} cannot be read ({told_by(error)}): remove it",
+                    str(path),
+                    "damaged",
                 ) from None
             known[records] = True
             named = zip(records.tolist(), why, strict=True)

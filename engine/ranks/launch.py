@@ -31,6 +31,7 @@ from ..basics.errors import (
     CdpoError,
     OutsideError,
     StopRequested,
+    told_by,
 )
 from ..display.terminal import Terminal
 from ..recipe import Recipe
@@ -88,10 +89,9 @@ def run_verb(
         if peers.failure is not None:
             leave(peers.failure.code)
         rank = os.environ.get("RANK", "0")
-        reason = str(error).strip().split("\n")[0]
         Terminal().error(
             f"rank {rank} has lost the others, or waited for them longer than "
-            f"cluster.timeout_minutes={recipe.cluster.timeout_minutes:g}: {reason}"
+            f"cluster.timeout_minutes={recipe.cluster.timeout_minutes:g}: {told_by(error)}"
         )
         leave(EXIT_OUTSIDE)
     except Exception:

@@ -10,7 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -31,7 +31,7 @@ class RunLock:
             self._file = open(path, "a+")  # noqa: SIM115 (held, not scoped)
         except OSError as error:
             raise RecipeError(
-                f"run_dir {run_dir} cannot be written: {error.strerror}", "run_dir", "unwritable"
+                f"run_dir {run_dir} cannot be written: {told_by(error)}", "run_dir", "unwritable"
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +45,7 @@ class RunLock:
                     "in-use",
                 ) from None
             raise RecipeError(
-                f"run_dir {run_dir} cannot be locked ({error.strerror}), and two runs in it would "
+                f"run_dir {run_dir} cannot be locked ({told_by(error)}), and two runs in it would "
                 "destroy each other: mount its file system with locks, or give a folder elsewhere",
                 "run_dir",
                 "unsupported",
@@ -58,7 +58,7 @@ class RunLock:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RecipeError(
-                f"run_dir {run_dir} cannot be written: {error.strerror}", "run_dir", "unwritable"
+                f"run_dir {run_dir} cannot be written: {told_by(error)}", "run_dir", "unwritable"
             ) from None
 
     def release(self) -> None:

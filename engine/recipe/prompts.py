@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..basics.errors import told_by
 from .section import PositiveInt, Section
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -141,7 +142,7 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
-            f"template {template!r}: {error}; a brace that is meant as such is doubled"
+            f"template {template!r}: {told_by(error)}; a brace that is meant as such is doubled"
         ) from None
     for _, name, format_spec, conversion in parts:
         if name is not None and (not name.isidentifier() or format_spec or conversion):

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 from ..basics.shipped import locate
 from .keys import SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
 from .schema import Recipe
@@ -69,7 +69,7 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
             raise RecipeError(f"{name} is {size}: not a recipe", str(path), "too-large")
         text = raw.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "its name or text is not UTF-8"
+        reason = told_by(error) if isinstance(error, OSError) else "its name or text is not UTF-8"
         raise RecipeError(f"{name} cannot be read: {reason}", str(path), "unreadable") from None
     values = source.read(text)
     if source.problems and values is None:  # not YAML: nothing further could be said

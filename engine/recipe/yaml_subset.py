@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 
 MAX_DEPTH = 16  # the schema nests four deep; the bound keeps hostile files off Python's stack
 
@@ -114,7 +114,7 @@ class Source:
     def error(self) -> RecipeError:
         """All problems in one error, a line each."""
         key, kind, _ = self.problems[0]
-        error = RecipeError("\n".join(message for _, _, message in self.problems), key, kind)
+        error = RecipeError([message for _, _, message in self.problems], key, kind)
         error.problems = tuple(self.problems)
         return error
 
@@ -135,9 +135,11 @@ class Source:
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() of a \U escape too big
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and not key else ""
-            reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+            reason = getattr(error, "problem", None) or getattr(error, "reason", None)
             kind = "unsupported" if isinstance(error, _NotTakenError) else "damaged"
-            self.fail(key, kind, f"{line}not YAML that can be read here: {reason}")
+            self.fail(
+                key, kind, f"{line}not YAML that can be read here: {reason or told_by(error)}"
+            )
             return None
         return None if node is None else self._plain(node, key)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..basics.errors import OutsideError
+from ..basics.errors import OutsideError, told_by
 from ..recipe.reward import PythonSpec
 
 
@@ -45,10 +45,9 @@ def load_function(name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the module, which may raise anything
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise OutsideError(
-            f"reward.function={name} cannot be imported: {reason}; install its package, or put its "
-            "folder on PYTHONPATH",
+            f"reward.function={name} cannot be imported: {told_by(error)}; install its package, or "
+            "put its folder on PYTHONPATH",
             "reward.function",
             "not-installed",
         ) from None

@@ -13,7 +13,6 @@ little endian. What a kill left half written, or a disk damaged, is passed over.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import uuid
 import zlib
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..basics.errors import CdpoError, DataError, OutsideError
+from ..basics.errors import CdpoError, DataError, OutsideError, told_by
 from ..display.terminal import Terminal
 from .protocol import Scorer
 
@@ -72,7 +71,7 @@ class ScoreCache:
             with self._file.open("ab") as file:
                 file.write(b"".join(_record(*item) for item in scores.items()))
         except OSError as error:
-            message = f"cannot write {self._file}: {os.strerror(error.errno or 0)}"
+            message = f"cannot write {self._file}: {told_by(error)}"
             raise DataError(message, str(self._file), "unwritable") from None
 
 
@@ -155,7 +154,7 @@ class ScoredCall:
             if isinstance(error, torch.AcceleratorError):  # stays: the next image would fail too
                 raise OutsideError(
                     f"{self.label}: the device failed over {len(places)} images from "
-                    f"{names[places[0]]} on: {_first_line(error)}; start again",
+                    f"{names[places[0]]} on: {told_by(error)}; start again",
                     self.label,
                     "device",
                 ) from None
@@ -179,7 +178,7 @@ class ScoredCall:
 
     def _halve(self, tried: int, error: Exception) -> None:
         if tried == 1:
-            message = f"{self.label}: out of memory with one image at a time: {_first_line(error)}"
+            message = f"{self.label}: out of memory with one image at a time: {told_by(error)}"
             raise OutsideError(message, self.label, "too-large")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -191,7 +190,7 @@ class ScoredCall:
 
     def _fail(self, name: str, error: Exception) -> None:
         self.failed += 1
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {told_by(error)}"
         if not self.succeeded and self.failed == HOPELESS:
             message = f"{self.label} failed on each of the first {HOPELESS} images: {reason}"
             raise DataError(message, self.label, "non-finite")
@@ -234,7 +233,3 @@ def _names(prompts: Sequence[str]) -> list[str]:
             seen[prompt] += 1
 
     return list(named())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no reason given").split("\n")[0]

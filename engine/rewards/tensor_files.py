@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..basics.errors import told_by
+
 WRAPPERS = ("state_dict", "model", "module")  # keys that trainers put their weights under
 
 
@@ -74,8 +76,7 @@ def _read_pytorch(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0] or "it ends too early"
-        raise ValueError(f"it is no file of tensors alone: {reason}") from None
+        raise ValueError(f"it is no file of tensors alone: {told_by(error)}") from None
 
 
 def _float(value: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ..basics.errors import ShardError
+from ..basics.errors import ShardError, told_by
 from .webp import MAX_HEADER, decode_webp, encode_webp
 
 Kind = Literal["latents", "moments", "raw"]
@@ -196,7 +196,7 @@ class ImageContents:
             try:
                 pair.append(self._decode_image(data, self.resolution))
             except ValueError as error:
-                raise ShardError(shard, str(error), key, member, "damaged") from None
+                raise ShardError(shard, told_by(error), key, member, "damaged") from None
         return np.stack(pair)
 
     def check(self, pair: np.ndarray, shard: str, key: str) -> None:

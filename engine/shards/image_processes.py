@@ -20,6 +20,7 @@ from typing import IO
 
 import numpy as np
 
+from ..basics.errors import told_by
 from .webp import decode_webp
 
 REQUEST = struct.Struct("<III")  # height, width, bytes of the file, which follows
@@ -130,7 +131,7 @@ def _serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             pixels = decode_webp(requests.read(size), (height, width)).tobytes()
             replies.write(REPLY.pack(True, len(pixels)) + pixels)
         except ValueError as error:
-            reason = str(error).encode()
+            reason = told_by(error).encode()
             replies.write(REPLY.pack(False, len(reason)) + reason)
         replies.flush()
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from ..basics.files import replacing
 from .contents import Contents, Kind, contents_of
 
@@ -185,7 +185,7 @@ def parse_manifest(text: bytes, path: str, sha256: str | None = None) -> Manifes
     try:
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        what = f"{path}: not valid JSON ({error}); run prepare again"
+        what = f"{path}: not valid JSON ({told_by(error)}); run prepare again"
         raise DataError(what, path, "damaged") from None
     if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
         version = found.get("format_version") if isinstance(found, dict) else None
@@ -232,7 +232,7 @@ def _read_bounded(path: Path) -> bytes:
         what = f"no shards in {path.parent} ({what}): run prepare first"
         raise DataError(what, str(path), "missing") from None
     except OSError as error:
-        what = f"cannot read {path}: {error.strerror or error}"
+        what = f"cannot read {path}: {told_by(error)}"
         raise DataError(what, str(path), "unreadable") from None
     if len(text) > MAX_BYTES:
         what = f"{path}: over {MAX_BYTES} bytes, that is no manifest of ours"

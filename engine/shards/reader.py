@@ -19,7 +19,7 @@ from threading import Lock
 
 import numpy as np
 
-from ..basics.errors import ShardError
+from ..basics.errors import ShardError, told_by
 from .contents import contents_of
 from .image_processes import ImageProcesses
 from .manifest import Manifest, ShardEntry
@@ -256,6 +256,6 @@ def _verify(file: _File, entry: ShardEntry, shard: str) -> None:
         with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
+        reason = f"cannot be read: {told_by(error)}"
         raise ShardError(shard, reason, kind="unreadable") from None
     check_against(entry, shard, size, found)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from ..basics.errors import ShardError
+from ..basics.errors import ShardError, told_by
 from .manifest import Manifest, ShardEntry, load_manifest
 
 
@@ -80,7 +80,7 @@ class LocalStore:
         if isinstance(error, FileNotFoundError):
             reason = "missing; copy it here or run prepare again"
             return ShardError(self.name_of(entry), reason, kind="missing")
-        reason = f"cannot be opened: {error.strerror or error}"
+        reason = f"cannot be opened: {told_by(error)}"
         return ShardError(self.name_of(entry), reason, kind="unreadable")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..basics.errors import ShardError
+from ..basics.errors import ShardError, told_by
 
 BLOCK = 512
 _MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]{1,128})\.([A-Za-z0-9_.-]+)")
@@ -92,7 +92,7 @@ def read_span(descriptor: int, shard: str, offset: int, size: int) -> bytes:
         try:
             part = os.pread(descriptor, size, offset)
         except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
+            reason = f"cannot be read: {told_by(error)}"
             raise ShardError(shard, reason, kind="unreadable") from None
         if not part:
             raise ShardError(shard, f"ends at byte {offset}, {size} bytes early", kind="truncated")

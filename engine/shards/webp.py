@@ -12,6 +12,8 @@ import struct
 import numpy as np
 from PIL import Image
 
+from ..basics.errors import told_by
+
 MAX_HEADER = 64 * 1024  # header, and the codes of the symbols: bounded whatever the image
 _HEADER_BYTES = 25
 
@@ -39,7 +41,7 @@ def decode_webp(data: bytes | memoryview, resolution: tuple[int, int]) -> np.nda
                 raise ValueError(f"has mode {image.mode}, expected RGB")
             return np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"is not a readable image ({error})") from None
+        raise ValueError(f"is not a readable image ({told_by(error)})") from None
 
 
 def _size_in_header(data: bytes | memoryview) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from .index import Part
 from .rows import RowReader, UnreadableImage, describe
 
@@ -61,7 +61,7 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
             raise UnreadableImage("is empty", kind="empty") from None
         raise UnreadableImage(f"is no image of {', '.join(FORMATS)}", kind="unsupported") from None
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise UnreadableImage(f"is damaged ({error})", kind="damaged") from None
+        raise UnreadableImage(f"is damaged ({told_by(error)})", kind="damaged") from None
     return _fitted(rgb, resolution)
 
 

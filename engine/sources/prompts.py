@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import keyed
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from ..basics.keyed import Stream, content_id
 from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
@@ -79,7 +79,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
         # Not `splitlines`, which cuts at U+2028 and other characters that are part of a prompt.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
+        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
     for number, line in enumerate(lines, start=1):
@@ -118,7 +118,7 @@ def _json_lines(path: str, column: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield _json_cell(line, f"{path}:{number}", column)
     except OSError as error:
-        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
+        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
 
 
 def _json_cell(line: bytes, where: str, column: str) -> tuple[str, Any]:
@@ -131,7 +131,7 @@ def _json_list(path: str, column: str) -> Iterator[tuple[str, Any]]:
         with open(path, "rb") as file:
             content = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
+        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
     entries = _json(content, path, MAX_JSON_BYTES)
     if not isinstance(entries, list):
         raise DataError(f"prompts: {path} is no JSON list", path, "wrong-type")
@@ -146,7 +146,9 @@ def _json(text: bytes, where: str, most: int) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"prompts: {where} is not JSON: {error}", where, "damaged") from None
+        raise DataError(
+            f"prompts: {where} is not JSON: {told_by(error)}", where, "damaged"
+        ) from None
 
 
 def _cell(row: Any, where: str, column: str) -> tuple[str, Any]:

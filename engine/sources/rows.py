@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from .files import SourceFiles
 from .left_out import LeftOut
 
@@ -99,8 +99,7 @@ def load_file(path: Path) -> bytes | UnreadableImage:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        return UnreadableImage(f"{path}: {reason}", str(path), "unreadable")
+        return UnreadableImage(f"{path}: {told_by(error)}", str(path), "unreadable")
 
 
 def too_large(size: int) -> str:

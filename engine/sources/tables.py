@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from .files import SourceFiles
 from .left_out import LeftOut
 from .rows import (
@@ -112,7 +112,7 @@ class ParquetReader:
             with pq.ParquetFile(path, buffer_size=STREAM_BUFFER, pre_buffer=False) as table:
                 yield table
         except (pa.ArrowException, OSError) as error:
-            told = f"{path}: cannot be read as parquet: {_first_line(error)}"
+            told = f"{path}: cannot be read as parquet: {told_by(error)}"
             raise DataError(told, str(path), "unreadable") from None
 
 
@@ -166,7 +166,7 @@ class CsvReader:
             with pc.open_csv(path, parse_options=parse, convert_options=convert) as table:
                 yield table
         except (pa.ArrowException, OSError) as error:
-            told = f"{path}: cannot be read as CSV: {_first_line(error)}"
+            told = f"{path}: cannot be read as CSV: {told_by(error)}"
             raise DataError(told, str(path), "unreadable") from None
 
 
@@ -202,7 +202,3 @@ def _has_bytes(kind: pa.DataType) -> bool:
         kind.field(index).name == "bytes" and _is_bytes(kind.field(index).type)
         for index in range(kind.num_fields)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, told_by
 from .files import SourceFiles
 from .left_out import LeftOut
 from .rows import (
@@ -104,7 +104,7 @@ class TarReader:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            told = f"{path} key {key}: {RECORD} is not valid JSON ({error})"
+            told = f"{path} key {key}: {RECORD} is not valid JSON ({told_by(error)})"
             raise DataError(told, key, "damaged") from None
         if not isinstance(record, dict):
             raise DataError(f"{path} key {key}: {RECORD} is not a JSON object", key, "wrong-type")
@@ -130,7 +130,7 @@ def _regular_files(path: Path) -> Iterator[tuple[str, Span]]:
                 yield member.name, (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError) as error:
-        told = f"{path}: cannot be read as a tar: {error}"
+        told = f"{path}: cannot be read as a tar: {told_by(error)}"
         raise DataError(told, str(path), "unreadable") from None
     with path.open("rb") as file:
         # tarfile takes whatever is no header for the end.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics.errors import RecipeError
+from ..basics.errors import RecipeError, told_by
 from ..basics.shipped import locate, shipped
 from ..recipe import Recipe
 
@@ -135,7 +135,7 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     config.setdefault("wall_clock_breakdown", False)
     if problems:
         raise RecipeError(
-            "\n".join(f"{recipe.deepspeed}: {problem}" for problem in problems),
+            [f"{recipe.deepspeed}: {problem}" for problem in problems],
             "deepspeed",
             "contradiction",
         )
@@ -261,9 +261,9 @@ def _read_json(name: str) -> dict[str, Any]:
             )
         config = json.loads(raw, object_pairs_hook=unique)
     except OSError as error:
-        raise RecipeError(f"{name} cannot be read: {error.strerror}", name, "unreadable") from None
+        raise RecipeError(f"{name} cannot be read: {told_by(error)}", name, "unreadable") from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{name} is not valid JSON: {error}", name, "damaged") from None
+        raise RecipeError(f"{name} is not valid JSON: {told_by(error)}", name, "damaged") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{name} should hold one JSON object {{...}}", name, "wrong-type")
     return config
@@ -285,10 +285,8 @@ def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
     try:
         DeepSpeedConfig(probe)
     except Exception as error:  # whatever it raises is about the file: we call nothing else
-        text = str(error).split("For further information", 1)[0]
-        reason = " ".join(text.split())
         raise RecipeError(
-            f"{name}: DeepSpeed refuses it: {reason}", "deepspeed", "unsupported"
+            f"{name}: DeepSpeed refuses it: {told_by(error)}", "deepspeed", "unsupported"
         ) from error
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..basics.errors import told_by
 from ..models import load_backbone
 from ..recipe import Adapter, Model
 
@@ -113,4 +114,4 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        raise OSError(told_by(error)) from None

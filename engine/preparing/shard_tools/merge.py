@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import __version__
-from ...basics.errors import DataError, RecipeError
+from ...basics.errors import DataError, RecipeError, told_by
 from ...basics.failpoints import failpoint
 from ...basics.files import sync_path
 from ...shards.manifest import (
@@ -277,7 +277,7 @@ def _writing(into: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        told = f"cannot write {folder}: {error.strerror or error}"
+        told = f"cannot write {folder}: {told_by(error)}"
         raise DataError(told, str(folder), "unwritable") from None
     try:
         _lock(lock, folder)

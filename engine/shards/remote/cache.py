@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...basics.errors import DataError, OutsideError
+from ...basics.errors import DataError, OutsideError, told_by
 
 POLL_SECONDS = 0.02
 
@@ -180,7 +180,7 @@ class ShardCache:
         remedy = "give data.cache another folder, on a local disk"
         if error.errno in _FULL:
             remedy = f"data.cache_gib={self.max_bytes / 2**30:.3g} is more than the disk can give"
-        what = f"shard cache {self.folder}: {error.strerror or error}; {remedy}"
+        what = f"shard cache {self.folder}: {told_by(error)}; {remedy}"
         kind = "no-space" if error.errno in _FULL else "unwritable"
         return DataError(what, str(self.folder), kind)
 

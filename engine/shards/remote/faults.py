@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
+from ...basics.errors import MOST_TOLD, plain
+
 NOT_THERE = 404  # HTTP statuses
 BEYOND_THE_END = 416  # the file is no longer than what is here of it
 _PASSING_STATUS = {408, 425, 429}
@@ -79,5 +81,4 @@ def reason_of(error: BaseException) -> str:
     text += f", asks for {asked:g} s" if asked else ""
     ours = isinstance(error, TimeoutError | InsecureRedirectError)
     kind = "" if ours or status else f"{type(error).__name__}: "
-    line = redact(" ".join(f"{kind}{text}".split())) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."
+    return plain(redact(" ".join(f"{kind}{text}".split())), MOST_TOLD) or type(error).__name__

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from ...basics.errors import DataError, OutsideError, RecipeError
+from ...basics.errors import DataError, OutsideError, RecipeError, told_by
 from ...recipe import Fetch
 from .faults import (
     BEYOND_THE_END,
@@ -224,7 +224,7 @@ def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise _refusal(f"{shown} is no URL: {error}", "wrong-type") from None
+        raise _refusal(f"{shown} is no URL: {told_by(error)}", "wrong-type") from None
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise _refusal(f"{shown}: shards are read from a folder or from {known}", "unsupported")

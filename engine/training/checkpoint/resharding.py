@@ -128,9 +128,13 @@ def load_data(path: str | Path, **options: Any) -> Any:
         with torch.serialization.safe_globals(SAFE):
             return torch.load(path, weights_only=True, **options)
     except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # torch also tells how to turn this off
-        what = f": {found[1]}" if found else ""
-        raise ValueError(f"{Path(path).name} holds more than data{what}") from None
+        raise ValueError(f"{Path(path).name} holds more than data{_global_in(error)}") from None
+
+
+def _global_in(error: UnpicklingError) -> str:
+    """What a pickle would have called; torch tells it within a page on how to allow that."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f": {found[1]}" if found else ""
 
 
 def _open(folder: Path, rank: int, stage: int) -> _Partition:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...basics.errors import CheckpointError, RecipeError
+from ...basics.errors import CheckpointError, RecipeError, told_by
 from ...basics.failpoints import failpoint
 from ...basics.files import replacing, sync_path
 from ...basics.versions import code_version
@@ -207,7 +207,7 @@ class CheckpointStore:
             read(folder, manifest["world_size"])
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             error = CheckpointError(
-                f"checkpoint {folder} cannot be read: {exc}", str(folder), "unreadable"
+                f"checkpoint {folder} cannot be read: {told_by(exc)}", str(folder), "unreadable"
             )
         self.ranks.agree(error)
         return Cursor(manifest["step"], tuple(manifest["skips"]))
@@ -220,7 +220,7 @@ class CheckpointStore:
                 self.passed_over = problems
                 return folder, manifest
             except (OSError, ValueError) as error:
-                problems.append(f"{folder.name}: {error}")
+                problems.append(f"{folder.name}: {told_by(error)}")
         if problems:
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole ({'; '.join(problems)}): "
@@ -277,7 +277,7 @@ class CheckpointStore:
         return sorted(found, reverse=True)
 
     def _cannot_write(self, folder: Path, error: Exception) -> CheckpointError:
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        reason = told_by(error)
         if not isinstance(error, OSError):  # torch does not say so when the disk is full
             reason += f" ({shutil.disk_usage(self.folder).free >> 20} MiB free on the disk)"
         kept = [path.name for _, path in self._committed() if path.name != folder.stem]
@@ -295,7 +295,7 @@ def _fresh_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint folder {folder} cannot be made: {error.strerror}",
+            f"checkpoint folder {folder} cannot be made: {told_by(error)}",
             str(folder),
             "unwritable",
         ) from None
