@@ -7,6 +7,7 @@ run `test_interpreter.py` starts a second pytest for the interpreted half.
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TRITON_RUNS = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
+
+
+def patch_language_once_a_launch() -> None:
+    """Triton's interpreter patches all of its language anew at every call of a device function,
+    which is a third of the time; all is patched when the launch begins, and until it ends.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    everything = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = lambda fn: patch(everything)
+    interpreter.InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
+
+
+if INTERPRETED:
+    patch_language_once_a_launch()
 
 
 @pytest.fixture(params=["torch", *["triton"] * TRITON_RUNS])
