@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def named(run_dir: Path) -> list[dict[str, str]]:
+    """The lines of the run's list of what is not used as it stands."""
+    with (run_dir / "left_out.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:

@@ -6,8 +6,8 @@ Image ``k`` of record ``r`` has the number ``r K + k``, K being the images of a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,20 +17,29 @@ from .pairs import PAIR, equal_width_score_tiers, form_pairs, quantile_tiers
 
 DISAGREE, TOO_CLOSE, UNSCORED = "scores contradict the label", "scores too close", "without a score"
 SWAPPED, KEPT = "labels overruled by scores", "labels kept against scores"
-ONE_IMAGE, ALL_TIE = "captions with one image", "captions whose images all tie"
+ONE_IMAGE, ALL_TIE = "only scored images of a caption", "images of captions that all tie"
 MAX_OF_CAPTION = 4096  # pairs of n images take memory in n squared
 
 
 @dataclass(frozen=True)
 class PairsMade:
-    """Rows of :data:`PAIR`; what was left out or changed, by reason; pairs before any budget; the
-    first image of every caption whose images all tie.
+    """Rows of :data:`PAIR`; pairs before any budget; and what became of the others.
+
+    ``lost`` are the numbers of records that are in no pair, by reason; ``remarks`` those that are,
+    but not as they stand; ``tied`` the first image of every caption whose images all tie.
     """
 
     pairs: np.ndarray
-    counts: Counter[str]
     eligible: int
+    lost: Mapping[str, np.ndarray] = field(default_factory=dict)
+    remarks: Mapping[str, np.ndarray] = field(default_factory=dict)
     tied: Sequence[int] = ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many there are of each of both."""
+        both = {**self.lost, **self.remarks}
+        return Counter({reason: len(rows) for reason, rows in both.items() if len(rows)})
 
 
 def labelled_pairs(
@@ -56,17 +65,18 @@ def labelled_pairs(
     rows = np.arange(len(ids))
     first = np.stack([scores[rows, winners], scores[rows, 1 - winners]], axis=1)
     gaps = first[:, 0].astype(np.float64) - first[:, 1]
-    against, counts = gaps < 0, Counter[str]()
+    against = gaps < 0
     finite = np.isfinite(first).all(axis=1)
     far = (gaps != 0) & (np.abs(gaps) >= curriculum.min_score_gap)
     keep = finite & far
-    counts[UNSCORED] = int((~finite).sum())
-    counts[TOO_CLOSE] = int((finite & ~far).sum())
-    reason = {"drop": DISAGREE, "swap": SWAPPED, "keep": KEPT}[on_disagreement]
-    counts[reason] = int((keep & against).sum())
+    lost = {UNSCORED: np.flatnonzero(~finite), TOO_CLOSE: np.flatnonzero(finite & ~far)}
+    disagree, remarks = np.flatnonzero(keep & against), {}
     swapped = against & (on_disagreement == "swap")
     if on_disagreement == "drop":
+        lost[DISAGREE] = disagree
         keep &= ~against
+    else:
+        remarks[SWAPPED if on_disagreement == "swap" else KEPT] = disagree
     winners = np.where(swapped, 1 - winners, winners)
     first[swapped] = first[swapped, ::-1]
     gaps = np.where(swapped, -gaps, gaps)[keep]
@@ -75,7 +85,7 @@ def labelled_pairs(
     pairs["winner"] = (2 * rows + winners)[keep]
     pairs["loser"] = (2 * rows + 1 - winners)[keep]
     pairs["ranks"], pairs["scores"] = (1, 2), first[keep]
-    return PairsMade(pairs, +counts, len(pairs))
+    return PairsMade(pairs, len(pairs), lost, remarks)
 
 
 def _tiers(gaps: np.ndarray, curriculum: Curriculum) -> np.ndarray:
@@ -100,7 +110,8 @@ def ranked_pairs(
     DataError if one has over ``most``.
     """
     tied, chunks = [], [np.zeros(0, PAIR)]
-    counts, eligible = Counter[str](), 0
+    lost: dict[str, list[np.ndarray]] = {UNSCORED: [], ONE_IMAGE: [], ALL_TIE: []}
+    eligible, scored = 0, np.isfinite(scores)
     for members in _groups(caption_ids):
         caption = caption_of(int(members[0]))
         if len(members) > most:
@@ -111,15 +122,20 @@ def ranked_pairs(
                 "too-large",
             )
         outcome = form_pairs(caption, scores[members], curriculum, seed)
-        counts[UNSCORED] += outcome.dropped_candidates
-        counts[ONE_IMAGE] += len(members) == 1
-        counts[ALL_TIE] += outcome.all_tied
-        tied += [int(members[0])] * outcome.all_tied
+        ranked = members[scored[members]]
+        lost[UNSCORED].append(members[~scored[members]])
+        if len(ranked) == 1:
+            lost[ONE_IMAGE].append(ranked)
+        if outcome.all_tied:
+            lost[ALL_TIE].append(ranked)
+            tied.append(int(members[0]))
         eligible += outcome.num_eligible
         for side in ("winner", "loser"):
             outcome.pairs[side] = members[outcome.pairs[side]]
         chunks.append(outcome.pairs)
-    return PairsMade(np.concatenate(chunks), +counts, eligible, tied)
+    none = np.zeros(0, np.int64)
+    sorted_lost = {reason: np.sort(np.concatenate([none, *own])) for reason, own in lost.items()}
+    return PairsMade(np.concatenate(chunks), eligible, sorted_lost, tied=tied)
 
 
 def _groups(ids: np.ndarray) -> Iterator[np.ndarray]:

@@ -8,8 +8,6 @@ source alone, and so are the shards.
 
 from __future__ import annotations
 
-import io
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..basics.errors import DataError
-from ..curriculum.labelled import UNSCORED, PairsMade, labelled_pairs, ranked_pairs
+from ..curriculum.labelled import PairsMade, labelled_pairs, ranked_pairs
 from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
@@ -28,15 +25,15 @@ from ..rewards import RewardModel, load_reward
 from ..shards.manifest import RewardSource
 from ..sources import open_source
 from ..sources.index import Index, open_index
-from ..sources.left_out import NAME, LeftOut
+from ..sources.left_out import NAME, KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance, load_records
 from ..sources.prompts import read_prompts
 from ..sources.rows import RowReader
-from .parts import FoundScores, Ranked
+from .parts import FoundScores, Outcome, Ranked
 from .scores import Scoring
 from .shard_set import TierShards
 
-UNREADABLE = "unreadable images"
+UNREADABLE, NOT_TAKEN = "unreadable images", "in no pair that is taken"
 SOURCE = b"scores of"  # key of the metadata of a table of scores: which images, which reward
 
 
@@ -117,14 +114,14 @@ class ImportedPairs:
         self.recipe = recipe
         self.terminal = terminal
         self.spec = recipe.prepare.source
-        self._passed_over = io.BytesIO()
-        left_out = LeftOut(self._passed_over)
-        _, heldout = read_prompts(recipe.prompts, recipe.seed, left_out)
+        self.prompts_left_out = KeptLeftOut()
+        _, heldout = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out)
         self.reader = ranks.on_first(lambda: open_source(self.spec))
         self.folder = Path(recipe.run_dir) / "source"
         self.facts = ranks.on_first(
             lambda: open_index(self.folder, self.reader, self.spec, heldout)
         )
+        self.rows: int | None = self.facts.rows
         self.index = Index(self.folder, self.facts)
         self.given = self._given_scores()
 
@@ -166,14 +163,6 @@ class ImportedPairs:
         parts = SourceParts(self.index, self.reader, self.recipe.model.resolution)
         scores = self._scores(parts, tolerance)
         made = self._pair(parts, scores)
-        if not len(made.pairs):
-            raise DataError(
-                f"prepare.source.path={self.spec.path}: no pairs in {self.facts.rows} rows: "
-                + listed(self.facts.left_out | made.counts),
-                "prepare.source.path",
-                "empty",
-            )
-        made.counts[UNSCORED] -= len(tolerance.problems)
         return Ranked(parts, scores, made)
 
     def _scores(self, parts: SourceParts, tolerance: Tolerance) -> np.ndarray:
@@ -192,15 +181,42 @@ class ImportedPairs:
         captions, seed = parts.captions, self.recipe.seed
         return ranked_pairs(captions, scores[:, 0], parts.caption, curriculum, seed)
 
-    def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int]:
-        counts = ranked.made.counts + Counter({UNREADABLE: len(tolerance.problems)})
-        return {"rows": self.facts.rows} | self.facts.left_out | self.facts.noted | dict(counts)
-
-    def name_left_out(self, left_out: LeftOut) -> None:
-        left_out.copy(self._passed_over.getvalue().decode().splitlines())
+    def name_left_out(self, outcome: Outcome, left_out: LeftOut) -> None:
         with (self.folder / NAME).open(encoding="utf-8", newline="") as lines:
             next(lines)
             left_out.copy(lines)
+        made, each, known = outcome.ranked.made, len(self.reader.images), set(outcome.unreadable)
+        for record, problem in sorted(outcome.unreadable.items()):
+            file, where = self._place(record)
+            column, _, why = problem.partition(f" {where}: ")[2].partition(": ")
+            left_out.leave_out(file, where, UNREADABLE, column, why)
+        for reason, records in made.lost.items():
+            for record in records.tolist():
+                if record not in known:
+                    detail = _shown(outcome.ranked.scores[record])
+                    left_out.leave_out(*self._place(record), reason, detail=detail)
+            known.update(records.tolist())
+        if outcome.written is None:
+            return
+        sides = [outcome.written[side] // each for side in ("winner", "loser")]
+        used = set(np.unique(np.concatenate(sides)).tolist())
+        for record in range(len(self.index)):
+            if record not in used and record not in known:
+                left_out.leave_out(*self._place(record), NOT_TAKEN)
+        for reason, records in made.remarks.items():
+            for record in filter(used.__contains__, records.tolist()):
+                detail = _shown(outcome.ranked.scores[record])
+                left_out.remark(*self._place(record), reason, detail=detail)
+        for image, remarks in sorted(outcome.remarks.items()):
+            record, place = divmod(image, each)
+            for reason, detail in remarks if record in used else ():
+                column = self.reader.images[place]
+                left_out.remark(*self._place(record), reason, column, detail)
+
+    def _place(self, record: int) -> tuple[str, str]:
+        """File and row, as people are told."""
+        file = self.reader.files.name(self.index.value(record, "file"))
+        return file, self.index.value(record, "where")
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int
@@ -211,6 +227,10 @@ class ImportedPairs:
         firsts = [fill.pairs[fill.fill.members(0)] for fill in fills]
         turns = ((firsts[turn % len(firsts)], turn // len(firsts)) for turn in range(count))
         return ((int(own[place]), []) for own, place in turns if place < len(own))
+
+
+def _shown(scores: np.ndarray) -> str:
+    return " ".join(f"{score:g}" for score in scores.tolist())
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ Framing = tuple[Size, Size]
 
 class Pixels:
     """Pixels as the parts have them: nothing is encoded or kept."""
+
+    remarks: Mapping[int, Sequence[tuple[str, str]]] = {}
+    """They are images of our own: there is nothing to say of them."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -89,7 +92,10 @@ class Latents:
             "kind": kind,
             "source": parts.content,
             "resolution": f"{height}x{width}",
+            "layout": "2",
         }
+        self.remarks: dict[int, Sequence[tuple[str, str]]] = {}
+        """Of images that were read, by number: what there is to say, with a detail."""
         self._opened = lru_cache(maxsize=64)(self._open)
 
     def run(
@@ -140,20 +146,23 @@ class Latents:
         tolerance: Tolerance,
     ) -> None:
         latents, framings, encoded = [], [], []
-        problems: list[str] = []
+        problems: dict[int, str] = {}
+        remarks: dict[int, Sequence[tuple[str, str]]] = {}
+        first = int(self.parts.starts[part])
 
         def wanted() -> Iterator[tuple[int, Picture]]:
             each, asked = self.parts.each, set(images.tolist())
             for record in self.parts.load(part, np.unique(images // each).tolist()):
                 if record.problem is not None:
-                    problems.append(record.problem)
-                    tolerance.note(record.problem)
+                    problems[first + record.index] = record.problem
+                    tolerance.note(first + record.index, record.problem)
                 numbered = enumerate(record.pictures, record.index * each)
                 yield from ((image, picture) for image, picture in numbered if image in asked)
 
         for batch in batches(wanted(), batch_size):
             pictures = [picture for _, picture in batch]
             encoded += [image for image, _ in batch]
+            remarks |= {image: picture.remarks for image, picture in batch if picture.remarks}
             framings += [(*picture.original, *picture.crop) for picture in pictures]
             name = self.parts.describe(part)
             shown = [picture.image for picture in pictures]
@@ -163,7 +172,8 @@ class Latents:
             "framing": torch.tensor(framings, dtype=torch.int32).reshape(-1, 4),
             "images": torch.tensor(encoded, dtype=torch.int64),
         }
-        metadata = self._metadata(images) | {"problems": json.dumps(problems)}
+        said = {"problems": problems, "remarks": remarks}
+        metadata = self._metadata(images) | {name: json.dumps(what) for name, what in said.items()}
         with replacing(self._path(part)) as file:
             file.write(save(tensors, metadata=metadata))
 
@@ -172,9 +182,12 @@ class Latents:
         for part, images in wanted.items():
             with safe_open(self._path(part), framework="np") as file:
                 problems = json.loads(file.metadata()["problems"])
+                remarks = json.loads(file.metadata()["remarks"])
                 lost.append(np.setdiff1d(images, file.get_tensor("images")) + self._first(part))
-            for problem in problems:
-                tolerance.note(problem)
+            for record, problem in problems.items():
+                tolerance.note(int(record), problem)
+            for image, said in remarks.items():
+                self.remarks[self._first(part) + int(image)] = said
         return np.concatenate(lost)
 
     def _first(self, part: int) -> int:

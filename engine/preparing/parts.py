@@ -7,7 +7,7 @@ what stands here; scores, latents, shards and manifest are made of both alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
 from ..shards.manifest import RewardSource
-from ..sources.left_out import LeftOut
+from ..sources.left_out import KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance
 from .shard_set import TierShards
 
@@ -108,8 +108,26 @@ class Ranked:
     made: PairsMade
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of parts: ``unreadable`` are records, ``written`` the rows of
+    :data:`~cdpo.engine.curriculum.pairs.PAIR` that are in shards, None while nobody knows, and
+    ``remarks`` what there is to say of images, each with a detail.
+    """
+
+    ranked: Ranked
+    unreadable: Mapping[int, str]
+    written: np.ndarray | None = None
+    remarks: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
+
+
 class PairSource(Protocol):
     """What a recipe's `prepare.source` stands for."""
+
+    rows: int | None
+    """Of data that were read: their number."""
+    prompts_left_out: KeptLeftOut
+    """What of the recipe's prompts is not used."""
 
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
@@ -123,11 +141,8 @@ class PairSource(Protocol):
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         """Images scored and paired, the same on every rank. DataError if they give no pair."""
 
-    def fates(self, ranked: Ranked, tolerance: Tolerance) -> dict[str, int] | None:
-        """Of rows that were read: their number, and what became of those that are no pair."""
-
-    def name_left_out(self, left_out: LeftOut) -> None:
-        """Note everything that is not used as it stands."""
+    def name_left_out(self, outcome: Outcome, left_out: LeftOut) -> None:
+        """Note everything of the data that is not used as it stands."""
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..basics.errors import DataError
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
@@ -26,11 +27,11 @@ from ..recipe.identity import save_resolved
 from ..shards.contents import contents_of
 from ..shards.manifest import Manifest, ShardEntry, Statistics, save_manifest
 from ..shards.sample import PairMeta
-from ..sources.left_out import NAME, naming
+from ..sources.left_out import NAME, LeftOut, naming
 from ..sources.pictures import Tolerance
 from .imported import ImportedPairs, listed
 from .latents import Latents, Pixels
-from .parts import PairSource, Ranked
+from .parts import Outcome, PairSource, Ranked
 from .sampled import SampledPairs
 from .shard_set import (
     PAIR_KEYS,
@@ -98,14 +99,22 @@ class Preparation:
 
         tolerance = Tolerance(getattr(self.recipe.prepare.source, "max_unreadable", 0))
         ranked = self.source.rank(backbone, tolerance)
+        counts = self._name_left_out(Outcome(ranked, tolerance.problems))
+        if not len(ranked.made.pairs):
+            raise DataError(
+                f"prepare.source: no pairs in {self.source.rows} rows: {listed(counts)} "
+                f"(each is named in {self.run_dir / NAME})",
+                "prepare.source.path",
+                "empty",
+            )
         self._fill(ranked.made.pairs)  # too few for the lanes: said before hours of encoding
         images, pairs = self._encode(backbone, fingerprints["vae"], ranked, tolerance)
         fills = self._fill(pairs)
-        fates = self.source.fates(ranked, tolerance)
-        self._tell(pairs, fills, fates)
-        self.ranks.on_first(self._name_left_out)
+        written = pairs[np.concatenate([fill.written for fill in fills])]
+        counts = self._name_left_out(Outcome(ranked, tolerance.problems, written, images.remarks))
+        self._tell(fills, len(written), counts)
         shards = self._write(pairs, fills, images, backbone)
-        statistics = _statistics(ranked, fills, fates)
+        statistics = _statistics(ranked, fills, self.source.rows, counts)
         manifest = manifest_of(
             self.recipe, self.inputs, backbone, fingerprints, ranked_by, statistics, shards
         )
@@ -116,6 +125,23 @@ class Preparation:
     def _fill(self, pairs: np.ndarray) -> list[TierShards]:
         """Which pair goes into which shard; every rank finds the same."""
         return fill_tiers(pairs["id"], pairs["tier"], self.recipe)
+
+    def _name_left_out(self, outcome: Outcome) -> dict[str, int]:
+        """Write the list of all that is not used as it stands, or no file where there is nothing;
+        returns, on every rank, how many of the data there are by reason.
+        """
+
+        def write() -> dict[str, int]:
+            path = self.run_dir / NAME
+            with naming(path) as of_prompts:
+                of_data = LeftOut(of_prompts.file)
+                of_prompts.copy(self.source.prompts_left_out.lines())
+                self.source.name_left_out(outcome, of_data)
+            if not of_prompts.counts and not of_data.counts:
+                path.unlink()
+            return of_data.counts
+
+        return dict(self.ranks.on_first(write))
 
     def _encode(
         self, backbone: Backbone, vae: str, ranked: Ranked, tolerance: Tolerance
@@ -130,12 +156,15 @@ class Preparation:
         lost = latents.run(backbone, wanted, batch_size, self.ranks, tolerance, self.terminal)
         return latents, pairs[~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))]
 
-    def _tell(
-        self, pairs: np.ndarray, fills: list[TierShards], fates: dict[str, int] | None
-    ) -> None:
-        if fates is not None:
-            left = {reason: count for reason, count in fates.items() if reason != "rows"}
-            self.terminal.line(f"{fates['rows']} rows gave {len(pairs)} pairs; {listed(left)}")
+    def _tell(self, fills: list[TierShards], written: int, left_out: dict[str, int]) -> None:
+        if self.source.rows is not None:
+            told = f"{self.source.rows} rows gave {written} pairs; {listed(left_out)}"
+            self.terminal.line(told)
+        if prompts := self.source.prompts_left_out.counts:
+            self.terminal.line(f"prompts: {listed(prompts)}")
+        path = self.run_dir / NAME
+        if path.exists():
+            self.terminal.line(f"named one by one in {path}")
         counts = "  ".join(str(len(fill.pairs)) for fill in fills)
         self.terminal.line(f"pairs by tier, easiest first: {counts}")
 
@@ -168,20 +197,6 @@ class Preparation:
         shape = backbone.latent_shape(resolution)
         contents = contents_of(self.recipe.data.format, shape, resolution)
         return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
-
-    def _name_left_out(self) -> dict[str, int]:
-        """Write the list of all that is not used as it stands; returns its length by reason.
-
-        Where there is nothing to list there is no file.
-        """
-        path = self.run_dir / NAME
-        with naming(path) as left_out:
-            self.source.name_left_out(left_out)
-        if left_out.counts:
-            self.terminal.line(f"left out, each by name: {path}")
-        else:
-            path.unlink()
-        return left_out.counts
 
     def _finish(
         self, manifest: Manifest, ranked: Ranked, pairs: np.ndarray, fills: list[TierShards]
@@ -236,7 +251,7 @@ def _contact_pair(pair: np.void, images: dict[int, Image.Image]) -> ContactPair:
 
 
 def _statistics(
-    ranked: Ranked, fills: list[TierShards], fates: dict[str, int] | None
+    ranked: Ranked, fills: list[TierShards], rows: int | None, left_out: dict[str, int]
 ) -> Statistics:
     parts, scores, made = ranked.parts, ranked.scores, ranked.made
     prompts = len(np.unique(parts.captions))
@@ -250,5 +265,5 @@ def _statistics(
         eligible_pairs=made.eligible,
         pairs_by_tier=tuple(fill.plan.num_shards * fill.plan.count for fill in fills),
         dropped_remainder_by_tier=tuple(fill.plan.dropped for fill in fills),
-        imported=fates,
+        imported=None if rows is None else {"rows": rows} | left_out,
     )

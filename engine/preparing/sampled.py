@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
 from ..shards.manifest import RewardSource
-from ..sources.left_out import LeftOut
+from ..sources.left_out import KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Picture, Size, Tolerance
 from ..sources.prompts import read_prompts
 from .candidate_files import image_id
 from .candidates import CandidateSampler, CandidateSet, drawn_by
-from .parts import FoundScores, Ranked
+from .parts import FoundScores, Outcome, Ranked
 from .rankers import make_ranker
 from .shard_set import TierShards
 
@@ -108,9 +107,9 @@ class SampledPairs:
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
-        self._passed_over = io.BytesIO()
-        left_out = LeftOut(self._passed_over)
-        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed, left_out)
+        self.rows: int | None = None
+        self.prompts_left_out = KeptLeftOut()
+        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out)
         self.ranker = make_ranker(recipe, ranks, terminal)
 
     def describe(self) -> list[tuple[str, str]]:
@@ -179,11 +178,8 @@ class SampledPairs:
         sampler.run(self.prompts, self.ranks, self.terminal, "sample")
         return sampler.images
 
-    def fates(self, ranked: Ranked, tolerance: Tolerance) -> None:
-        return None
-
-    def name_left_out(self, left_out: LeftOut) -> None:
-        left_out.copy(self._passed_over.getvalue().decode().splitlines())
+    def name_left_out(self, outcome: Outcome, left_out: LeftOut) -> None:
+        """There are no data but the prompts."""
 
     def sheet_rows(
         self, ranked: Ranked, pairs: np.ndarray, fills: Sequence[TierShards], count: int

@@ -58,8 +58,8 @@ class Scoring:
         images = dict(enumerate(sizes.tolist()))
         do_missing("score", images, missing, score, self.ranks, terminal)
         scores, problems = self.ranks.on_first(self._merge)
-        for problem in problems:
-            tolerance.note(problem)
+        for record, problem in problems.items():
+            tolerance.note(record, problem)
         failpoint("prepare.scored")
         return np.asarray(scores)
 
@@ -79,7 +79,7 @@ class Scoring:
             for record in batch:
                 if record.problem is not None:
                     problems[record.index] = record.problem
-                    tolerance.note(record.problem)
+                    tolerance.note(first + record.index, record.problem)
             good = [record for record in batch if record.problem is None]
             images = [picture.image for record in good for picture in record.pictures]
             prompts = [record.caption for record in good for _ in record.pictures]
@@ -91,7 +91,7 @@ class Scoring:
         with replacing(self.folder / f"{self.parts.file_name(part)}.parquet") as file:
             pq.write_table(table, file)
 
-    def _merge(self) -> tuple[np.ndarray, list[str]]:
+    def _merge(self) -> tuple[np.ndarray, dict[int, str]]:
         """All scores as one table, in the order of the records."""
         scores, _, problems = self._read()
         every = range(len(scores))
@@ -107,7 +107,7 @@ class Scoring:
             if writer is not None:
                 writer.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # with half a part of a run that was killed
-        return scores, [problems[record] for record in sorted(problems)]
+        return scores, dict(sorted(problems.items()))
 
     def _read(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Scores (N, K), which records (N,) have been scored, and why some could not be."""

@@ -46,6 +46,13 @@ class TierShards:
     fill: ShardFill
     pairs: np.ndarray
 
+    @property
+    def written(self) -> np.ndarray:
+        """The pairs that are in a shard: those that are over when all shards are equal are not."""
+        return np.concatenate(
+            [self.pairs[self.fill.members(shard)] for shard in range(self.plan.num_shards)]
+        )
+
 
 def fill_tiers(ids: np.ndarray, tiers: np.ndarray, recipe: Recipe) -> list[TierShards]:
     """Which of the pairs (P,) goes into which shard; every rank finds the same.

@@ -8,6 +8,7 @@ stands. Rows that are used and rows that are left out are all the rows there are
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class LeftOut:
         self.rows: Counter[str] = Counter()
         self.beside: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
+        self.file = file
         self._counter = {ROW: self.rows, BESIDE: self.beside, REMARK: self.remarks}
         self._lines = csv.writer(_AsText(file), lineterminator="\n") if file else None
 
@@ -61,9 +63,8 @@ class LeftOut:
 
     @property
     def counts(self) -> dict[str, int]:
-        """By reason, whatever was noted of it: rows first, each sort in the order of its names."""
-        sorts = (self.rows, self.beside, self.remarks)
-        return {reason: sort[reason] for sort in sorts for reason in sorted(sort)}
+        """By reason, whatever was noted: rows first, in the order in which reasons came up."""
+        return {**self.rows, **self.beside, **self.remarks}
 
     def _note(
         self, fate: str, file: str, where: str, reason: str, column: str, detail: object
@@ -72,6 +73,18 @@ class LeftOut:
         if self._lines:
             cells = (file, where, column, fate, reason, detail)
             self._lines.writerow([_on_one_line(str(cell)) for cell in cells])
+
+
+class KeptLeftOut(LeftOut):
+    """One that keeps its lines in memory: for prompts, which are in memory themselves."""
+
+    def __init__(self) -> None:
+        self._kept = io.BytesIO()
+        super().__init__(self._kept)
+
+    def lines(self) -> list[str]:
+        """What :meth:`LeftOut.copy` takes."""
+        return self._kept.getvalue().decode().splitlines()
 
 
 @contextmanager

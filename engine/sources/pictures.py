@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,12 +30,14 @@ class Picture:
     """An RGB image at the recipe's resolution.
 
     ``original`` is (height, width) before; ``crop`` (top, left) of what was cut out of the resized
-    image: what Stable Diffusion XL is told.
+    image: what Stable Diffusion XL is told. ``remarks`` say, each with a detail, what of the
+    image's file is not in it.
     """
 
     image: Image.Image
     original: Size
     crop: Size
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 def read_picture(data: bytes, resolution: Size) -> Picture:
@@ -192,15 +194,17 @@ def _picture(column: str, data: bytes | UnreadableImage, resolution: Size) -> Pi
 
 
 class Tolerance:
-    """Counts rows whose images cannot be read, as ``prepare.source.max_unreadable`` allows."""
+    """Records whose images cannot be read, as many as ``prepare.source.max_unreadable`` allows;
+    ``problems`` says why of each.
+    """
 
-    def __init__(self, most: int, problems: Iterable[str] = ()) -> None:
+    def __init__(self, most: int, problems: Mapping[int, str] | None = None) -> None:
         self.most = most
-        self.problems = list(problems)
+        self.problems = dict(problems or {})
 
-    def note(self, problem: str) -> None:
-        """Leave a row out; raises DataError with the first one's problem if they are too many."""
-        self.problems.append(problem)
+    def note(self, record: int, problem: str) -> None:
+        """Leave a record out; DataError with the first one's problem if they are too many."""
+        self.problems[record] = problem
         if len(self.problems) <= self.most:
             return
         if self.most:
@@ -208,7 +212,9 @@ class Tolerance:
         else:
             remedy = "prepare.source.max_unreadable=N leaves out up to N such rows"
         raise DataError(
-            f"{self.problems[0]} ({remedy})", "prepare.source.max_unreadable", "unreadable"
+            f"{self.problems[min(self.problems)]} ({remedy})",
+            "prepare.source.max_unreadable",
+            "unreadable",
         )
 
     def copy(self) -> Tolerance:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,7 +75,7 @@ class MaskedRanker:
         scores = np.concatenate([np.zeros(self.num_winners, np.float32), -shares])
         rows = [row for record in range(count) for row in self._pairs(record, parts)]
         eligible = count * self.num_winners * len(self.spec.fractions)
-        made = PairsMade(np.array(rows, PAIR), Counter(), eligible)
+        made = PairsMade(np.array(rows, PAIR), eligible)
         return np.tile(scores, (count, 1)), made
 
     def shown(self, scores: np.ndarray, pairs: np.ndarray) -> list[int]:

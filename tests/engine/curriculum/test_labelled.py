@@ -8,6 +8,7 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.curriculum import labelled
 from cdpo.engine.curriculum.labelled import (
+    ALL_TIE,
     DISAGREE,
     KEPT,
     ONE_IMAGE,
@@ -41,7 +42,8 @@ def test_a_pair_is_the_labels_winner_against_the_other():
     assert made.pairs["loser"].tolist() == [1, 6, 11]
     assert made.pairs["scores"].tolist() == [[5, 1], [2, 0], [1.25, 1]]
     assert made.pairs["ranks"].tolist() == [[1, 2]] * 3
-    assert made.counts == {UNSCORED: 1, TOO_CLOSE: 1, DISAGREE: 1}
+    assert made.counts == {UNSCORED: 1, TOO_CLOSE: 1, DISAGREE: 1} and not made.remarks
+    assert [made.lost[why].tolist() for why in (UNSCORED, TOO_CLOSE, DISAGREE)] == [[4], [2], [1]]
 
 
 def test_disagreement_may_be_kept_or_overruled():
@@ -49,6 +51,7 @@ def test_disagreement_may_be_kept_or_overruled():
     assert kept.pairs["id"].tolist() == [100, 101, 103, 105]
     assert kept.pairs[1]["winner"] == 2 and kept.pairs[1]["scores"].tolist() == [2, 3]
     assert kept.counts == {UNSCORED: 1, TOO_CLOSE: 1, KEPT: 1}
+    assert kept.remarks[KEPT].tolist() == [1]
     swapped = label("swap")
     assert swapped.pairs["id"].tolist() == [100, 101, 103, 105]
     assert swapped.pairs[1]["winner"] == 3 and swapped.pairs[1]["scores"].tolist() == [3, 2]
@@ -122,6 +125,14 @@ def test_images_of_a_caption_are_ranked_as_sampled_candidates_are():
     }
     assert found == expected and len(made.pairs) == len(expected)
     assert made.counts == {UNSCORED: 1, ONE_IMAGE: 1} and made.eligible == 12
+    assert made.lost[ONE_IMAGE].tolist() == [4] and made.lost[UNSCORED].tolist() == [8]
+
+
+def test_images_of_a_caption_that_all_tie_are_each_counted():
+    ids, scores = np.array([1, 2, 1, 2, 1]), np.array([5, 1, 5, 2, 5], np.float32)
+    made = ranked_pairs(ids, scores, str, Curriculum(tiers=1), seed=0)
+    assert made.counts == {ALL_TIE: 3} and made.tied == [0] and len(made.pairs) == 1
+    assert made.lost[ALL_TIE].tolist() == [0, 2, 4]
 
 
 def test_a_caption_of_too_many_images_is_likely_the_wrong_column():

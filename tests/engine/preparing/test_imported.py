@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import pytest
 import torch
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.preparing import imported, latents
+from cdpo.engine.preparing.imported import NOT_TAKEN
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
 from PIL import Image
-from prepared import DECIDED, OVERRIDES, ROWS, contents, is_finished, pairs_of, prepare
+from prepared import DECIDED, OVERRIDES, ROWS, contents, is_finished, named, pairs_of, prepare
 from refusals import refused
 
 PAIRED = OVERRIDES["paired"]
@@ -95,6 +97,24 @@ def test_the_manifest_says_what_became_of_every_row(plain, tiny_world):
         "clip_score",
         str(tiny_world / "reward"),
     )
+
+
+def test_every_row_that_is_not_used_as_it_stands_is_named(plain):
+    lines = named(plain.parent)
+    places = [f"train-{n // 40}.parquet row {n % 40}" for n in range(60)]
+    by_fate: dict[str, list[str]] = {"left out": [], "used": []}
+    for line in lines:
+        by_fate[line["fate"]].append(f"{line['file']} {line['where']}")
+    ties = [places[n] for n in range(60) if ROWS[n].label_0 == 0.5]
+    written = {
+        places[int(meta.images[0].removeprefix("image-")) // 2] for meta, _ in pairs_of(plain)
+    }
+    assert by_fate["left out"][:12] == ties
+    assert set(by_fate["left out"]) == set(places) - written
+    assert set(by_fate["used"]) <= written
+    counts = Counter(line["reason"] for line in lines)
+    assert load_manifest(plain).statistics.imported == {"rows": 60, **counts}
+    assert all(float(n) for line in lines if line["fate"] == "used" for n in line["detail"].split())
 
 
 def test_what_is_left_behind(plain):
@@ -208,6 +228,7 @@ def test_two_ranks_write_what_one_writes(plain, server, tiny_world, parquet, tmp
     outcome = server.run("prepare", recipe, mine, ranks=2).succeeded()
     assert "60 rows gave 48 pairs; 12 ties" in outcome.text
     assert contents(tmp_path / "run" / "shards") == contents(plain)
+    assert named(tmp_path / "run") == named(plain.parent)
 
 
 # Unreadable images
@@ -232,10 +253,19 @@ def test_an_unreadable_image_stops_the_import_and_is_named(paired, ranks, damage
 
 def test_unreadable_images_may_be_left_out_and_are_counted(paired, ranks, damaged):
     shards = prepare(paired("prepare.source.max_unreadable=2", path=damaged), ranks)
-    imported = load_manifest(shards).statistics.imported
-    assert imported is not None and imported["unreadable images"] == 2
-    assert "without a score" not in imported
-    assert sum(count for name, count in imported.items() if name in ("ties", "rows")) == 72
+    manifest = load_manifest(shards)
+    imported = manifest.statistics.imported
+    assert imported is not None and imported.pop("labels overruled by scores") > 0
+    left = sum(manifest.statistics.dropped_remainder_by_tier)
+    unused = {"ties": 12, "unreadable images": 2, NOT_TAKEN: left}
+    assert imported == {"rows": 60} | unused
+    assert manifest.num_pairs + sum(unused.values()) == 60 and left > 0
+    lines = [line for line in named(shards.parent) if line["reason"] == "unreadable images"]
+    assert [(line["where"], line["column"]) for line in lines] == [
+        ("row 3", "jpg_1"),
+        ("row 21", "jpg_0"),
+    ]
+    assert lines[0]["detail"].startswith("is no image of ")
     names = {name for meta, _ in pairs_of(shards) for name in meta.images}
     assert not names & {"image-6", "image-7", "image-42", "image-43"}
 
@@ -253,6 +283,8 @@ def test_unreadable_images_with_given_scores_are_met_when_they_are_encoded(
     shards = prepare(tiny_recipe(*mine, "prepare.source.max_unreadable=1"), ranks)
     imported = load_manifest(shards).statistics.imported
     assert imported == {"rows": 24, "unreadable images": 1}
+    [line] = [line for line in named(shards.parent) if line["reason"] == "unreadable images"]
+    assert list(line.values())[:4] == ["ranked.parquet", "row 2", "image", "left out"]
     assert all(f"#{2}/" not in name for meta, _ in pairs_of(shards) for name in meta.images)
 
 
@@ -305,6 +337,9 @@ def test_labels_that_the_reward_all_contradicts_are_no_pairs(tiny_recipe, ranks,
     with refused(DataError, "empty", "prepare.source.path") as caught:
         prepare(tiny_recipe(*mine), ranks)
     assert "7 rows: 2 without a score, 5 scores contradict the label" in str(caught.value)
+    lines = named(tmp_path / "run")
+    assert [line["where"] for line in lines] == [f"row {n}" for n in (5, 6, 0, 1, 2, 3, 4)]
+    assert [line["detail"] for line in lines] == ["nan 2"] * 2 + ["1 2"] * 5
 
 
 def test_too_few_pairs_for_the_lanes_is_said_before_anything_is_encoded(paired, ranks, monkeypatch):

@@ -26,7 +26,7 @@ def test_three_fates_are_counted_and_named(tmp_path):
         left_out.pass_over("a.csv", "", "another")
         left_out.remark("b.csv", "row 1", "first frame", "image", "of 9")
         left_out.leave_out("b.csv", "row 2", "damage")
-    assert left_out.counts == {"damage": 1, "ties": 1, "another": 1, "first frame": 1}
+    assert left_out.counts == {"ties": 1, "damage": 1, "another": 1, "first frame": 1}
     assert left_out.rows == {"damage": 1, "ties": 1}
     assert (tmp_path / NAME).read_text().splitlines() == [
         ",".join(COLUMNS),
