@@ -1,4 +1,4 @@
-"""What `train.py --dry-run` prints for each shipped recipe of a real model, under each ZeRO stage.
+"""What `train.py --dry-run` prints for each shipped recipe of a real model, one under each stage.
 
 Sizes and operations are held against published figures, memory against a computation of its own.
 """
@@ -102,14 +102,16 @@ def test_the_dry_run_of_a_shipped_recipe(
     a_step = recipe.train.global_batch * (2 * training + frozen)
     assert float(rows["all passes, one step"][0]) == pytest.approx(a_step, rel=0.005)
 
+    assert_memory(rows, expected, trained, stage=2)
+    assert float(rows["activations"][0]) > 1
+    if name != "lcm":  # which has all that a stage can divide
+        return
     # Stages differ in memory alone: the other two need not count what was counted.
     counted = {
         "forward_flops": int(flops(unit[1])),
         "training_flops": int(training * flops(unit[1])),
         "activation_bytes": int(float(rows["activations"][0]) * GIB),
     }
-    assert counted["activation_bytes"] > GIB
-    assert_memory(rows, expected, trained, stage=2)
     for what, value in counted.items():
         monkeypatch.setattr(plan_module, what, lambda *_, value=value, **__: value)
     for stage in (1, 3):
