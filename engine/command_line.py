@@ -11,6 +11,7 @@ Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
 from __future__ import annotations
 
 import importlib
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -73,6 +74,8 @@ def demo(overrides: list[str]) -> int:
     for verb in VERBS:
         command = [sys.executable, "-m", f"{__package__}.{verb}", "--recipe", str(recipe)]
         running = subprocess.Popen([*command, *overrides])
+        # A cluster's wish to stop may reach this process alone; the verb saves and gives the code.
+        signal.signal(signal.SIGTERM, lambda *_, verb=running: verb.terminate())
         while running.poll() is None:
             with suppress(KeyboardInterrupt):  # which the verb has too, and answers in its own way
                 running.wait()

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,18 @@ def test_the_tools_run_by_the_console_script(tmp_path):
     )
     assert done.returncode == 3, done.stderr
     assert "no shards in" in done.stderr
+
+
+def test_a_demo_that_is_to_stop_hands_that_to_its_verb(tmp_path):
+    verb = tmp_path / "verb"  # stands for Python with a verb that saves and leaves with 75
+    verb.write_text("#!/bin/sh\ntrap 'exit 75' TERM\necho ready\nsleep 60 & wait\n")
+    verb.chmod(0o755)
+    script = f"import sys; sys.executable = {str(verb)!r}\n"
+    script += "from cdpo.engine.command_line import demo; sys.exit(demo([]))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as demo:
+        assert demo.stdout is not None
+        assert demo.stdout.readline() == b"ready\n"
+        time.sleep(0.2)  # between the start of a verb and the first wait for it
+        demo.terminate()
+        demo.stdout.close()  # which the sleeping one holds, too
+        assert demo.wait(20) == 75
