@@ -34,6 +34,8 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     else:
         trainer.run()
     terminal.line(f"exported: {', '.join(map(str, trainer.exports.folders))}")
+    if trainer.exports.note is not None:
+        terminal.line(f"note: {trainer.exports.note}")
 
 
 def dry_run(world_size: int, recipe: Recipe, terminal: Terminal) -> None:

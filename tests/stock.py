@@ -15,8 +15,8 @@ from PIL import Image
 
 
 def stock_pipeline(base: Path, run: Path, form: str, **changes: Any) -> DiffusionPipeline:
-    """The pipeline of `run/lora` or `run/kohya` over the base model, some of whose parts are
-    others, or of `run/merged`; of the class that the folder names.
+    """The pipeline of an adapter (a folder or file of `run`) over the base model, some of whose
+    parts are others, or of `run/merged`; of the class that the folder names.
     """
     if form == "merged":
         pipeline = DiffusionPipeline.from_pretrained(run / "merged")

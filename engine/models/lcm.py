@@ -27,6 +27,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
@@ -107,6 +109,43 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
             raise ValueError("it adapts no layer of the UNet")
         pipeline.fuse_lora(components=["unet"])
         pipeline.unload_lora_weights()
+
+
+def lcm_lora_layers(spec: Model, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], int]:
+    """The LCM-LoRA of a recipe under peft's names, as diffusers scales it, and its rank.
+
+    `<layer>.lora_A.weight` (r, in, ...) and `<layer>.lora_B.weight` (out, r, ...), the scale in B,
+    float32. ``pipeline`` is of the recipe's model. Layers of a smaller rank get zeros.
+    """
+    place, config = str(spec.lcm_lora), pipeline.unet.config
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    with reading(f"model.lcm_lora={place}", "LoRA of this model", place) as found:
+        state, alphas, metadata = type(pipeline).lora_state_dict(
+            found, unet_config=config, return_lora_metadata=True
+        )
+        type(pipeline).load_lora_into_unet(
+            state, alphas, unet, metadata=metadata, low_cpu_mem_usage=True
+        )
+    parts = {}
+    for name, layer in unet.named_modules():
+        if isinstance(layer, LoraLayer):
+            (adapter,) = layer.scaling
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            parts[name] = down.detach().float(), up.detach().float() * layer.scaling[adapter]
+    rank = max(down.shape[0] for down, _ in parts.values())
+    values = {}
+    for name, (down, up) in parts.items():
+        missing = rank - down.shape[0]
+        values[f"{name}.lora_A.weight"] = _padded(down, 0, missing)
+        values[f"{name}.lora_B.weight"] = _padded(up, 1, missing)
+    return values, rank
+
+
+def _padded(value: Tensor, axis: int, missing: int) -> Tensor:
+    shape = list(value.shape)
+    shape[axis] = missing
+    return torch.cat([value, value.new_zeros(shape)], dim=axis)
 
 
 def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DConditionModel]:

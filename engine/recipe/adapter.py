@@ -73,9 +73,11 @@ class Export(Section):
     """The trained weights as others load them, in the run folder at the end of the run."""
 
     formats: tuple[Literal["diffusers", "kohya", "merged"], ...] = ("diffusers",)
-    """`diffusers`: `lora/`, for `load_lora_weights`. `kohya`: `kohya/`, for ComfyUI and others.
-    `merged`: `merged/`, a whole pipeline in float32; all that full fine-tuning can give. Adapters
-    are cheap and lie in each checkpoint as well; merged is written once, at the end."""
+    """`diffusers`: `lora/`, for `load_lora_weights`, with the same adapter for peft and, as
+    `kohya.safetensors`, for ComfyUI, AUTOMATIC1111 and sd-scripts; on a `model.lcm_lora` also
+    `lora_with_lcm/`, both in one. `kohya`: `kohya/lora.safetensors`, that file alone. `merged`:
+    `merged/`, a copy of the base around a denoiser in float32; all that full fine-tuning can give.
+    Adapters are small and lie in each checkpoint as well; merged is written once, at the end."""
     shard_gib: PositiveFloat = 5.0
     """Largest weights file of a merged pipeline: what one rank gathers at a time under ZeRO-3."""
 

@@ -1,117 +1,77 @@
-"""The file formats of exports, each written by one rank from whole tensors in host memory."""
+"""What lies in the folders of exports, each written by one rank from whole tensors on the host.
+
+============ ================================ =====================================================
+format       folder and file                  read by
+============ ================================ =====================================================
+`diffusers`  `lora/`
+..           `pytorch_lora_weights.safetensors` `pipeline.load_lora_weights("…/lora")`
+..           `kohya.safetensors`              ComfyUI, AUTOMATIC1111, sd-scripts (not of a DoRA)
+..           `adapter_*`                      `PeftModel.from_pretrained(unet, "…/lora")`
+..           `lora_with_lcm/`                 the same, the base's LCM-LoRA included
+`kohya`      `kohya/lora.safetensors`         as `kohya.safetensors`
+`merged`     `merged/`                        `from_pretrained("…/merged")`
+============ ================================ =====================================================
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from diffusers import DiffusionPipeline
 
-from ..basics.errors import told_by
 from ..models import load_backbone
-from ..recipe import Adapter, Model
+from ..models.base_files import DENOISER, copy_base
+from ..recipe import Model
+from .kohya_format import save_for_kohya
+from .lora import Lora
+from .tensor_files import disk_errors, save_tensors
 
 FOLDERS = {"diffusers": "lora", "kohya": "kohya", "merged": "merged"}
-FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
+WITH_LCM = "lora_with_lcm"
+KOHYA = "kohya.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS = "diffusion_pytorch_model"  # as diffusers names the weights files of a network
 CPU = torch.device("cpu")
-# Layers of SDXL that diffusers knows in kohya files only by the name they had in the original code.
-KOHYA_NAMES = {
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
 
 
-def save_for_diffusers(
-    state: dict[str, Tensor], policy: ModelMixin, pipeline: DiffusionPipeline, folder: Path
-) -> None:
-    """``folder/lora``, for ``load_lora_weights``; the scales and kind of adapter lie in the file.
-
-    Args:
-        state: values under the names of ``peft.get_peft_model_state_dict``.
-        policy: the adapted network.
-        pipeline: of the network's family.
-        folder: of the run, or of a checkpoint.
-    """
+def save_for_diffusers(lora: Lora, pipeline: DiffusionPipeline, folder: Path) -> None:
+    """The file of diffusers, by the pipeline of the adapter's family."""
     # peft's own names, lora_A and lora_B: diffusers' older ones (`to_q.lora.down`) exist for
     # attention only, and a file that mixes both is loaded without its attention layers.
-    with _disk_errors():
+    with disk_errors():
         type(pipeline).save_lora_weights(
-            folder / FOLDERS["diffusers"],
-            unet_lora_layers=state,
-            # Dropout is of training: who loads an adapter gets its layers in training mode.
-            unet_lora_adapter_metadata=policy.peft_config["default"].to_dict()
-            | {"lora_dropout": 0.0},
+            folder, unet_lora_layers=lora.values, unet_lora_adapter_metadata=lora.config
         )
 
 
-def save_for_kohya(state: dict[str, Tensor], spec: Adapter, folder: Path) -> None:
-    """``folder/kohya``: ``lora_unet_<layer>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+def save_for_all(
+    lora: Lora, pipeline: DiffusionPipeline, about: dict[str, str], folder: Path
+) -> None:
+    """All files of a ``lora/``; ``about`` is what the kohya file says of itself."""
+    save_for_diffusers(lora, pipeline, folder)
+    values = {f"base_model.model.{name}": value for name, value in lora.values.items()}
+    save_tensors(values, folder / PEFT_WEIGHTS)
+    (folder / PEFT_CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
+    if not lora.is_dora:
+        save_for_kohya(lora, unet_config(pipeline), about, folder / KOHYA)
 
-    Dots in a layer's name become underscores. Readers scale by alpha / rank, so the rsLoRA scale of
-    alpha / sqrt(rank) is written as an alpha of alpha * sqrt(rank); diffusers' own converter writes
-    the rank for any alpha. ``state`` is that of :func:`save_for_diffusers`.
-    """
-    alpha = spec.alpha * (math.sqrt(spec.rank) if spec.rslora else 1)
-    sides = {"A.weight": "down", "B.weight": "up"}
-    renamed = {}
-    for name, value in state.items():
-        layer, _, side = name.rpartition(".lora_")
-        key = "lora_unet_" + KOHYA_NAMES.get(layer, layer).replace(".", "_")
-        renamed[f"{key}.lora_{sides[side]}.weight"] = value
-        renamed[f"{key}.alpha"] = torch.tensor(alpha)
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(spec.rank),
-        "ss_network_alpha": str(alpha),
-    }
-    save_tensors(renamed, folder / FOLDERS["kohya"] / FILES["kohya"], metadata)
+
+def unet_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+    """The config of a pipeline's denoiser."""
+    config: Mapping[str, Any] = pipeline.unet.config
+    return config
 
 
 def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> None:
-    """The pipeline of ``model``, read again in float32, with the adapter in ``lora`` merged."""
+    """A copy of the base, into whose denoiser the adapter in ``lora`` is merged, in float32."""
     backbone = load_backbone(model, CPU)
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()
-    with _disk_errors():
-        backbone.pipeline.save_pretrained(folder, max_shard_size=shard_bytes)
-
-
-def save_all_but_the_denoiser(model: Model, folder: Path) -> str:
-    """The rest of that pipeline, read again in float32; returns the folder of the denoiser."""
-    backbone = load_backbone(model, CPU)
-    denoiser = ""
-    with _disk_errors():
-        for name, part in backbone.pipeline.components.items():
-            if part is backbone.denoiser:
-                denoiser = name
-                part.save_config(folder / name)
-            elif part is not None:
-                part.save_pretrained(folder / name)
-        backbone.pipeline.save_config(folder)
-    return denoiser
-
-
-def save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file, in a folder made for it; OSError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _disk_errors():
-        save_file(tensors, path, {"format": "pt"} | (metadata or {}))
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """OSError for what safetensors makes of a full disk."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(told_by(error)) from None
+    with disk_errors():
+        backbone.denoiser.save_pretrained(folder / DENOISER, max_shard_size=shard_bytes)
+    copy_base(model, folder, backbone.pipeline.scheduler)

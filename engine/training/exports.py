@@ -1,14 +1,9 @@
 """What users get of a run: the trained weights in formats that other programs load.
 
-========== =========================================== ===========================================
-diffusers  ``lora/pytorch_lora_weights.safetensors``   ``pipeline.load_lora_weights("…/lora")``
-kohya      ``kohya/lora.safetensors``                  ComfyUI, AUTOMATIC1111, ``load_lora_weights``
-merged     ``merged/``, a whole pipeline, float32      ``from_pretrained("…/merged")``
-========== =========================================== ===========================================
-
-All of it again under ``ema/`` where the recipe keeps a moving average. Adapters are a few megabytes
-and lie in every checkpoint, too; a merged pipeline is written at the end of the run, gathered a
-file at a time.
+Which folders there are, and what lies in them, stands in :mod:`~.export_formats`; all of it again
+under ``ema/`` where the recipe keeps a moving average. Adapters are a few megabytes and lie in
+every checkpoint, too; a merged pipeline is written at the end of the run, gathered a file at a
+time.
 """
 
 from __future__ import annotations
@@ -29,6 +24,8 @@ from torch import Tensor
 from ..basics.failpoints import failpoint
 from ..basics.files import replacing, sync_path
 from ..models import Backbone
+from ..models.base_files import DENOISER, copy_base
+from ..models.lcm import lcm_lora_layers
 from ..ranks import Ranks
 from ..recipe import Recipe
 from .checkpoint.files import MANIFEST
@@ -36,15 +33,19 @@ from .deepspeed_engine import TrainedWeights
 from .export_formats import (
     FOLDERS,
     WEIGHTS,
-    save_all_but_the_denoiser,
+    WITH_LCM,
+    save_for_all,
     save_for_diffusers,
-    save_for_kohya,
     save_merged,
-    save_tensors,
+    unet_config,
 )
+from .kohya_format import describe, save_for_kohya
+from .lora import Lora, both, trained_lora
+from .tensor_files import save_tensors
 
 AVERAGES = "ema"
 STAMP = "exported.json"
+LAYOUT = 2  # raised when folders hold something else than before: finished runs export again
 
 
 class Exports:
@@ -66,22 +67,42 @@ class Exports:
         self.run_dir = Path(recipe.run_dir)
         self.formats = tuple(dict.fromkeys(recipe.export.formats))
         self._shard_bytes = int(recipe.export.shard_gib * 2**30)
+        adapter = recipe.adapter
+        # DoRA changes what the other adapter has changed: the two are no sum.
+        self._joins_lcm = recipe.model.lcm_lora is not None and not (
+            adapter.type == "full" or adapter.dora
+        )
         # Folder of each kind of weights inside the run folder or a checkpoint.
         self.kinds = {"": False} | ({AVERAGES: True} if recipe.adapter.ema else {})
 
     @property
     def folders(self) -> list[Path]:
         """Where the exports of the run lie when it is finished."""
-        return [self.run_dir / kind / FOLDERS[form] for kind in self.kinds for form in self.formats]
+        names = [FOLDERS[form] for form in self.formats]
+        if self._joins_lcm and "diffusers" in self.formats:
+            names.insert(names.index(FOLDERS["diffusers"]) + 1, WITH_LCM)
+        return [self.run_dir / kind / name for kind in self.kinds for name in names]
+
+    @property
+    def note(self) -> str | None:
+        """What users of the exports must know and cannot see."""
+        lcm_lora = self.recipe.model.lcm_lora
+        if lcm_lora is None or {*self.formats} == {"merged"}:
+            return None
+        text = f"the adapter belongs on {self.recipe.model.path} together with the LCM-LoRA "
+        text += f"{lcm_lora}, each at weight 1"
+        if self.run_dir / WITH_LCM in self.folders:
+            text += f"; or load {self.run_dir / WITH_LCM} alone, which is both in one"
+        return text
 
     def write_adapters(self, folder: Path) -> None:
         """Put the adapters of this moment into a checkpoint: diffusers' always, kohya's if asked.
 
         Raises OSError on rank 0, when all ranks have met for the last time.
         """
-        states = self._adapter_states()
-        if self.ranks.is_first:
-            self._save_adapters(states, folder)
+        for kind, lora in self._adapters().items():
+            save_for_diffusers(lora, self.backbone.pipeline, folder / kind / FOLDERS["diffusers"])
+            self._save_for_kohya(lora, folder / kind)
 
     def publish(self, checkpoint: Path) -> None:
         """Write all formats of the last checkpoint, whose state this is, into the run folder.
@@ -90,8 +111,8 @@ class Exports:
         """
         made = self.run_dir / "exported.tmp"
         self.ranks.on_first(lambda: shutil.rmtree(made, ignore_errors=True))
-        states = self._adapter_states()
-        self.ranks.on_first(lambda: self._save_adapters(states, made))
+        adapters = self._adapters()
+        self.ranks.on_first(lambda: self._save_adapters(adapters, made))
         if "merged" in self.formats:
             for kind, averaged in self.kinds.items():
                 self._save_merged(made / kind, averaged)
@@ -99,35 +120,64 @@ class Exports:
         failpoint("export.published")
         self.ranks.on_first(lambda: self._put_stamp(checkpoint))
 
-    def _adapter_states(self) -> dict[str, dict[str, Tensor]]:
-        """For each kind, whole values under peft's names; on rank 0, elsewhere no values."""
-        return {
-            kind: self._adapter_state(averaged)
-            for kind, averaged in self.kinds.items()
-            if self.recipe.adapter.type != "full"
-        }
+    def _adapters(self) -> dict[str, Lora]:
+        """The adapter of each kind of weights, on rank 0; none elsewhere."""
+        if self.recipe.adapter.type == "full":
+            return {}
+        found = {kind: self._adapter(averaged) for kind, averaged in self.kinds.items()}
+        return {kind: lora for kind, lora in found.items() if lora is not None}
 
-    def _adapter_state(self, averaged: bool) -> dict[str, Tensor]:
+    def _adapter(self, averaged: bool) -> Lora | None:
         state: dict[str, Tensor] = {}
         with self.weights.averaged(averaged):
             for name in self.weights.shapes:
                 value = self.weights.gather(name)
                 if self.ranks.is_first:
                     state[name] = value.cpu()
-        return get_peft_model_state_dict(self.policy, state_dict=state) if state else {}
+        if not self.ranks.is_first:
+            return None
+        values = get_peft_model_state_dict(self.policy, state_dict=state)
+        return trained_lora(values, self.recipe.adapter)
 
-    def _save_adapters(self, states: dict[str, dict[str, Tensor]], folder: Path) -> None:
-        for kind, state in states.items():
-            save_for_diffusers(state, self.policy, self.backbone.pipeline, folder / kind)
-            if "kohya" in self.formats:
-                save_for_kohya(state, self.recipe.adapter, folder / kind)
+    def _save_adapters(self, adapters: dict[str, Lora], made: Path) -> None:
+        """All folders of adapters; diffusers' is there for merging even where nobody asks."""
+        pipeline, lcm_lora = self.backbone.pipeline, None
+        if self._joins_lcm and "diffusers" in self.formats:
+            lcm_lora = Lora(*lcm_lora_layers(self.recipe.model, pipeline))
+        for kind, lora in adapters.items():
+            folder = made / kind / FOLDERS["diffusers"]
+            if "diffusers" in self.formats:
+                save_for_all(lora, pipeline, self._about, folder)
+            else:
+                save_for_diffusers(lora, pipeline, folder)
+            self._save_for_kohya(lora, made / kind)
+            if lcm_lora is not None:
+                whole = both(lcm_lora, lora)
+                save_for_all(whole, pipeline, self._about, made / kind / WITH_LCM)
+
+    def _save_for_kohya(self, lora: Lora, folder: Path) -> None:
+        if "kohya" in self.formats:
+            config = unet_config(self.backbone.pipeline)
+            save_for_kohya(
+                lora, config, self._about, folder / FOLDERS["kohya"] / "lora.safetensors"
+            )
+
+    @property
+    def _about(self) -> dict[str, str]:
+        return describe(
+            unet_config(self.backbone.pipeline),
+            self.backbone.noise.prediction_type,
+            self.recipe.model.resolution,
+            title=self.run_dir.resolve().name,
+        )
 
     def _save_merged(self, folder: Path, averaged: bool) -> None:
         model, merged = self.recipe.model, folder / FOLDERS["merged"]
         if self.recipe.adapter.type == "full":
-            denoiser = self.ranks.on_first(lambda: save_all_but_the_denoiser(model, merged))
+            scheduler = self.backbone.pipeline.scheduler
+            self.ranks.on_first(lambda: copy_base(model, merged, scheduler))
             with self.weights.averaged(averaged):
-                self._save_gathered(merged / denoiser)
+                self._save_gathered(merged / DENOISER)
         else:
             lora = folder / FOLDERS["diffusers"]
             self.ranks.on_first(lambda: save_merged(model, lora, merged, self._shard_bytes))
@@ -184,4 +234,4 @@ class Exports:
 
     def _stamp(self, checkpoint: Path) -> dict[str, object]:
         manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
-        return {"checkpoint": manifest, "formats": sorted(self.formats)}
+        return {"checkpoint": manifest, "formats": sorted(self.formats), "layout": LAYOUT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,20 @@ from cdpo.engine.models import sd, sdxl
 from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Adapter, Model
-from cdpo.engine.training.export_formats import save_for_diffusers, save_for_kohya, save_merged
-from diffusers import ModelMixin, StableDiffusionXLPipeline
-from peft import get_peft_model_state_dict
+from cdpo.engine.training.export_formats import save_for_all, save_merged
+from cdpo.engine.training.kohya_format import describe
+from cdpo.engine.training.lora import Lora, trained_lora
+from diffusers import (
+    ModelMixin,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stock import stock_pipeline
+from stock import levels_apart, picture, stock_pipeline
 from torch import Tensor
 
 # One alpha above the rank, one below, neither equal to it.
@@ -50,25 +58,48 @@ def tune(backbone: LatentDiffusion, spec: Adapter) -> ModelMixin:
     return policy.eval()
 
 
+def exported(backbone: LatentDiffusion, spec: Adapter, folder: Path) -> tuple[ModelMixin, Lora]:
+    """A tuned policy, and its adapter as it was written to `folder/lora`."""
+    policy = tune(backbone, spec)
+    lora = trained_lora(get_peft_model_state_dict(policy), spec)
+    about = describe(policy.config, "epsilon", (512, 512), "a run")
+    save_for_all(lora, backbone.pipeline, about, folder / "lora")
+    return policy, lora
+
+
 @pytest.mark.parametrize("name", SPECS)
-def test_stock_diffusers_loads_each_format(
+def test_stock_readers_load_each_format(
     tiny_backbone: LatentDiffusion, tiny_recipe, tiny_world: Path, tmp_path: Path, name: str
 ) -> None:
     base = predict(tiny_backbone.denoiser)
-    policy = tune(tiny_backbone, SPECS[name])
+    policy, _ = exported(tiny_backbone, SPECS[name], tmp_path)
     wanted = predict(policy)
     assert (wanted - base).abs().max() > 0.01
-    state = get_peft_model_state_dict(policy)
-    save_for_diffusers(state, policy, tiny_backbone.pipeline, tmp_path)
     save_merged(tiny_recipe().model, tmp_path / "lora", tmp_path / "merged", 10**9)
-    forms = ["lora", "merged"]
-    if not SPECS[name].dora:  # the recipe refuses it
-        save_for_kohya(state, SPECS[name], tmp_path)
-        forms.append("kohya")
-    for form in forms:
+    for form in ("lora", "merged", *([] if SPECS[name].dora else ["lora/kohya.safetensors"])):
         stock = stock_pipeline(tiny_world / "sd", tmp_path, form)
         torch.testing.assert_close(predict(stock.unet), wanted, rtol=0, atol=1e-5)
         assert any("lora" in key for key in stock.unet.state_dict()) == (form != "merged")
+    own = sd.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
+    by_peft = PeftModel.from_pretrained(own.denoiser, tmp_path / "lora")
+    torch.testing.assert_close(predict(by_peft), wanted, rtol=0, atol=1e-5)
+
+
+def test_merged_draws_what_the_adapter_draws_on_the_base(
+    tiny_recipe, tiny_world: Path, tmp_path: Path
+) -> None:
+    """With the base's own scheduler, in which users draw both."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_world / "sd", base)
+    scheduler = PNDMScheduler(skip_prk_steps=True, beta_schedule="scaled_linear")
+    StableDiffusionPipeline.from_pretrained(base, scheduler=scheduler).save_pretrained(base)
+    model = tiny_recipe(f"model.path={base}").model
+    exported(sd.load(model, torch.device("cpu"), torch.float32), SPECS["lora"], tmp_path)
+    save_merged(model, tmp_path / "lora", tmp_path / "merged", 10**9)
+    stock = [stock_pipeline(base, tmp_path, form) for form in ("lora", "merged")]
+    assert {type(pipeline.scheduler) for pipeline in stock} == {PNDMScheduler}
+    on_base, merged = map(picture, stock)
+    assert levels_apart(on_base, merged) <= 1
 
 
 @pytest.mark.parametrize("targets", ["lcm", "all-linear"])
@@ -78,33 +109,27 @@ def test_stock_diffusers_loads_adapters_of_xl(tmp_path: Path, targets: str) -> N
     model = Model(backbone="sdxl", path=str(tmp_path / "base"), resolution=(16, 16))
     spec = Adapter(rank=2, alpha=7.0, targets=targets)
     backbone = sdxl.load(model, torch.device("cpu"), torch.float32)
-    policy = tune(backbone, spec)
-    state = get_peft_model_state_dict(policy)
-    save_for_diffusers(state, policy, backbone.pipeline, tmp_path)
-    save_for_kohya(state, spec, tmp_path)
-    tuned = {name: p for name, p in policy.named_parameters() if "lora_" in name}
-    for form in ("lora", "kohya"):
+    _, lora = exported(backbone, spec, tmp_path)
+    for form in ("lora", "lora/kohya.safetensors"):
         stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base")
         stock.load_lora_weights(tmp_path / form)
         loaded = {name: p for name, p in stock.unet.named_parameters() if "lora_" in name}
-        assert len(loaded) == len(tuned) > 0
-        for name, value in tuned.items():
-            assert torch.equal(loaded[name.replace(".default.", ".default_0.")], value), form
+        assert len(loaded) == len(lora.values) > 0
+        for name, value in lora.values.items():
+            assert torch.equal(loaded[name.replace(".weight", ".default_0.weight")], value), form
         scales = {
             scale
             for module in stock.unet.modules()
             if isinstance(module, LoraLayer)
             for scale in module.scaling.values()
         }
-        assert scales == {3.5}
+        assert scales == {1.0}
 
 
 def test_a_backbone_loads_an_adapter_and_a_merged_pipeline(
     tiny_backbone: LatentDiffusion, tiny_recipe, tmp_path: Path
 ) -> None:
-    policy = tune(tiny_backbone, SPECS["lora"])
-    state = get_peft_model_state_dict(policy)
-    save_for_diffusers(state, policy, tiny_backbone.pipeline, tmp_path)
+    policy, _ = exported(tiny_backbone, SPECS["lora"], tmp_path)
     save_merged(tiny_recipe().model, tmp_path / "lora", tmp_path / "merged", 10**9)
     for folder, load in (("lora", "load_adapter"), ("merged", "load_denoiser")):
         other = sd.load(tiny_recipe().model, torch.device("cpu"), torch.float32)
@@ -114,21 +139,18 @@ def test_a_backbone_loads_an_adapter_and_a_merged_pipeline(
         assert other.pipeline.unet is other.denoiser
 
 
-def test_names_and_scales_of_the_kohya_format(
-    tiny_backbone: LatentDiffusion, tmp_path: Path
+@pytest.mark.parametrize(("name", "scale"), [("lora", 3.5), ("attention", 0.25), ("rslora", 1.5)])
+def test_the_scale_is_in_the_numbers(
+    tiny_backbone: LatentDiffusion, tmp_path: Path, name: str, scale: float
 ) -> None:
-    """An rsLoRA of rank 4 and alpha 3 is scaled by 3 / 2, which readers get from 6 / 4."""
-    policy = tune(tiny_backbone, SPECS["rslora"])
-    state = get_peft_model_state_dict(policy)
-    save_for_kohya(state, SPECS["rslora"], tmp_path)
-    path = tmp_path / "kohya" / "lora.safetensors"
-    kept = load_file(path)
-    layers = {key.partition(".")[0] for key in kept}
-    assert "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0" in layers
-    assert "lora_unet_mid_block_resnets_0_conv1" in layers
-    parts = ("alpha", "lora_down.weight", "lora_up.weight")
-    assert set(kept) == {f"{layer}.{part}" for layer in layers for part in parts}
-    assert len(kept) == 3 * len(state) / 2
-    assert all(kept[f"{layer}.alpha"] == 6 for layer in layers)
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["ss_network_dim"] == "4"
+    """An rsLoRA of rank 4 and alpha 3 is scaled by 3 / 2: readers that know of no alpha see it."""
+    policy, lora = exported(tiny_backbone, SPECS[name], tmp_path)
+    for key, value in get_peft_model_state_dict(policy).items():
+        factor = scale if "lora_B" in key else 1
+        assert torch.equal(lora.values[key], value * factor)
+    assert (lora.config["lora_alpha"], lora.config["use_rslora"]) == (SPECS[name].rank, False)
+    kept = load_file(tmp_path / "lora" / "kohya.safetensors")
+    assert {float(value) for key, value in kept.items() if key.endswith("alpha")} == {lora.rank}
+    with safe_open(tmp_path / "lora" / "kohya.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == str(lora.rank)
+        assert file.metadata()["ss_output_name"] == "a run"
