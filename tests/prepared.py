@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import preferences
+import pyarrow.parquet as pq
 import webdataset
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.sample import PairMeta
+from PIL import Image
 
 ROWS = [preferences.judged(number) for number in range(60)]
 DECIDED = [row for row in ROWS if row.label_0 != 0.5]
@@ -65,6 +67,23 @@ def pairs_of(shards: Path) -> list[tuple[PairMeta, np.ndarray]]:
         for sample in webdataset.WebDataset(str(path), shardshuffle=False):
             meta = PairMeta.model_validate_json(sample["json"])
             found.append((meta, np.load(io.BytesIO(sample["latents.npy"]))))
+    return found
+
+
+def scores_of(run_dir: str | Path) -> dict[str, np.ndarray]:
+    """Scores by prompt, as stage 1 wrote them."""
+    found: dict[str, list[float]] = {}
+    for row in pq.read_table(Path(run_dir) / "scores.parquet").to_pylist():
+        found.setdefault(row["prompt"], []).append(row["score"])
+    return {prompt: np.asarray(values) for prompt, values in found.items()}
+
+
+def candidates_of(run_dir: str | Path) -> dict[str, list[Image.Image]]:
+    """The images that were sampled, by prompt, through webdataset's own reader."""
+    found: dict[str, list[Image.Image]] = {}
+    for path in sorted((Path(run_dir) / "candidates").glob("*.tar")):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False).decode("pil"):
+            found.setdefault(sample["json"]["prompt"], []).append(sample["png"])
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from cdpo.engine.basics.keyed import content_id
 from cdpo.engine.shards.contents import ArrayContents, Kind, contents_of
+from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import (
     Manifest,
     ModelSource,
@@ -102,6 +103,12 @@ def write_set(folder: Path, lanes: int, pairs_by_tier: list[int], pairs_per_shar
     made = manifest(entries, lanes, len(pairs_by_tier))
     save_manifest(folder, made)
     return made
+
+
+def plan(of: Manifest, **changes: int) -> LanePlan:
+    """What one rank reads of a set, a rank alone unless ``changes`` say otherwise."""
+    usual = {"seed": 3, "world_size": 1, "rank": 0, "global_batch": of.lanes, "shuffle_shards": 2}
+    return LanePlan(of, **usual | changes)
 
 
 def write_kind(

@@ -1,5 +1,8 @@
 """What rooms that make or take shards are tested with."""
 
+import errno
+import os
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -10,3 +13,13 @@ import shard_sets
 def small() -> ModuleType:
     """Builders of small shard sets."""
     return shard_sets
+
+
+@pytest.fixture
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and the disk is full: nothing that is written reaches it any more."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(os, "fsync", full)
