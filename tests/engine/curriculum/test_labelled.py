@@ -1,7 +1,5 @@
 """Pairs and tiers of imported data, against the definitions."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from cdpo.engine.basics.errors import DataError
