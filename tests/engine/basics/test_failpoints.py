@@ -1,7 +1,5 @@
 """Every fail-point is in the list, and every name in the list is a place in the code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from cdpo.engine.basics import failpoints
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_list_is_the_code() -> None:
+def test_the_list_is_the_code():
     placed = {
         name
         for path in (ROOT / "engine").rglob("*.py")
@@ -21,12 +19,12 @@ def test_the_list_is_the_code() -> None:
     assert placed == set(failpoints.NAMES)
 
 
-def test_every_fail_point_is_exercised() -> None:
+def test_every_fail_point_is_exercised():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in failpoints.NAMES if name not in tests] == []
 
 
-def test_passages_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passages_and_ranks(monkeypatch):
     def passages(wanted: str, rank: str = "0") -> list[str | None]:
         failpoints._passages.clear()
         monkeypatch.setenv("CDPO_FAILPOINT", wanted)

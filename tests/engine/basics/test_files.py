@@ -1,12 +1,8 @@
 """Files that exist whole or not at all."""
 
-from __future__ import annotations
-
-import errno
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +11,10 @@ import pytest
 from cdpo.engine.basics import files
 from cdpo.engine.basics.errors import CheckpointError, DataError
 from cdpo.engine.basics.files import lfs_pointer, replacing
+from refusals import refused
 
 
-def test_the_new_file_takes_the_place_of_the_old_one_with_its_count_and_hash(
-    tmp_path: Path,
-) -> None:
+def test_the_new_file_takes_the_place_of_the_old_one_with_its_count_and_hash(tmp_path):
     path = tmp_path / "made" / "a.bin"
     for content in (b"old", b"a" * 70_000):
         with replacing(path) as file:
@@ -31,9 +26,7 @@ def test_the_new_file_takes_the_place_of_the_old_one_with_its_count_and_hash(
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), ValueError("no"), OSError("torn")])
-def test_a_block_that_raises_leaves_the_old_file_alone(
-    tmp_path: Path, raised: BaseException
-) -> None:
+def test_a_block_that_raises_leaves_the_old_file_alone(tmp_path, raised):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")
     with pytest.raises(type(raised)), replacing(path, error=None) as file:
@@ -44,18 +37,15 @@ def test_a_block_that_raises_leaves_the_old_file_alone(
 
 
 @pytest.mark.parametrize("error", [DataError, CheckpointError])
-def test_a_full_disk_is_the_error_that_was_asked_for(tmp_path, monkeypatch, error) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(error) as told, replacing(tmp_path / "a.txt", error) as file:
+def test_a_full_disk_is_the_error_that_was_asked_for(tmp_path, fill_disk, error):
+    fill_disk()
+    path = tmp_path / "a.txt"
+    with refused(error, "unwritable", str(path)), replacing(path, error) as file:
         file.write(b"new")
-    assert (told.value.kind, told.value.key) == ("unwritable", str(tmp_path / "a.txt"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_content_and_name_reach_the_disk_before_the_block_is_left(tmp_path, monkeypatch) -> None:
+def test_content_and_name_reach_the_disk_before_the_block_is_left(tmp_path, monkeypatch):
     synced: list[str] = []
     monkeypatch.setattr(
         files.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}"))
@@ -66,7 +56,7 @@ def test_content_and_name_reach_the_disk_before_the_block_is_left(tmp_path, monk
     assert synced == [str(tmp_path / "a.txt.tmp"), str(tmp_path)]
 
 
-def test_libraries_write_into_it(tmp_path: Path) -> None:
+def test_libraries_write_into_it(tmp_path):
     table = pa.table({"a": list(range(1000))})
     with replacing(tmp_path / "t.parquet") as file:
         pq.write_table(table, file)

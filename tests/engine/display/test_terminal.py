@@ -1,7 +1,5 @@
 """The terminal: quiet ranks, plain logs, narrow live bars."""
 
-from __future__ import annotations
-
 import io
 
 import pytest
@@ -29,7 +27,7 @@ def make_terminal(**options: object) -> tuple[Terminal, io.StringIO, io.StringIO
     return terminal, out, err, clock
 
 
-def test_disabled_terminal_prints_nothing() -> None:
+def test_disabled_terminal_prints_nothing():
     terminal, out, err, _ = make_terminal(enabled=False)
     terminal.header("title", [("a", "b")])
     terminal.line("x")
@@ -42,7 +40,7 @@ def test_disabled_terminal_prints_nothing() -> None:
     assert out.getvalue() == err.getvalue() == ""
 
 
-def test_a_warning_is_shown_once_and_on_stderr() -> None:
+def test_a_warning_is_shown_once_and_on_stderr():
     terminal, out, err, _ = make_terminal()
     for text in ("first", "first", "second", "first"):
         terminal.warn(text)
@@ -50,7 +48,7 @@ def test_a_warning_is_shown_once_and_on_stderr() -> None:
     assert out.getvalue() == ""
 
 
-def test_text_is_shown_as_it_is_and_never_folded() -> None:
+def test_text_is_shown_as_it_is_and_never_folded():
     terminal, out, err, _ = make_terminal()
     text = "[red]a prompt[/red] :smile: " + "/long/path" * 30
     terminal.line(text)
@@ -61,7 +59,7 @@ def test_text_is_shown_as_it_is_and_never_folded() -> None:
     assert out.getvalue().splitlines()[-3:] == ["[b]title", f"  model  {text}", "  x      y"]
 
 
-def test_table_aligns_numbers_right() -> None:
+def test_table_aligns_numbers_right():
     terminal, out, _, _ = make_terminal()
     rows = [["training", "0.5", "+0.031 [+0.02, +0.04]"], ["x", "10.25", "−0.1 [−0.2, +0.0]"]]
     terminal.table("Scores", ["prompts", "base", "difference"], rows)
@@ -72,7 +70,7 @@ def test_table_aligns_numbers_right() -> None:
     assert lines[3].index("0.5") == lines[4].index("10.25") + 2
 
 
-def test_plain_progress_prints_at_most_every_interval_and_at_the_end() -> None:
+def test_plain_progress_prints_at_most_every_interval_and_at_the_end():
     terminal, out, _, clock = make_terminal(interval=30, live=False)
     with terminal.progress("train", 100, unit="steps") as progress:
         for _ in range(100):
@@ -86,7 +84,7 @@ def test_plain_progress_prints_at_most_every_interval_and_at_the_end() -> None:
     assert "ETA" not in lines[-1]
 
 
-def test_plain_progress_shows_where_an_error_ended_it() -> None:
+def test_plain_progress_shows_where_an_error_ended_it():
     terminal, out, _, _ = make_terminal(live=False)
     with pytest.raises(KeyError), terminal.progress("sample", 10) as progress:
         progress.advance(3)
@@ -94,7 +92,7 @@ def test_plain_progress_shows_where_an_error_ended_it() -> None:
     assert out.getvalue().startswith("sample  3/10 images  30%")
 
 
-def test_eta_of_a_resumed_run_counts_new_work_only() -> None:
+def test_eta_of_a_resumed_run_counts_new_work_only():
     clock = Clock()
     progress = Progress("train", 1000, done=900, unit="steps", clock=clock)
     assert progress.rate is None and progress.eta is None
@@ -104,7 +102,7 @@ def test_eta_of_a_resumed_run_counts_new_work_only() -> None:
     assert progress.eta == pytest.approx(40)
 
 
-def test_rate_forgets_a_slow_first_step() -> None:
+def test_rate_forgets_a_slow_first_step():
     clock = Clock()
     progress = Progress("train", 1000, unit="steps", clock=clock)
     clock.now += 500
@@ -116,7 +114,7 @@ def test_rate_forgets_a_slow_first_step() -> None:
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 200])
-def test_live_bar_fits_any_width_and_drops_fields_from_the_right(width: int) -> None:
+def test_live_bar_fits_any_width_and_drops_fields_from_the_right(width):
     clock = Clock()
     progress = Progress("train", 10_000, unit="steps", clock=clock)
     clock.now += 10
@@ -131,7 +129,7 @@ def test_live_bar_fits_any_width_and_drops_fields_from_the_right(width: int) -> 
         assert all(shown)
 
 
-def test_live_bar_writes_one_line_and_text_goes_above_it() -> None:
+def test_live_bar_writes_one_line_and_text_goes_above_it():
     terminal, out, _, _ = make_terminal(live=True)
     with terminal.progress("train", 2, unit="steps") as progress:
         terminal.line("above")
@@ -141,7 +139,7 @@ def test_live_bar_writes_one_line_and_text_goes_above_it() -> None:
     assert out.getvalue().index("above") < out.getvalue().rindex("2/2 steps")
 
 
-def test_nothing_to_do() -> None:
+def test_nothing_to_do():
     terminal, out, _, _ = make_terminal(live=False)
     with terminal.progress("train", 0):
         pass
@@ -149,7 +147,7 @@ def test_nothing_to_do() -> None:
     assert len(ProgressBar(Progress("train", 0)).render(80).plain) < 80
 
 
-def test_ascii_log_survives_any_prompt() -> None:
+def test_ascii_log_survives_any_prompt():
     buffer = io.BytesIO()
     out = io.TextIOWrapper(buffer, encoding="ascii")
     terminal = Terminal(stdout=out, stderr=io.StringIO())
@@ -172,16 +170,16 @@ def test_ascii_log_survives_any_prompt() -> None:
         ("margin", 0.0, "margin 0.0000"),
     ],
 )
-def test_fields(name: str, value: float | None, shown: str) -> None:
+def test_fields(name, value, shown):
     assert format_field(name, value) == shown
 
 
-def test_durations() -> None:
+def test_durations():
     assert format_duration(80.4) == "0:01:20"
     assert format_duration(100 * 3600) == "100:00:00"
 
 
-def test_slow_rates_are_seconds_a_unit() -> None:
+def test_slow_rates_are_seconds_a_unit():
     clock = Clock()
     progress = Progress("train", 10, unit="steps", clock=clock)
     clock.now += 10

@@ -1,13 +1,10 @@
 """One run in a folder, and the same folder for all ranks."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.ranks import run_lock
@@ -15,7 +12,7 @@ from cdpo.engine.ranks.run_lock import RunLock, refuse_other_folder
 from refusals import refused
 
 
-def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
+def test_the_second_is_told_who_has_it(tmp_path):
     lock = RunLock(tmp_path)
     with refused(RecipeError, "in-use", "run_dir") as told:
         RunLock(tmp_path)
@@ -24,7 +21,7 @@ def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
-def test_it_ends_with_the_process(tmp_path: Path) -> None:
+def test_it_ends_with_the_process(tmp_path):
     take = (
         "import os, pathlib, signal; from cdpo.engine.ranks.run_lock import RunLock; "
         f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
@@ -34,16 +31,16 @@ def test_it_ends_with_the_process(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
-def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch):
     def flock(*args: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with refused(RecipeError, "unsupported", "run_dir"):
+    with refused(RecipeError, "unsupported", "run_dir", wording="without-locks"):
         RunLock(tmp_path)
 
 
-def test_ranks_on_another_machine_s_disk_are_refused(tmp_path: Path, monkeypatch) -> None:
+def test_ranks_on_another_machine_s_disk_are_refused(tmp_path, monkeypatch):
     """Its parts of the checkpoints would be missing there: better said before hours of work."""
     monkeypatch.setattr(run_lock, "SECONDS_TO_APPEAR", 0.2)
     shared, other = tmp_path / "shared", tmp_path / "other"

@@ -1,7 +1,5 @@
 """What ranks tell each other through a real store, from threads that stand for them."""
 
-from __future__ import annotations
-
 import threading
 from datetime import timedelta
 
@@ -29,7 +27,7 @@ def joined(store: dist.Store, rank: int) -> tuple[Peers, threading.Event, list[i
     return rank_peers, followed, codes
 
 
-def test_a_rank_that_is_still_at_work_ends_as_the_one_that_failed(store, monkeypatch) -> None:
+def test_a_rank_that_is_still_at_work_ends_as_the_one_that_failed(store, monkeypatch):
     monkeypatch.setattr(signals, "SECONDS_TO_FOLLOW", 0.1)
     first, followed, codes = joined(store, 0)
     second, _, own = joined(store, 1)
@@ -39,14 +37,14 @@ def test_a_rank_that_is_still_at_work_ends_as_the_one_that_failed(store, monkeyp
     assert own == []  # it leaves by itself
 
 
-def test_all_end_with_the_code_of_the_first(store) -> None:
+def test_all_end_with_the_code_of_the_first(store):
     first, second = joined(store, 0)[0], joined(store, 1)[0]
     assert second.tell(3) == Failure(1, 3) == first.tell(6)
     first.close()
     second.close()
 
 
-def test_a_rank_that_comes_to_its_end_is_left_alone(store, monkeypatch) -> None:
+def test_a_rank_that_comes_to_its_end_is_left_alone(store, monkeypatch):
     monkeypatch.setattr(signals, "LISTEN_EVERY", 0.01)
     first, followed, _ = joined(store, 0)
     second = joined(store, 1)[0]
@@ -56,12 +54,12 @@ def test_a_rank_that_comes_to_its_end_is_left_alone(store, monkeypatch) -> None:
     assert not followed.is_set()
 
 
-def test_a_request_to_stop_is_in_the_store(store) -> None:
+def test_a_request_to_stop_is_in_the_store(store):
     rank = joined(store, 0)[0]
     rank.ask_to_stop("SIGTERM")
     assert store.get(STOPPING) == b"SIGTERM"
     rank.close()
 
 
-def test_a_rank_alone_ends_with_its_own_code() -> None:
+def test_a_rank_alone_ends_with_its_own_code():
     assert Peers().tell(4) == Failure(0, 4)
