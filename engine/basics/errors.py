@@ -41,8 +41,8 @@ def told_by(error: BaseException) -> str:
     Whatever is put into a message goes through here. What follows the first sentence is advice for
     programmers ("re-run with weights_only=False"), which users of ours must not take.
     """
-    number = getattr(error, "errno", None)
-    if isinstance(error, OSError) and number in errno.errorcode:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in errno.errorcode and number is not None:
         return os.strerror(number)  # str() names the file again, which the message does
     lines = str(error)[: 4 * MOST_CHARACTERS].strip().split("\n")
     text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
