@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from pydantic_core import PydanticUndefined
 
@@ -44,9 +44,7 @@ def training_identity(recipe: Recipe) -> dict[str, object]:
     """The dotted keys, and their values, that a resumed run must share with its checkpoint."""
     found: dict[str, object] = {}
     for key in filter(IDENTITY.fullmatch, KNOBS):
-        value: Any = recipe
-        for name in key.split("."):
-            value = getattr(value, name)
+        value = attrgetter(key)(recipe)
         found[key] = list(value) if isinstance(value, tuple) else value
     return found
 

@@ -6,11 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from .section import (
-    NonNegativeFloat,
-    PositiveInt,
-    Section,
-)
+from .section import NonNegativeFloat, PositiveInt, Section
 
 
 class Model(Section):

@@ -6,12 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .section import (
-    NonNegativeInt,
-    PositiveInt,
-    Sampler,
-    Section,
-)
+from .section import NonNegativeInt, PositiveInt, Sampler, Section
 
 
 class Generate(Section):

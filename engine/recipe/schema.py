@@ -19,9 +19,7 @@ from .model import Model
 from .prepare import Prepare, check_source
 from .prompts import Prompts
 from .reward import Reward, check_reward
-from .section import (
-    Section,
-)
+from .section import Section
 from .train import Checkpoint, Cluster, Monitor, Objective, Speed, Train
 
 

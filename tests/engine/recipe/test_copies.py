@@ -1,7 +1,5 @@
 """Copies of shipped recipes: the same run, of its own name and in its own folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

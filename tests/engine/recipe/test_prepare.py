@@ -1,37 +1,25 @@
 """`prepare.source` of a recipe: which keys go with which type, and what is said otherwise."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Generate, Masked, Paired, Ranked, Recipe
-from cdpo.engine.recipe.identity import save_resolved
 from cdpo.engine.recipe.keys import KNOBS
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.reference import for_terminal
-from refusals import refused
 
 ROOT = Path(__file__).parents[3]
-MINIMAL = {
-    "run_dir": "runs/x",
-    "model": {"path": "m"},
-    "prompts": {"train": "t"},
-    "reward": {"path": "r"},
-    "curriculum": {"difficulty": "score_gap"},
-}
+BY_SCORE = {"difficulty": "score_gap"}
 
 
-def load(folder: Path, source: object, *overrides: str, **changes: object) -> Recipe:
-    path = folder / "r.yaml"
-    path.write_text(yaml.safe_dump({**MINIMAL, "prepare": {"source": source}, **changes}))
-    return load_recipe(path, overrides)
+def from_source(load: Callable[..., Recipe], source: object, *overrides: str) -> object:
+    return load(*overrides, prepare={"source": source}, curriculum=BY_SCORE).prepare.source
 
 
-def test_the_defaults_of_pairs_are_the_columns_of_pick_a_pic(tmp_path):
-    source = load(tmp_path, {"type": "paired", "path": "p"}).prepare.source
+def test_the_defaults_of_pairs_are_the_columns_of_pick_a_pic(load):
+    source = from_source(load, {"type": "paired", "path": "p"})
     assert isinstance(source, Paired)
     assert (source.images, source.label, source.caption) == (
         ("jpg_0", "jpg_1"),
@@ -41,31 +29,29 @@ def test_the_defaults_of_pairs_are_the_columns_of_pick_a_pic(tmp_path):
     assert source.best_image == "best_image_uid" and source.on_disagreement == "drop"
 
 
-def test_sources_are_chosen_by_type_and_by_overrides(tmp_path):
-    assert load(tmp_path, {"type": "generate"}).prepare.source == Generate()
-    ranked = load(tmp_path, {"type": "ranked", "path": "a.csv", "score": None}).prepare.source
+def test_sources_are_chosen_by_type_and_by_overrides(load):
+    assert from_source(load, {"type": "generate"}) == Generate()
+    ranked = from_source(load, {"type": "ranked", "path": "a.csv", "score": None})
     assert ranked == Ranked(path="a.csv", score=None)
     mine = ["type=paired", "path=p", "images=[winner,loser]", "label=null"]
     overrides = [f"prepare.source.{text}" for text in mine]
-    paired = load(tmp_path, {"type": "generate"}, *overrides).prepare.source
+    paired = from_source(load, {"type": "generate"}, *overrides)
     assert paired == Paired(path="p", images=("winner", "loser"), label=None)
 
 
-def test_masked_prompts_have_the_published_shares_and_one_a_tier(tmp_path):
-    masked = load(tmp_path, {"type": "generate"}, "prepare.source.type=masked").prepare.source
+def test_masked_prompts_have_the_published_shares_and_one_a_tier(load):
+    masked = from_source(load, {"type": "generate"}, "prepare.source.type=masked")
     assert masked == Masked(fractions=(0.9, 0.7, 0.5, 0.3, 0.1), same_noise=True)
     three = ["prepare.source.fractions=[1.0, 0.6, 0.2]", "curriculum.tiers=3"]
-    source = load(tmp_path, {"type": "masked"}, *three).prepare.source
+    source = from_source(load, {"type": "masked"}, *three)
     assert source == Masked(fractions=(1.0, 0.6, 0.2))
 
 
 @pytest.mark.parametrize("kind", ["paired", "ranked"])
-def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, kind):
-    recipe = load(tmp_path, {"type": kind, "path": "p"})
-    save_resolved(recipe, tmp_path / "resolved.yaml")
-    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+def test_a_resolved_recipe_holds_the_keys_of_its_type(load, tmp_path, kind):
+    source = from_source(load, {"type": kind, "path": "p"})
     saved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())["prepare"]["source"]
-    assert set(saved) == set(type(recipe.prepare.source).model_fields)
+    assert set(saved) == set(type(source).model_fields)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +75,9 @@ def test_a_resolved_recipe_holds_the_keys_of_its_type_and_reads_back(tmp_path, k
         ({"type": "masked", "fractions": [0.5, 0]}, ".fractions[1]", "out-of-range"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_key(tmp_path, source, key, kind):
-    with refused(RecipeError, kind, f"prepare.source{key}") as caught:
-        load(tmp_path, source)
-    assert len(caught.value.problems) == 1
+def test_what_is_wrong_is_told_by_its_key(problems, source, key, kind):
+    found = problems(prepare={"source": source}, curriculum=BY_SCORE)
+    assert found == {f"prepare.source{key}": kind}
 
 
 @pytest.mark.parametrize(
@@ -105,14 +90,15 @@ def test_what_is_wrong_is_told_by_its_key(tmp_path, source, key, kind):
         ({"type": "paired", "path": "p"}, {"prompts": {}}),
     ],
 )
-def test_a_source_goes_with_the_curriculum_and_the_prompts(tmp_path, source, changes):
-    with refused(RecipeError, "contradiction", str(tmp_path / "r.yaml")):
-        load(tmp_path, source, **changes)
+def test_a_source_goes_with_the_curriculum_and_the_prompts(problems, tmp_path, source, changes):
+    found = problems(**{"prepare": {"source": source}, "curriculum": BY_SCORE} | changes)
+    assert found == {str(tmp_path / "r.yaml"): "contradiction"}
 
 
-def test_pairs_need_no_prompts_to_train_on(tmp_path):
-    paired = {"type": "paired", "path": "p"}
-    assert load(tmp_path, paired, prompts={"heldout": "h"}).prompts.train is None
+def test_pairs_need_no_prompts_to_train_on(load):
+    paired = {"source": {"type": "paired", "path": "p"}}
+    recipe = load(prepare=paired, curriculum=BY_SCORE, prompts={"heldout": "h"})
+    assert recipe.prompts.train is None
 
 
 def test_every_recipe_shows_the_type_and_help_shows_the_keys_of_all_types():

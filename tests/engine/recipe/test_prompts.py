@@ -1,31 +1,10 @@
 """`prompts` of a recipe: forms of its values, in files and overrides, and what is wrong there."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
-import yaml
-from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Prompts, Split, Templates
-from cdpo.engine.recipe.identity import save_resolved
-from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.reference import for_terminal
-from refusals import refused
 
 ANIMALS = {"templates": ["a {x}"], "lists": {"x": ["dog", "cat"]}}
-
-
-def write(folder: Path, prompts: dict[str, Any]) -> Path:
-    minimal = {"run_dir": "runs/x", "model": {"path": "m"}, "reward": {"path": "r"}}
-    path = folder / "r.yaml"
-    path.write_text(yaml.safe_dump({"prompts": prompts, **minimal}))
-    return path
-
-
-def load(folder: Path, prompts: dict[str, Any], *overrides: str) -> Prompts:
-    return load_recipe(write(folder, prompts), overrides).prompts
 
 
 @pytest.mark.parametrize(
@@ -50,23 +29,21 @@ def load(folder: Path, prompts: dict[str, Any], *overrides: str) -> Prompts:
     ],
 )
 def test_forms_are_told_apart_by_their_keys_and_read_back_from_a_run_folder(
-    tmp_path, prompts, expected
+    load, prompts, expected
 ):
-    recipe = load_recipe(write(tmp_path, prompts))
-    assert recipe.prompts == expected
-    save_resolved(recipe, tmp_path / "resolved.yaml")
-    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert load(prompts=prompts).prompts == expected
 
 
-def test_overrides_change_a_part_or_the_form(tmp_path):
-    assert load(tmp_path, {"train": ANIMALS}, "prompts.train=t.txt").train == "t.txt"
-    assert load(tmp_path, {"train": "t"}, "prompts.heldout.fraction=0.5").heldout == Split(
-        fraction=0.5
-    )
-    assert load(tmp_path, {"train": "t"}, "prompts.heldout={count: 3}").heldout == Split(count=3)
-    photo = load(tmp_path, {"train": ANIMALS}, "prompts.train.templates=['a photo of a {x}']").train
+def test_overrides_change_a_part_or_the_form(load):
+    def changed(override: str, train: object = ANIMALS) -> Prompts:
+        return load(override, prompts={"train": train}).prompts
+
+    assert changed("prompts.train=t.txt").train == "t.txt"
+    assert changed("prompts.heldout.fraction=0.5", "t").heldout == Split(fraction=0.5)
+    assert changed("prompts.heldout={count: 3}", "t").heldout == Split(count=3)
+    photo = changed("prompts.train.templates=['a photo of a {x}']").train
     assert photo == Templates(templates=("a photo of a {x}",), lists={"x": ("dog", "cat")})
-    other = load(tmp_path, {"train": ANIMALS}, "prompts.train.lists={x: [cow]}").train
+    other = changed("prompts.train.lists={x: [cow]}").train
     assert isinstance(other, Templates) and other.lists == {"x": ("cow",)}
 
 
@@ -91,10 +68,8 @@ def test_overrides_change_a_part_or_the_form(tmp_path):
         ({"train": "t", "heldout": {"count": 1, "seed": 2}}, ".heldout.seed", "unknown"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_key(tmp_path, prompts, key, kind):
-    with refused(RecipeError, kind, f"prompts{key}") as caught:
-        load(tmp_path, prompts)
-    assert len(caught.value.problems) == 1
+def test_what_is_wrong_is_told_by_its_key(problems, prompts, key, kind):
+    assert problems(prompts=prompts) == {f"prompts{key}": kind}
 
 
 def test_help_lists_the_keys_of_every_form():

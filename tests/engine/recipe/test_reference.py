@@ -1,7 +1,5 @@
 """What is written from the schema: the page, the file for editors, a run's commented recipe."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -11,17 +9,10 @@ from cdpo.engine.basics import shipped
 from cdpo.engine.basics.errors import RecipeError
 from cdpo.engine.recipe import Recipe, reference
 from cdpo.engine.recipe.keys import SCHEMA, is_knob
-from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.reference import annotated, json_schema, markdown
 from cdpo.engine.recipe.yaml_subset import Source
 
 ROOT = Path(__file__).parents[3]
-MINIMAL = {
-    "run_dir": "runs/x",
-    "model": {"path": "m"},
-    "prompts": {"train": "t"},
-    "reward": {"path": "r"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +69,13 @@ def test_editors_find_nothing_wrong_with_shipped_recipes(fits, path):
         {"prompts": {"train": {"count": 3}}},
     ],
 )
-def test_editors_refuse_what_the_engine_refuses(fits, tmp_path, change):
-    path = tmp_path / "r.yaml"
-    path.write_text(json.dumps(MINIMAL | change))  # which is YAML
+def test_editors_refuse_what_the_engine_refuses(fits, load, minimal, change):
     try:
-        load_recipe(path)
+        load(**change)
     except RecipeError:
-        assert not fits(MINIMAL | change)
+        assert not fits(minimal | change)
     else:
-        assert fits(MINIMAL | change)
+        assert fits(minimal | change)
 
 
 def test_every_key_of_the_schema_for_editors_is_explained():
@@ -97,14 +86,14 @@ def test_every_key_of_the_schema_for_editors_is_explained():
             assert value.get("description"), key
 
 
-def test_a_runs_recipe_says_what_each_value_is_for():
-    recipe = Recipe.model_validate(MINIMAL | {"objective": {"beta": 5000}})
+def test_a_runs_recipe_says_what_each_value_is_for(minimal):
+    recipe = Recipe.model_validate(minimal | {"objective": {"beta": 5000}})
     lines = annotated(recipe).splitlines()
     place = lines.index("  steps: 10000")
     assert lines[place - 1] == "  # Optimiser steps in all (skipped ones do not count)."
     assert lines[place - 2] == "train:"
     again = Recipe.model_validate(
-        MINIMAL | {"objective": {"beta": 5000.0}, "adapter": {"alpha": 8}}
+        minimal | {"objective": {"beta": 5000.0}, "adapter": {"alpha": 8}}
     )
     assert again == recipe and annotated(again) == annotated(recipe)
     assert max(map(len, lines)) <= 100
