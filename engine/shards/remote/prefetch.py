@@ -13,9 +13,7 @@ from ..manifest import ShardEntry
 from .cache import CacheFull
 from .store import RemoteStore
 
-MAX_WINDOWS = (
-    256  # looked into at a time; far more than a cache holds ahead, unless shards are tiny
-)
+MAX_WINDOWS = 256  # looked into at a time: far more than a cache holds ahead of large shards
 
 
 class Prefetch:

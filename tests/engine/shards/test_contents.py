@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shard_sets
 import torch
 import webdataset
 from cdpo.engine.basics.errors import ShardError
@@ -14,7 +15,6 @@ from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.recipe import Curriculum
 from cdpo.engine.shards import webp
 from cdpo.engine.shards.contents import ImageContents, contents_of
-from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.stream import PairStream
@@ -47,14 +47,7 @@ def test_a_claimed_shape_takes_no_memory():
 
 
 def stream_of(pair_set, world_size=1, rank=0, workers=0) -> PairStream:
-    plan = LanePlan(
-        pair_set.manifest,
-        seed=1,
-        world_size=world_size,
-        rank=rank,
-        global_batch=8,
-        shuffle_shards=2,
-    )
+    plan = shard_sets.plan(pair_set.manifest, world_size=world_size, rank=rank, global_batch=8)
     readers = ShardReaders(pair_set.folder, pair_set.manifest, image_workers=workers)
     return PairStream(plan, readers, Pacing(Curriculum(tiers=1), 12), workers=workers)
 

@@ -1,12 +1,13 @@
 import hashlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
+import shard_sets
 from cdpo.engine.basics.errors import DataError, RecipeError
 from cdpo.engine.curriculum.pacing import Pacing, Position, Stage
 from cdpo.engine.recipe import Curriculum
-from cdpo.engine.shards.lanes import LanePlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -14,15 +15,7 @@ from refusals import refused
 ALL = Stage(2, (1, 2), 0, 100)
 
 
-def plan_of(manifest, world_size=1, rank=0, global_batch=None, shuffle_shards=3, seed=9):
-    return LanePlan(
-        manifest,
-        seed=seed,
-        world_size=world_size,
-        rank=rank,
-        global_batch=global_batch or manifest.lanes,
-        shuffle_shards=shuffle_shards,
-    )
+plan_of = partial(shard_sets.plan, seed=9, shuffle_shards=3)
 
 
 def places(plan, batch, stage=ALL, visit_base=0):
@@ -70,7 +63,10 @@ def test_every_pair_exactly_once_a_pass(small, numbers, tiers):
 def test_any_world_size_sees_the_same_global_batches(small, world_size):
     manifest = small.paper(8, {1: (16, 5), 2: (8, 3)})
     alone = plan_of(manifest, global_batch=32)
-    ranks = [plan_of(manifest, world_size, rank, 32) for rank in range(world_size)]
+    ranks = [
+        plan_of(manifest, world_size=world_size, rank=rank, global_batch=32)
+        for rank in range(world_size)
+    ]
     assert {len(places(rank, 0)) for rank in ranks} == {32 // world_size}
     for batch in (0, 1, 2, 3, 7, 100):
         joined = [place for rank in ranks for place in places(rank, batch)]
@@ -81,7 +77,7 @@ def test_any_world_size_sees_the_same_global_batches(small, world_size):
 
 def test_a_rank_reads_only_shards_of_its_lanes(small):
     manifest = small.paper(4, {1: (8, 5), 2: (4, 3)})
-    plan = plan_of(manifest, 2, 1, 8)
+    plan = plan_of(manifest, world_size=2, rank=1, global_batch=8)
     own = {entry.name for entry in plan.rank_entries([ALL])}
     read = {manifest.shards[shard].name for b in range(20) for shard, *_ in places(plan, b)}
     assert read == own
@@ -107,7 +103,7 @@ def test_passes_stages_lanes_and_seeds_have_orders_of_their_own(small):
 def test_the_order_never_changes(small):
     """A run resumed by a later version must go on where this one stopped."""
     manifest = small.paper(4, {1: (16, 300), 2: (8, 70)})
-    plan = plan_of(manifest, global_batch=16, shuffle_shards=3)
+    plan = plan_of(manifest, global_batch=16)
     assert places(plan, 5)[:3] == [(0, 57, 0), (0, 81, 0), (0, 116, 0)]
     columns = [np.array(places(plan, batch)) for batch in range(700)]
     digest = hashlib.sha256(np.concatenate(columns).astype("<i8").tobytes()).hexdigest()
@@ -134,12 +130,12 @@ def test_a_window_is_mixed_whole(small):
 
 def test_what_does_not_divide_is_one_line(small):
     manifest = small.paper(4, {1: (4, 5), 2: (4, 3)})
-    for key, changes in (
-        ("data.lanes", {"world_size": 3}),
-        ("data.lanes", {"world_size": 8}),
-        ("train.global_batch", {"global_batch": 6}),
+    for key, changes, wording in (
+        ("data.lanes", {"world_size": 3}, "ranks-and-lanes"),
+        ("data.lanes", {"world_size": 8}, None),
+        ("train.global_batch", {"global_batch": 6}, None),
     ):
-        with refused(RecipeError, "mismatch", key):
+        with refused(RecipeError, "mismatch", key, wording=wording):
             plan_of(manifest, **changes)
 
 

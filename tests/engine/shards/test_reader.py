@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 
+import damage
 import numpy as np
 import pytest
 from cdpo.engine.basics.errors import EXIT_DATA, ShardError
@@ -64,18 +65,16 @@ def test_a_shard_missing_or_of_another_size_is_found_before_anything_is_read(sha
     if change is not None:
         path.write_bytes((data + bytes(512))[: len(data) + change])
     for call in (lambda r: r.read(entry, 0), lambda r: r.check_present(manifest.shards)):
-        with refused(ShardError, kind) as told:
+        with refused(ShardError, kind, wording=f"shard-{kind}") as told:
             call(ShardReaders(folder, manifest))
         assert (told.value.shard, told.value.exit_code) == (str(path), EXIT_DATA)
 
 
 def test_a_flipped_bit(shard):
     manifest, folder, entry = shard
-    data = bytearray((folder / entry.name).read_bytes())
-    data[3000] ^= 1
-    (folder / entry.name).write_bytes(data)
+    damage.flip_a_bit(folder / entry.name)
     ShardReaders(folder, manifest).check_present(manifest.shards)
-    with refused(ShardError, "damaged"):
+    with refused(ShardError, "damaged", wording="shard-damaged"):
         ShardReaders(folder, manifest).read(entry, 0)
 
 
@@ -83,10 +82,7 @@ def test_a_shard_changed_during_the_run_is_verified_again(shard):
     manifest, folder, entry = shard
     readers = readers_of(folder, manifest, 1, 2)
     readers.read(entry, 0)
-    data = bytearray((folder / entry.name).read_bytes())
-    data[3000] ^= 1
-    (folder / entry.name).unlink()
-    (folder / entry.name).write_bytes(data)
+    damage.flip_a_bit(folder / entry.name)
     readers.read(manifest.shards[1], 0)  # closes the first
     with refused(ShardError, "damaged"):
         readers.read(entry, 0)

@@ -3,13 +3,14 @@
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import shard_sets
 from cdpo.engine.curriculum.pacing import Cursor, Pacing, Position, Stage
 from cdpo.engine.recipe import Curriculum
-from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
 
 LANES, TIERS = 512, 5
@@ -26,15 +27,7 @@ def manifests(small):
     }
 
 
-def plan_of(manifest, world_size=128, rank=77, global_batch=1024) -> LanePlan:
-    return LanePlan(
-        manifest,
-        seed=4,
-        world_size=world_size,
-        rank=rank,
-        global_batch=global_batch,
-        shuffle_shards=8,
-    )
+plan_of = partial(shard_sets.plan, world_size=128, rank=77, global_batch=1024, shuffle_shards=8)
 
 
 def resume(manifest) -> np.ndarray:
@@ -100,15 +93,16 @@ def test_a_manifest_of_a_hundred_thousand_shards_loads_in_seconds(manifests, tmp
     assert found == [manifests[10**8]]
 
 
-def test_512_ranks_cover_a_pass_exactly_once_in_equal_parts(small):
-    """A million pairs of unequal tiers: every batch whole, no rank a batch ahead of another."""
-    manifest = small.paper(LANES, {1: (4 * LANES, 400), 2: (2 * LANES, 177)})
+def test_128_ranks_cover_a_pass_exactly_once_in_equal_parts(small):
+    """Of unequal tiers: every batch whole, no rank a batch ahead of another."""
+    lanes = 128
+    manifest = small.paper(lanes, {1: (4 * lanes, 400), 2: (2 * lanes, 177)})
     stage = Stage(0, (1, 2), 0, 10**6)
     starts = np.cumsum([0, *(entry.count for entry in manifest.shards)])
     each = 128  # pairs of a rank in a batch
-    plans = [plan_of(manifest, LANES, rank, each * LANES) for rank in range(LANES)]
+    plans = [plan_of(manifest, rank=rank, global_batch=each * lanes) for rank in range(lanes)]
     lane = plans[0].lane_pairs(stage)
-    assert lane * LANES == manifest.num_pairs == 1_000_448
+    assert lane * lanes == manifest.num_pairs == 250_112
     batches = -(-lane // each)  # the last one may reach into the next pass
     seen = np.zeros(manifest.num_pairs, dtype=np.int64)
     own = []

@@ -1,13 +1,14 @@
 import threading
 import time
 
+import damage
 import numpy as np
 import pytest
+import shard_sets
 import torch
 from cdpo.engine.basics.errors import DataError, ShardError
 from cdpo.engine.curriculum.pacing import Cursor, Pacing
 from cdpo.engine.recipe import Curriculum
-from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.stream import PairStream, WaitInterrupted
@@ -31,15 +32,8 @@ def open_stream(folder):
     manifest = load_manifest(folder)
     opened = []
 
-    def make(workers=0, world_size=1, rank=0, where=folder, timeout=600.0, **curriculum):
-        plan = LanePlan(
-            manifest,
-            seed=5,
-            world_size=world_size,
-            rank=rank,
-            global_batch=GLOBAL_BATCH,
-            shuffle_shards=2,
-        )
+    def make(workers=0, where=folder, timeout=600.0, **curriculum):
+        plan = shard_sets.plan(manifest, global_batch=GLOBAL_BATCH)
         settings = {"tiers": 3, "steps_per_tier": 4, "cumulative": False} | curriculum
         pacing = Pacing(Curriculum(**settings), TOTAL)
         readers = ShardReaders(where, manifest)
@@ -180,9 +174,7 @@ def test_what_a_thread_raises_comes_out_of_next(open_stream, small, folder, tmp_
         (tmp_path / file.name).write_bytes(file.read_bytes())
     victims = sorted(tmp_path.glob("tier-2-*.tar"))
     for victim in victims:
-        data = bytearray(victim.read_bytes())
-        data[600] ^= 1
-        victim.write_bytes(data)
+        damage.flip_a_bit(victim)
     stream = open_stream(2, where=tmp_path)
     stream.check_present()
     run(stream, range(4))

@@ -1,12 +1,9 @@
-import errno
 import json
-import os
 import time
 
 import numpy as np
 import pytest
 import webdataset
-from cdpo.engine.basics import files
 from cdpo.engine.basics.errors import DataError, ShardError
 from cdpo.engine.shards.writer import ShardFill, plan_shards, write_shard
 from hypothesis import given
@@ -123,11 +120,8 @@ def test_a_writer_that_dies_leaves_the_old_file(small, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(small, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files.os, "fsync", full)
+def test_a_full_disk_is_one_line_and_leaves_nothing(small, tmp_path, fill_disk):
+    fill_disk()
     meta = small.meta(1, 0)
     with refused(DataError, "unwritable", str(tmp_path / "a.tar"), wording="full-disk"):
         write_shard(tmp_path / "a.tar", [(meta, small.latents(meta))], small.CONTENTS)

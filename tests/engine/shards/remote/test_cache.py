@@ -1,7 +1,5 @@
 """The cache is a folder shared by processes: these tests use its own locks from several places."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import multiprocessing
@@ -48,14 +46,14 @@ def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(tmp_path / "cache", 3500, patience=20.0)
 
 
-def test_a_file_is_filled_once_and_read_from_then_on(cache: ShardCache) -> None:
+def test_a_file_is_filled_once_and_read_from_then_on(cache):
     put(cache, 1)
     descriptor = cache.get(key(1), SIZE, never)
     assert os.read(descriptor, 2 * SIZE) == b"\x01" * SIZE
     os.close(descriptor)
 
 
-def test_the_least_recently_used_file_goes(cache: ShardCache) -> None:
+def test_the_least_recently_used_file_goes(cache):
     for number in (1, 2, 3):
         put(cache, number)
     assert cache.holds(key(1)) and not cache.holds(key(9))  # 1 is wanted soon
@@ -66,7 +64,7 @@ def test_the_least_recently_used_file_goes(cache: ShardCache) -> None:
     assert kept(cache) == {3, 4, 5}
 
 
-def test_files_in_use_stay(cache: ShardCache) -> None:
+def test_files_in_use_stay(cache):
     held = [cache.get(key(number), SIZE, fill(number)) for number in (1, 2)]
     for number in range(3, 9):
         put(cache, number)
@@ -79,7 +77,7 @@ def test_files_in_use_stay(cache: ShardCache) -> None:
         os.close(descriptor)
 
 
-def test_when_all_are_in_use_the_reader_keeps_what_it_reads(cache: ShardCache) -> None:
+def test_when_all_are_in_use_the_reader_keeps_what_it_reads(cache):
     held = {number: cache.get(key(number), SIZE, fill(number)) for number in (1, 2, 3)}
     put(cache, 4)
     assert kept(cache) == {2, 3, 4}
@@ -88,7 +86,7 @@ def test_when_all_are_in_use_the_reader_keeps_what_it_reads(cache: ShardCache) -
         os.close(descriptor)
 
 
-def test_a_fill_that_fails_leaves_nothing(cache: ShardCache) -> None:
+def test_a_fill_that_fails_leaves_nothing(cache):
     def fail(descriptor: int) -> None:
         raise OutsideError("gone")
 
@@ -98,7 +96,7 @@ def test_a_fill_that_fails_leaves_nothing(cache: ShardCache) -> None:
     put(cache, 1)
 
 
-def test_a_discarded_copy_is_filled_again(cache: ShardCache) -> None:
+def test_a_discarded_copy_is_filled_again(cache):
     put(cache, 1)
     cache.discard(key(1))
     cache.discard(key(1))
@@ -106,14 +104,14 @@ def test_a_discarded_copy_is_filled_again(cache: ShardCache) -> None:
     assert kept(cache) == {1}
 
 
-def test_strangers_files_are_left_alone(cache: ShardCache) -> None:
+def test_strangers_files_are_left_alone(cache):
     (cache.folder / "notes.tar").write_bytes(bytes(9000))
     for number in range(5):
         put(cache, number)
     assert (cache.folder / "notes.tar").stat().st_size == 9000
 
 
-def test_threads_fill_each_file_once(cache: ShardCache) -> None:
+def test_threads_fill_each_file_once(cache):
     filled: list[int] = []
 
     def get(number: int) -> bytes:
@@ -143,7 +141,7 @@ def _read_many(folder: Path, seed: int, failures: multiprocessing.SimpleQueue) -
         os.close(descriptor)
 
 
-def test_processes_share_the_folder_and_its_bound(tmp_path: Path) -> None:
+def test_processes_share_the_folder_and_its_bound(tmp_path):
     failures = FORK.SimpleQueue()
     workers = [FORK.Process(target=_read_many, args=(tmp_path, n, failures)) for n in range(3)]
     for worker in workers:
@@ -164,7 +162,7 @@ def _die_filling(folder: Path) -> None:
     ShardCache(folder, 3500, patience=5.0).get(key(1), 3000, die)
 
 
-def test_what_a_killed_process_left_is_reclaimed(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_reclaimed(tmp_path):
     process = FORK.Process(target=_die_filling, args=(tmp_path,))
     process.start()
     process.join(30)
@@ -176,7 +174,7 @@ def test_what_a_killed_process_left_is_reclaimed(tmp_path: Path) -> None:
     assert kept(cache) == {1}
 
 
-def test_another_process_that_never_finishes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+def test_another_process_that_never_finishes_is_not_waited_for_for_ever(tmp_path):
     cache, entered, done = ShardCache(tmp_path, 3500, 0.3), threading.Event(), threading.Event()
 
     def hang(descriptor: int) -> None:
@@ -192,9 +190,7 @@ def test_another_process_that_never_finishes_is_not_waited_for_for_ever(tmp_path
         os.close(first.result(10))
 
 
-def test_a_full_disk_takes_room_from_the_cache_then_is_one_error(
-    cache: ShardCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_takes_room_from_the_cache_then_is_one_error(cache, monkeypatch):
     put(cache, 1)
     put(cache, 2)
     real, full = os.posix_fallocate, [True, True]
@@ -214,7 +210,7 @@ def test_a_full_disk_takes_room_from_the_cache_then_is_one_error(
     assert kept(cache) == set() and not list(cache.folder.glob("*.part"))
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with refused(DataError, "unwritable", str(tmp_path / "file" / "cache")):
         ShardCache(tmp_path / "file" / "cache", 1, 1.0)

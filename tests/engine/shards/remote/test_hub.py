@@ -1,7 +1,5 @@
 """Shards behind hf://, by the hub's own client, from a small server that speaks as the hub does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -86,9 +84,7 @@ def store_of(tmp_path: Path, place: str = f"hf://datasets/{REPO}/{PREFIX}") -> R
     return store
 
 
-def test_everything_is_as_in_the_folder(
-    hub: ShardServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_as_in_the_folder(hub, folder, tmp_path, monkeypatch):
     """In several requests a shard, with a failure and a connection that breaks in between."""
     monkeypatch.setattr(fetch, "CHUNK", 128)
     local, store = LocalStore(folder), store_of(tmp_path)
@@ -105,15 +101,13 @@ def test_everything_is_as_in_the_folder(
     assert len({start for _, start in hub.requests}) > 1
 
 
-def test_a_set_or_a_repository_that_is_not_there(hub: ShardServer, tmp_path: Path) -> None:
+def test_a_set_or_a_repository_that_is_not_there(hub, tmp_path):
     for place in (f"hf://datasets/{REPO}/elsewhere", "hf://datasets/owner/nothing/set"):
         with refused(DataError, "missing", f"{place}/manifest.json"):
             store_of(tmp_path, place).manifest()
 
 
-def test_a_refusal_is_one_line_without_the_token(
-    hub: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_is_one_line_without_the_token(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     hub.faults["*"] = ["403*"]
     url = f"hf://datasets/{REPO}/{PREFIX}/manifest.json"

@@ -1,17 +1,17 @@
 """Shards over real sockets, through the cache, into the reader and the stream."""
 
-from __future__ import annotations
-
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import damage
 import numpy as np
 import pytest
+import shard_sets
 from cdpo.engine.basics.errors import DataError, OutsideError, RecipeError, ShardError
 from cdpo.engine.curriculum.pacing import Pacing
 from cdpo.engine.recipe import Curriculum, Data, Fetch
-from cdpo.engine.shards.lanes import LanePlan
 from cdpo.engine.shards.manifest import Manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.remote.prefetch import Prefetch
@@ -52,22 +52,14 @@ def make_store(web: ShardServer, tmp_path: Path, gib: float = 1.0, **fetch: floa
     return store
 
 
-def make_plan(manifest: Manifest, shuffle_shards: int = 2) -> LanePlan:
-    return LanePlan(
-        manifest,
-        seed=3,
-        world_size=1,
-        rank=0,
-        global_batch=4,
-        shuffle_shards=shuffle_shards,
-    )
+make_plan = partial(shard_sets.plan, global_batch=4)
 
 
 def pacing(steps: int = 60, steps_per_tier: int = 20) -> Pacing:
     return Pacing(Curriculum(tiers=2, steps_per_tier=steps_per_tier), steps)
 
 
-def test_everything_is_as_in_the_folder(store: RemoteStore, web: ShardServer, folder: Path) -> None:
+def test_everything_is_as_in_the_folder(store, web, folder):
     local = LocalStore(folder)
     manifest = store.manifest()
     assert manifest == local.manifest()
@@ -81,9 +73,7 @@ def test_everything_is_as_in_the_folder(store: RemoteStore, web: ShardServer, fo
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "short", "long", "500", "drop"])
-def test_what_arrives_damaged_is_fetched_once_more(
-    store: RemoteStore, web: ShardServer, fault: str
-) -> None:
+def test_what_arrives_damaged_is_fetched_once_more(store, web, fault):
     manifest = store.manifest()
     entry = manifest.shards[0]
     web.faults[entry.name] = [fault]
@@ -100,9 +90,7 @@ def test_what_arrives_damaged_is_fetched_once_more(
         ("404", "missing", 1),
     ],
 )
-def test_a_shard_that_is_bad_at_its_source_is_named(
-    store: RemoteStore, web: ShardServer, fault: str, kind: str, requests: int
-) -> None:
+def test_a_shard_that_is_bad_at_its_source_is_named(store, web, fault, kind, requests):
     manifest = store.manifest()
     entry = manifest.shards[0]
     web.faults[entry.name] = [f"{fault}*"]
@@ -113,23 +101,16 @@ def test_a_shard_that_is_bad_at_its_source_is_named(
     assert not [*store.cache.folder.glob("*.tar"), *store.cache.folder.glob("*.part")]
 
 
-def test_a_copy_that_went_bad_in_the_cache_is_fetched_again(
-    store: RemoteStore, web: ShardServer
-) -> None:
+def test_a_copy_that_went_bad_in_the_cache_is_fetched_again(store, web):
     manifest = store.manifest()
     entry = manifest.shards[0]
     ShardReaders(store, manifest).read(entry, 0)
-    copy = store.cache.folder / f"{entry.sha256}.tar"
-    data = bytearray(copy.read_bytes())
-    data[3000] ^= 1
-    copy.write_bytes(data)
+    damage.flip_a_bit(store.cache.folder / f"{entry.sha256}.tar")
     ShardReaders(store, manifest).read(entry, 0)
     assert web.count(entry.name) == 2
 
 
-def test_threads_that_wait_for_one_shard_share_its_failure(
-    store: RemoteStore, web: ShardServer
-) -> None:
+def test_threads_that_wait_for_one_shard_share_its_failure(store, web):
     manifest = store.manifest()
     entry = manifest.shards[0]
     web.faults[entry.name] = ["stall*"]
@@ -146,7 +127,7 @@ def test_threads_that_wait_for_one_shard_share_its_failure(
     assert web.count(entry.name) < 8  # the tries of one of them, within two seconds
 
 
-def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
+def test_a_manifest_that_is_missing_or_wrong(tmp_path):
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as web:
         store = make_store(web, tmp_path)
@@ -158,9 +139,7 @@ def test_a_manifest_that_is_missing_or_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_a_manifest_may_be_pinned(
-    folder: Path, web: ShardServer, tmp_path: Path, far: bool
-) -> None:
+def test_a_manifest_may_be_pinned(folder, web, tmp_path, far):
     """Shards are vouched for by it, and nothing else vouches for it."""
     sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     place, cache = web.url if far else str(folder), str(tmp_path / "cache")
@@ -169,14 +148,15 @@ def test_a_manifest_may_be_pinned(
         return open_store(place, Data(cache=cache, manifest_sha256=pin)).manifest()
 
     assert manifest(sha256) == LocalStore(folder).manifest()
-    with refused(DataError, "mismatch", "data.manifest_sha256") as told:
+    wording = None if far else "another-manifest"
+    with refused(DataError, "mismatch", "data.manifest_sha256", wording=wording) as told:
         manifest("0" * 64)
     assert f"{place}/manifest.json: its sha256 is {sha256}, not" in str(told.value)
     with pytest.raises(ValidationError, match="manifest_sha256"):
         manifest(sha256.upper())
 
 
-def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: Path) -> None:
+def test_names_that_lead_elsewhere_are_refused(tmp_path, folder):
     text = (folder / "manifest.json").read_text()
     name = LocalStore(folder).manifest().shards[0].name
     (tmp_path / "served").mkdir()
@@ -187,7 +167,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, folder: Path) -> 
                 make_store(web, tmp_path).manifest()
 
 
-def test_the_cache_lies_where_caches_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_lies_where_caches_do(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "cdpo" / "shards"
     assert isinstance(open_store(f"file://{tmp_path}", Data()), LocalStore)
@@ -205,9 +185,7 @@ def batches(stream: PairStream, steps: range, skips: tuple[int, ...] = (0, 0)) -
 
 @pytest.mark.parametrize("threads", [0, 3])
 @pytest.mark.parametrize("shards", [7, 10, 100])
-def test_a_small_cache_evicts_and_the_batches_stay_the_same(
-    folder: Path, web: ShardServer, tmp_path: Path, shards: int, threads: int
-) -> None:
+def test_a_small_cache_evicts_and_the_batches_stay_the_same(folder, web, tmp_path, shards, threads):
     manifest = LocalStore(folder).manifest()
     largest = max(entry.bytes for entry in manifest.shards)
     limit = shards * largest
@@ -231,9 +209,7 @@ def test_a_small_cache_evicts_and_the_batches_stay_the_same(
     assert min(asked) >= 1 and (max(asked) == 1) == (shards == 100)
 
 
-def test_what_is_fetched_ahead_is_what_will_be_read(
-    folder: Path, web: ShardServer, tmp_path: Path
-) -> None:
+def test_what_is_fetched_ahead_is_what_will_be_read(folder, web, tmp_path):
     """From any step on, shards are first read in about the order in which they are fetched: none is
     read before all of the window before its own are on the list.
     """
@@ -254,7 +230,7 @@ def test_what_is_fetched_ahead_is_what_will_be_read(
             assert listed.index(name) < place + 2 * ahead.shards_in_turns
 
 
-def test_fetching_ahead_overlaps_reading(folder: Path, web: ShardServer, tmp_path: Path) -> None:
+def test_fetching_ahead_overlaps_reading(folder, web, tmp_path):
     store = make_store(web, tmp_path, threads=2)
     manifest = store.manifest()
     stream = PairStream(make_plan(manifest), ShardReaders(store, manifest), pacing(), workers=1)
@@ -269,10 +245,8 @@ def test_fetching_ahead_overlaps_reading(folder: Path, web: ShardServer, tmp_pat
     assert len(batches(stream, range(60))) == 60
 
 
-def test_a_cache_too_small_for_a_window_is_refused(
-    folder: Path, web: ShardServer, tmp_path: Path
-) -> None:
+def test_a_cache_too_small_for_a_window_is_refused(folder, web, tmp_path):
     manifest = LocalStore(folder).manifest()
     store = make_store(web, tmp_path, 5 * manifest.shards[0].bytes / 2**30)
-    with refused(RecipeError, "out-of-range", "data.cache_gib"):
+    with refused(RecipeError, "out-of-range", "data.cache_gib", wording="cache-too-small"):
         PairStream(make_plan(manifest), ShardReaders(store, manifest), pacing())
