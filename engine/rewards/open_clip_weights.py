@@ -58,6 +58,7 @@ def clip_of_open_clip(tensors: Tensors, heads: int, eos_token_id: int) -> CLIPMo
 
 
 def _config(tensors: Tensors, heads: int, eos_token_id: int) -> CLIPConfig:
+    text_tower, vision_tower = TOWERS
     vocabulary, text_width = take(tensors, "token_embedding.weight").shape
     vision_width, _, patch, _ = take(tensors, "visual.conv1.weight").shape
     patches = take(tensors, "visual.positional_embedding").shape[0] - 1
@@ -69,18 +70,16 @@ def _config(tensors: Tensors, heads: int, eos_token_id: int) -> CLIPConfig:
     }
     text = {
         "hidden_size": text_width,
-        "intermediate_size": take(tensors, "transformer.resblocks.0.mlp.c_fc.weight").shape[0],
-        "num_hidden_layers": count_blocks(tensors, "transformer.resblocks."),
+        "intermediate_size": take(tensors, f"{text_tower}0.mlp.c_fc.weight").shape[0],
+        "num_hidden_layers": count_blocks(tensors, text_tower),
         "vocab_size": vocabulary,
         "max_position_embeddings": take(tensors, "positional_embedding").shape[0],
         "eos_token_id": eos_token_id,
     }
     vision = {
         "hidden_size": vision_width,
-        "intermediate_size": take(tensors, "visual.transformer.resblocks.0.mlp.c_fc.weight").shape[
-            0
-        ],
-        "num_hidden_layers": count_blocks(tensors, "visual.transformer.resblocks."),
+        "intermediate_size": take(tensors, f"{vision_tower}0.mlp.c_fc.weight").shape[0],
+        "num_hidden_layers": count_blocks(tensors, vision_tower),
         "patch_size": patch,
         "image_size": patch * math.isqrt(patches),
     }

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +91,14 @@ HOPELESS = 64  # images that fail in a row, from the first one on, before a run 
 NAMED = 8  # images that are named as failed; the rest are counted
 
 
+class Asked(NamedTuple):
+    """An image to score, and what messages call it."""
+
+    image: Image.Image
+    prompt: str
+    name: str
+
+
 class ScoredCall:
     """The reward of one scorer. ``cache`` is a folder that keeps scores beyond this process."""
 
@@ -118,13 +127,13 @@ class ScoredCall:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         keys = [score_key(*pair) for pair in zip(images, prompts, strict=True)]
+        asked = [Asked(*one) for one in zip(images, prompts, _names(prompts), strict=True)]
         places = {key: place for place, key in enumerate(keys) if key not in self.cache}
-        names = _names(prompts)
         fresh: dict[bytes, float] = {}
         todo = sorted(places.values())
         while todo:
             batch, todo = todo[: self.batch_size], todo[self.batch_size :]
-            scores = self._batch(images, prompts, batch, names)
+            scores = self._batch([asked[place] for place in batch])
             if scores is None:  # out of memory: once more, with the halved batch
                 todo = batch + todo
                 continue
@@ -133,48 +142,34 @@ class ScoredCall:
         self.cache.add({key: score for key, score in fresh.items() if np.isfinite(score)})
         return np.asarray(found, np.float32)
 
-    def _batch(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        places: Sequence[int],
-        names: Sequence[str],
-    ) -> np.ndarray | None:
-        """Scores of the images at ``places``; None after halving the batch for want of memory."""
-        own = [images[place] for place in places]
-        own_prompts = [prompts[place] for place in places]
+    def _batch(self, batch: Sequence[Asked]) -> np.ndarray | None:
+        """Scores of some images; None after halving the batch for want of memory."""
+        images, prompts, names = zip(*batch, strict=True)
         try:
-            scores = checked_scores(self.scorer.score_batch(own, own_prompts), len(own), self.label)
+            scores = checked_scores(
+                self.scorer.score_batch(list(images), list(prompts)), len(batch), self.label
+            )
         except CdpoError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                self._halve(len(places), error)
+                self._halve(len(batch), error)
                 return None
             if isinstance(error, torch.AcceleratorError):  # stays: the next image would fail too
                 raise OutsideError(
-                    f"{self.label}: the device failed over {len(places)} images from "
-                    f"{names[places[0]]} on: {told_by(error)}; start again",
+                    f"{self.label}: the device failed over {len(batch)} images from "
+                    f"{names[0]} on: {told_by(error)}; start again",
                     self.label,
                     "device",
                 ) from None
-            if len(places) > 1:
-                return self._one_by_one(images, prompts, places, names)
-            self._fail(names[places[0]], error)
+            if len(batch) > 1:
+                alone = [self._batch([one]) for one in batch]
+                # None never comes back for a single image: too little memory for it is an error.
+                return np.concatenate([score for score in alone if score is not None])
+            self._fail(names[0], error)
             return np.full(1, np.nan, np.float32)
-        self.succeeded += len(places)
+        self.succeeded += len(batch)
         return scores
-
-    def _one_by_one(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        places: Sequence[int],
-        names: Sequence[str],
-    ) -> np.ndarray:
-        alone = [self._batch(images, prompts, [place], names) for place in places]
-        # None never comes back for a single image: too little memory for that is an error.
-        return np.concatenate([score for score in alone if score is not None])
 
     def _halve(self, tried: int, error: Exception) -> None:
         if tried == 1:
@@ -226,10 +221,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def _names(prompts: Sequence[str]) -> list[str]:
     """``candidate 2 of 'a dog'``: images are counted for each prompt."""
     seen: Counter[str] = Counter()
-
-    def named() -> Iterator[str]:
-        for prompt in prompts:
-            yield f"candidate {seen[prompt]} of {prompt!r}"
-            seen[prompt] += 1
-
-    return list(named())
+    names = []
+    for prompt in prompts:
+        names.append(f"candidate {seen[prompt]} of {prompt!r}")
+        seen[prompt] += 1
+    return names

@@ -245,7 +245,8 @@ def test_another_sentence_model_is_one_line_that_names_it(damage, reason, captio
 )
 def test_another_captioner_is_one_line_that_names_it(path, kind, sentences, tiny_world):
     folder = path or str(tiny_world / "reward")  # a CLIP, which writes nothing
-    with refused(OutsideError, kind) as told:
+    wording = "hub-out-of-reach" if path else None
+    with refused(OutsideError, kind, wording=wording) as told:
         load_reward(CaptionSimilaritySpec(path=folder, sentence_model=str(sentences)), CPU)
     assert folder in str(told.value)
 

@@ -1,6 +1,7 @@
 """The CLIP score against transformers' own forward of the whole model."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -87,49 +88,34 @@ def test_fingerprint_tells_models_apart(reward, tiny_world):
     assert load(tiny_world / "judge").fingerprint != reward.fingerprint
 
 
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def absent(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
-def bad_json(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def truncated(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def no_processor(folder: Path) -> None:
-    (folder / "preprocessor_config.json").unlink()
-
-
-def no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
 def a_tensor_is_missing(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state["visual_projection.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [absent, empty, bad_json, truncated, no_processor, no_tokenizer, a_tensor_is_missing],
-)
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "absent": shutil.rmtree,
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "bad JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "truncated": lambda folder: cut(folder / "model.safetensors"),
+    "no processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
+    "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "a tensor is missing": a_tensor_is_missing,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_one_line_that_names_it(damage, tmp_path, tiny_world):
     """transformers fills missing tensors with random numbers and makes up an empty tokenizer:
     either would rank the candidates by chance.
     """
     folder = shutil.copytree(tiny_world / "reward", tmp_path / "reward")
-    damage(folder)
+    DAMAGES[damage](folder)
     with refused(OutsideError, "unreadable") as told:
         load(folder)
     assert str(folder) in str(told.value) and "\n" not in str(told.value)

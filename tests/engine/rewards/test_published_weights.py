@@ -7,6 +7,7 @@ they stand in the file: none of the names, models and processors that the reward
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -122,38 +123,24 @@ def open_clip() -> files.Tensors:
     return files.open_clip_tensors(49408)
 
 
-def as_published(tensors: files.Tensors, path: Path) -> None:
-    torch.save({"epoch": 3, "state_dict": tensors}, path)
+WRITTEN: dict[str, Callable[[files.Tensors, Path], None]] = {
+    "as published": lambda tensors, path: torch.save({"epoch": 3, "state_dict": tensors}, path),
+    "of several GPUs": lambda tensors, path: torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in tensors.items()}}, path
+    ),
+    "in half precision": torch.save,
+    "as safetensors": save_file,
+}
 
 
-def of_several_gpus(tensors: files.Tensors, path: Path) -> None:
-    torch.save({"state_dict": {f"module.{name}": t for name, t in tensors.items()}}, path)
-
-
-def in_half_precision(tensors: files.Tensors, path: Path) -> None:
-    torch.save({name: value.half() for name, value in tensors.items()}, path)
-
-
-def as_safetensors(tensors: files.Tensors, path: Path) -> None:
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (as_published, "HPS_v2.1_compressed.pt"),
-        (of_several_gpus, "hps.pt"),
-        (in_half_precision, "hps.pt"),
-        (as_safetensors, "hps.safetensors"),
-    ],
-)
-def test_hps_is_the_cosine_of_open_clip(write, name, open_clip, tokenizer, tmp_path):
-    path = tmp_path / name
-    write(open_clip, path)
-    reward = load_reward(HpsSpec(path=str(path), tokenizer=str(tokenizer)), CPU)
+@pytest.mark.parametrize("way", WRITTEN)
+def test_hps_is_the_cosine_of_open_clip(way, open_clip, tokenizer, tmp_path):
+    path = tmp_path / ("hps.safetensors" if way == "as safetensors" else "HPS_v2.1_compressed.pt")
     stored = open_clip
-    if write is in_half_precision:
-        stored = {tensor: value.half() for tensor, value in open_clip.items()}
+    if way == "in half precision":
+        stored = {name: value.half() for name, value in open_clip.items()}
+    WRITTEN[way](stored, path)
+    reward = load_reward(HpsSpec(path=str(path), tokenizer=str(tokenizer)), CPU)
     oracle = OpenClip(stored)
     image, text = oracle.image(files.normalised(IMAGES)), oracle.text(clip_ids(tokenizer))
     found = reward.score(IMAGES, PROMPTS)
@@ -174,8 +161,18 @@ def test_hps_shows_all_of_an_image_that_is_not_square():
     assert fitted_whole(same, 16).tobytes() == same.tobytes()
 
 
-def save_preference_model(folder: Path, processor: Path, tokenizer: Path) -> CLIPModel:
-    """As PickScore is published: weights alone, the processor in a folder of its own."""
+@dataclass(frozen=True)
+class PreferenceModel:
+    """As PickScore is published, weights alone and the processor elsewhere; and in one folder."""
+
+    model: CLIPModel
+    weights: Path
+    processor: Path
+    whole: Path
+
+
+@pytest.fixture(scope="module")
+def preference(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> PreferenceModel:
     torch.manual_seed(2)
     small = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {"hidden_size": 16, "projection_dim": 12}
@@ -184,23 +181,25 @@ def save_preference_model(folder: Path, processor: Path, tokenizer: Path) -> CLI
         vision_config=small | {"image_size": 16, "patch_size": 8},
         projection_dim=12,
     )
-    model = CLIPModel(config).eval()
-    model.save_pretrained(folder)
-    size = {"height": 16, "width": 16}
+    model, size = CLIPModel(config).eval(), {"height": 16, "width": 16}
+    folders = [tmp_path_factory.mktemp(name) for name in ("weights", "processor", "whole")]
+    weights, processor, whole = folders
+    model.save_pretrained(weights)
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(processor)
-    files.CLIPTokenizer.from_pretrained(tokenizer).save_pretrained(processor)
-    return model
+    shutil.copytree(tokenizer, processor, dirs_exist_ok=True)
+    for part in (weights, processor):
+        shutil.copytree(part, whole, dirs_exist_ok=True)
+    return PreferenceModel(model, *folders)
 
 
 @torch.no_grad()
-def test_pick_score_is_the_logit_of_the_whole_model(tokenizer, tmp_path):
-    folder, processor = tmp_path / "weights", tmp_path / "processor"
-    model = save_preference_model(folder, processor, tokenizer)
+def test_pick_score_is_the_logit_of_the_whole_model(preference, tokenizer):
     with refused(OutsideError, "unreadable"):
-        load_reward(PickScoreSpec(path=str(folder)), CPU)
-    spec = PickScoreSpec(path=str(folder), processor=str(processor))
+        load_reward(PickScoreSpec(path=str(preference.weights)), CPU)
+    spec = PickScoreSpec(path=str(preference.weights), processor=str(preference.processor))
     pixels = files.normalised(IMAGES).float()
-    logits = model(input_ids=clip_ids(tokenizer), pixel_values=pixels).logits_per_image
+    ids = clip_ids(tokenizer)
+    logits = preference.model(input_ids=ids, pixel_values=pixels).logits_per_image
     reward = load_reward(spec, CPU)
     found = reward.score(IMAGES, PROMPTS)
     np.testing.assert_allclose(found, logits.diagonal().numpy(), rtol=0, atol=2e-5)
@@ -211,26 +210,26 @@ def test_pick_score_is_the_logit_of_the_whole_model(tokenizer, tmp_path):
     assert half.fingerprint != reward.fingerprint
 
 
-def test_the_same_weights_as_another_reward_are_another_reward(tokenizer, tmp_path):
+def test_the_same_weights_as_another_reward_are_another_reward(preference, tmp_path):
     """Cosine and logit of one folder: kept scores of the one are none of the other."""
-    folder, cache = tmp_path / "weights", tmp_path / "cache"
-    model = save_preference_model(folder, folder, tokenizer)
     cosines, logits = (
-        load_reward(kind(path=str(folder)), CPU, cache).score(IMAGES, PROMPTS)
+        load_reward(kind(path=str(preference.whole)), CPU, tmp_path).score(IMAGES, PROMPTS)
         for kind in (ClipScoreSpec, PickScoreSpec)
     )
-    np.testing.assert_allclose(logits, model.logit_scale.exp().item() * cosines, rtol=1e-5)
+    np.testing.assert_allclose(
+        logits, preference.model.logit_scale.exp().item() * cosines, rtol=1e-5
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_aesthetic_rates_normalised_image_embeddings(suffix, tokenizer, tmp_path):
-    folder, head = tmp_path / "clip", tmp_path / f"sac+logos+ava1-l14-linearMSE.{suffix}"
-    model = save_preference_model(folder, folder, tokenizer)
+def test_aesthetic_rates_normalised_image_embeddings(suffix, preference, tmp_path):
+    head = tmp_path / f"sac+logos+ava1-l14-linearMSE.{suffix}"
     tensors = files.rating_tensors(12)
     save_file(tensors, head) if suffix == "safetensors" else torch.save(tensors, head)
-    reward = load_reward(AestheticSpec(path=str(folder), head=str(head)), CPU)
-    seen = model.get_image_features(pixel_values=files.normalised(IMAGES).float())
+    reward = load_reward(AestheticSpec(path=str(preference.whole), head=str(head)), CPU)
+    pixels = files.normalised(IMAGES).float()
+    seen = preference.model.get_image_features(pixel_values=pixels)
     x = (seen if isinstance(seen, torch.Tensor) else seen.pooler_output).double()
     x = x / x.norm(dim=-1, keepdim=True)
     for place in (0, 2, 4, 6, 7):
@@ -327,54 +326,34 @@ class Malicious:
         return pytest.fail, ("code of a checkpoint ran",)
 
 
-def no_file(path: Path) -> None:
-    path.unlink()
+def changed(edit: Callable[[files.Tensors], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        tensors = torch.load(path, weights_only=True)
+        edit(tensors)
+        torch.save(tensors, path)
+
+    return change
 
 
-def no_tensors(path: Path) -> None:
-    torch.save({"state_dict": {}}, path)
+def last_of_block_1(tensors: files.Tensors, ending: str = "") -> str:
+    return max(name for name in tensors if "1." in name and name.endswith(ending))
 
 
-def code(path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.zeros(1), "b": Malicious()}}, path)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-4000])
-
-
-def not_a_checkpoint(path: Path) -> None:
-    path.write_text("<html>404</html>")
-
-
-def no_block(path: Path) -> None:
-    change(path, lambda tensors: [tensors.pop(n) for n in list(tensors) if "0.mlp" in n])
-
-
-def a_tensor_less(path: Path) -> None:
-    change(path, lambda tensors: tensors.pop(max(n for n in tensors if "1." in n)))
-
-
-def a_tensor_more(path: Path) -> None:
-    change(path, lambda tensors: tensors.update({"blip.text_encoder.x": torch.zeros(1)}))
-
-
-def another_shape(path: Path) -> None:
-    def widen(tensors: files.Tensors) -> None:
-        name = max(n for n in tensors if "1." in n and n.endswith("weight"))
-        tensors[name] = torch.zeros(3, 3)
-
-    change(path, widen)
-
-
-def change(path: Path, edit: Callable[[files.Tensors], object]) -> None:
-    tensors = torch.load(path, weights_only=True)
-    edit(tensors)
-    torch.save(tensors, path)
-
-
-DAMAGES = [no_file, no_tensors, code, cut, not_a_checkpoint]
-DAMAGES += [no_block, a_tensor_less, a_tensor_more, another_shape]
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no file": Path.unlink,
+    "no tensors": lambda path: torch.save({"state_dict": {}}, path),
+    "code": lambda path: torch.save({"state_dict": {"a": torch.zeros(1), "b": Malicious()}}, path),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-4000]),
+    "not a checkpoint": lambda path: path.write_text("<html>404</html>"),
+    "no block": changed(lambda tensors: [tensors.pop(n) for n in list(tensors) if "0.mlp" in n]),
+    "a tensor less": changed(lambda tensors: tensors.pop(last_of_block_1(tensors))),
+    "a tensor more": changed(
+        lambda tensors: tensors.update({"blip.text_encoder.x": torch.zeros(1)})
+    ),
+    "another shape": changed(
+        lambda tensors: tensors.update({last_of_block_1(tensors, "weight"): torch.zeros(3, 3)})
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -384,12 +363,13 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(
 ):
     path = tmp_path / "weights.pt"
     torch.save(files.open_clip_tensors(50) if kind == "HPS" else image_reward[2], path)
-    damage(path)
+    DAMAGES[damage](path)
     spec = {
         "HPS": HpsSpec(path=str(path), tokenizer=str(tiny_world / "reward")),
         "ImageReward": ImageRewardSpec(path=str(path), tokenizer=str(image_reward[0])),
     }[kind]
-    with refused(OutsideError, "unreadable") as told:
+    wording = "reward-missing" if (kind, damage) == ("HPS", "no file") else None
+    with refused(OutsideError, "unreadable", wording=wording) as told:
         load_reward(spec, CPU)
     assert f"reward at {path} is no {kind} checkpoint: " in str(told.value)
 
