@@ -14,6 +14,7 @@ from cdpo.engine.models import load_backbone
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Model
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
@@ -117,8 +118,9 @@ def test_of_many_missing_tensors_three_are_named(tmp_path: Path, folders: Path) 
     path = shutil.copytree(folders / "sd", tmp_path / "model")
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "final_layer_norm.bias")
     drop(path / "text_encoder", *names)
-    with pytest.raises(OutsideError, match=r"and 2 more$") as caught:
+    with refused(OutsideError, "unreadable", "model.path") as caught:
         load("sd", path)
+    assert str(caught.value).endswith(" and 2 more")
     assert str(caught.value).count("mlp.fc") + str(caught.value).count("layer_norm") == 3
 
 
@@ -127,8 +129,9 @@ def test_the_projection_of_the_second_encoder_may_not_be_missing(
 ) -> None:
     path = shutil.copytree(folders / "sdxl", tmp_path / "model")
     drop(path / "text_encoder_2", "text_projection.weight")
-    with pytest.raises(OutsideError, match=r"text_encoder_2 lack text_projection\.weight$"):
+    with refused(OutsideError, "unreadable", "model.path") as caught:
         load("sdxl", path)
+    assert str(caught.value).endswith("text_encoder_2 lack text_projection.weight")
 
 
 def test_text_encoders_are_read_as_the_stock_pipeline_reads_them(
