@@ -31,15 +31,12 @@ _GAP = 8
 
 @dataclass(frozen=True)
 class ContactPair:
-    """One pair of a tier; ranks count from 1 (best)."""
+    """One pair of a tier, the winner first; ranks count from 1 (best)."""
 
     tier: int
-    winner_image: Image.Image
-    loser_image: Image.Image
-    winner_rank: int
-    loser_rank: int
-    winner_score: float
-    loser_score: float
+    images: Sequence[Image.Image]
+    ranks: Sequence[int]
+    scores: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,8 @@ def _prompt_block(row: ContactRow) -> Image.Image:
 
 
 def _pair_tile(pair: ContactPair, hardest: int) -> Image.Image:
-    winner = _side(pair.winner_image, pair.winner_rank, pair.winner_score, WINNER)
-    loser = _side(pair.loser_image, pair.loser_rank, pair.loser_score, LOSER)
-    both = stack([winner, loser], gap=_GAP // 2, horizontal=True)
+    sides = zip(pair.images, pair.ranks, pair.scores, (WINNER, LOSER), strict=True)
+    both = stack([_side(*side) for side in sides], gap=_GAP // 2, horizontal=True)
     note = "easiest" if pair.tier == 1 else "hardest" if pair.tier == hardest else ""
     label = f"tier {pair.tier}" + (f" ({note})" if note and hardest > 1 else "")
     return stack([text_block([label], 14, INK), both], gap=4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class CandidateSet:
         failpoint("prepare.candidates")
 
 
+@dataclass(frozen=True)
 class CandidateSampler:
     """Draws ``count`` images a prompt from some network, skipping prompts that are done.
 
@@ -84,41 +86,32 @@ class CandidateSampler:
     and the whole prompt.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        net: nn.Module,
-        folder: Path,
-        *,
-        seed: int,
-        stream: Stream,
-        count: int,
-        sampler: Sampler,
-        resolution: tuple[int, int],
-        batch_size: int,
-        made_by: Mapping[str, Any],
-        starts: Callable[[str], Sequence[Start]] | None = None,
-    ) -> None:
-        self.backbone = backbone
-        self.net = net
-        self.seed = seed
-        self.stream = stream
-        self.count = count
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.starts = starts or (lambda prompt: whole_prompts(count))
-        self.shape = backbone.latent_shape(resolution)
-        # What an image is a function of, besides its prompt: kept with it, checked on resume.
+    backbone: Backbone
+    net: nn.Module
+    folder: Path
+    _: KW_ONLY
+    seed: int
+    stream: Stream
+    count: int
+    sampler: Sampler
+    resolution: tuple[int, int]
+    batch_size: int
+    made_by: Mapping[str, Any]
+    starts: Callable[[str], Sequence[Start]] | None = None
+
+    @cached_property
+    def images(self) -> CandidateSet:
+        """What is drawn, kept with what an image is a function of besides its prompt."""
         meta = {
-            **made_by,
-            "seed": seed,
-            "stream": int(stream),
-            "count": count,
-            "steps": sampler.steps,
-            "guidance": sampler.guidance,
-            "resolution": list(resolution),
+            **self.made_by,
+            "seed": self.seed,
+            "stream": int(self.stream),
+            "count": self.count,
+            "steps": self.sampler.steps,
+            "guidance": self.sampler.guidance,
+            "resolution": list(self.resolution),
         }
-        self.images = CandidateSet(folder, meta)
+        return CandidateSet(self.folder, meta)
 
     def run(self, prompts: Sequence[str], ranks: Ranks, terminal: Terminal, label: str) -> None:
         """Sample what is missing, a share on each rank; a prompt is on disk whole or not at all."""
@@ -130,7 +123,7 @@ class CandidateSampler:
         with terminal.progress(label, total, done, "images") as progress:
             for start in ranks.until_stopped(range(0, len(mine), group)):
                 names = mine[start : start + group]
-                images = self._draw([(name, one) for name in names for one in self.starts(name)])
+                images = self._draw([(name, one) for name in names for one in self._starts(name)])
                 for index, name in enumerate(names):
                     own = images[index * self.count : (index + 1) * self.count]
                     self.images.write(name, own)
@@ -138,8 +131,12 @@ class CandidateSampler:
                 progress.advance(min(len(images) * ranks.world_size, total - progress.done))
         ranks.meet()
 
+    def _starts(self, prompt: str) -> Sequence[Start]:
+        return self.starts(prompt) if self.starts else whole_prompts(self.count)
+
     def _draw(self, wanted: list[tuple[str, Start]]) -> list[Image.Image]:
         images: list[Image.Image] = []
+        shape = self.backbone.latent_shape(self.resolution)
         for first in range(0, len(wanted), self.batch_size):
             rows = wanted[first : first + self.batch_size]
             noise = [content_id(prompt, start.noise) for prompt, start in rows]
@@ -147,7 +144,7 @@ class CandidateSampler:
             images += self.backbone.sample(
                 self.net,
                 [prompt for prompt, _ in rows],
-                keyed.normal(keys.to(self.backbone.device), self.shape),
+                keyed.normal(keys.to(self.backbone.device), shape),
                 steps=self.sampler.steps,
                 guidance=self.sampler.guidance,
                 mask=self._mask(rows),

@@ -239,15 +239,8 @@ class Preparation:
 
 
 def _contact_pair(pair: np.void, images: dict[int, Image.Image]) -> ContactPair:
-    return ContactPair(
-        tier=int(pair["tier"]),
-        winner_image=images[int(pair["winner"])],
-        loser_image=images[int(pair["loser"])],
-        winner_rank=int(pair["ranks"][0]),
-        loser_rank=int(pair["ranks"][1]),
-        winner_score=float(pair["scores"][0]),
-        loser_score=float(pair["scores"][1]),
-    )
+    both = [images[int(pair[side])] for side in ("winner", "loser")]
+    return ContactPair(int(pair["tier"]), both, pair["ranks"].tolist(), pair["scores"].tolist())
 
 
 def _statistics(

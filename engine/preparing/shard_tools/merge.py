@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,7 @@ def _check_alike(first: _Set, other: _Set) -> None:
         "reward.type",
         "reward.fingerprint",
     ):
-        ours, theirs = (_value(one.manifest, key) for one in (first, other))
+        ours, theirs = map(attrgetter(key), (first.manifest, other.manifest))
         if ours != theirs:
             raise DataError(
                 f"{first.folder} and {other.folder} cannot be merged: {key} is {ours} in the "
@@ -163,13 +164,6 @@ def _check_alike(first: _Set, other: _Set) -> None:
                 key,
                 "mismatch",
             )
-
-
-def _value(manifest: Manifest, key: str) -> object:
-    value: object = manifest
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _inputs_hash(sets: Sequence[_Set], pairs_per_shard: int) -> str:

@@ -74,24 +74,8 @@ def load_vae(source: VaeSource) -> Autoencoder:
 
 
 def _row(pairs: Sequence[PairSample], pictures: Pictures) -> ContactRow:
-    return ContactRow(
-        prompt=pairs[0].prompt,
-        images=[],
-        scores=[],
-        pairs=[
-            ContactPair(
-                tier=pair.tier,
-                winner_image=winner,
-                loser_image=loser,
-                winner_rank=pair.meta.ranks[0],
-                loser_rank=pair.meta.ranks[1],
-                winner_score=pair.meta.scores[0],
-                loser_score=pair.meta.scores[1],
-            )
-            for pair in pairs
-            for winner, loser in [pictures(pair)]
-        ],
-    )
+    shown = [ContactPair(p.tier, pictures(p), p.meta.ranks, p.meta.scores) for p in pairs]
+    return ContactRow(prompt=pairs[0].prompt, images=[], scores=[], pairs=shown)
 
 
 def _pixels(pair: PairSample) -> list[Image.Image]:

@@ -1,7 +1,5 @@
 """Runs of stage 1 that tests of all kinds of sources look at."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

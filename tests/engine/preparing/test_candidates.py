@@ -209,7 +209,7 @@ def test_images_that_have_gone_are_an_error(sampler, tmp_path):
         one.images.read("house")
 
 
-def test_images_of_another_vae_are_other_images(tiny_world: Path, tmp_path: Path) -> None:
+def test_images_of_another_vae_are_other_images(tiny_world, tmp_path):
     """Of one denoiser: they are not to be taken for those that are already there."""
     spec = Model(path=str(tiny_world / "sd"), resolution=(16, 16))
     backbone = sd.load(spec, torch.device("cpu"), torch.float32)

@@ -1,18 +1,11 @@
 """Stage 1 on two real ranks, killed in every phase: nothing is lost, repeated or half-written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 from cdpo.engine.shards.manifest import load_manifest
-from launching import World
-
-KILLED = -9
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from launching import KILLED
+from prepared import contents
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -22,7 +15,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_in_every_phase(world: World, tmp_path: Path):
+def test_two_ranks_killed_in_every_phase(world, tmp_path):
     """The same recipe goes on after each SIGKILL, and ends with the shards of an unbroken run of
     one rank.
     """
@@ -46,12 +39,12 @@ def test_two_ranks_killed_in_every_phase(world: World, tmp_path: Path):
         now = stamps(run / "candidates")
         assert kept.items() <= now.items(), f"candidates sampled again before {failpoint}"
         kept = now
-    assert kept.keys() == files(whole / "candidates").keys()
+    assert kept.keys() == contents(whole / "candidates").keys()
     # As a rank leaves it that dies in the middle of a shard.
     (run / "shards" / "tier-1-000000.tar.tmp").write_bytes(b"half of one")
     prepare("run")
     assert stamps(run / "candidates") == kept
-    assert files(run / "candidates") == files(whole / "candidates")
-    assert files(run / "shards") == files(whole / "shards")
+    assert contents(run / "candidates") == contents(whole / "candidates")
+    assert contents(run / "shards") == contents(whole / "shards")
     names = {entry.name for entry in load_manifest(run / "shards").shards}
     assert {path.name for path in (run / "shards").iterdir()} == names | {"manifest.json"}

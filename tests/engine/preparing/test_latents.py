@@ -1,7 +1,5 @@
 """Latents of candidates: encoded once with one VAE, of the images they claim to be of."""
 
-import errno
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -122,14 +120,12 @@ def test_a_file_that_was_not_finished_is_written_again(tmp_path, encode, backbon
     assert_close(encode([0, 2]).image(0)[0], expected(backbone, 0, 0))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, encode, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    tmp_path, encode, monkeypatch, fill_disk
+):
     candidates(tmp_path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(CandidateSet, "write", lambda *_: None)
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk()
     with refused(DataError, "unwritable"):
         encode([0, 2])
     assert list((tmp_path / "latents").iterdir()) == []

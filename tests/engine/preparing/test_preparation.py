@@ -1,7 +1,5 @@
 """Stage 1 over any parts: only what decides the shards makes them stale; a kill loses nothing."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,6 +1,5 @@
 """Stage 1 on the tiny world: what the shards hold, and that neither kills nor order change it."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,13 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import tiny
-import webdataset
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.preparing import preparation, shard_set
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.preparation import Preparation
@@ -23,18 +19,20 @@ from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.manifest import Manifest, load_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from PIL import Image
-from prepared import candidate_of, contents, is_finished, pairs_of, prepare
+from prepared import (
+    candidate_of,
+    candidates_of,
+    contents,
+    is_finished,
+    pairs_of,
+    prepare,
+    scores_of,
+)
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
 CANDIDATES, TIERS, BUDGET = 6, 3, 6  # of the tiny recipe
-
-
-def scores_in(run_dir: Path) -> dict[str, np.ndarray]:
-    scores: dict[str, list[float]] = {}
-    for row in pq.read_table(run_dir / "scores.parquet").to_pylist():
-        scores.setdefault(row["prompt"], []).append(row["score"])
-    return {prompt: np.asarray(values) for prompt, values in scores.items()}
+WEIGHTS = {"model.path": "sd", "reward.path": "reward"}
 
 
 class FakeReward:
@@ -72,7 +70,7 @@ def plain(made: Callable[[str], Path]) -> Path:
 
 def test_pairs_are_ranked_and_tiered_by_the_reward(plain):
     """Against the definition: rank by score, tier k holds (M-1)(B-k)/B < j-i <= (M-1)(B-k+1)/B."""
-    scores = scores_in(plain)
+    scores = scores_of(plain)
     assert {len(values) for values in scores.values()} == {CANDIDATES}
     by_tier: dict[tuple[str, int], int] = {}
     for meta, _ in pairs_of(plain / "shards"):
@@ -92,25 +90,12 @@ def test_pairs_are_ranked_and_tiered_by_the_reward(plain):
 
 def test_latents_are_those_of_the_images_the_record_names(plain, tiny_backbone):
     manifest = load_manifest(plain / "shards")
-    meta_of_images = preparation_images(plain, tiny_backbone)
+    candidates = candidates_of(plain)
     for meta, found in pairs_of(plain / "shards"):
         assert found.shape == (2, *manifest.latent_shape) and found.dtype == np.float16
-        images = [meta_of_images(meta.prompt)[candidate_of(image)] for image in meta.images]
+        images = [candidates[meta.prompt][candidate_of(image)] for image in meta.images]
         expected = tiny_backbone.encode_images(images).numpy()
         np.testing.assert_allclose(found, expected, rtol=2**-10, atol=1e-5)
-
-
-def preparation_images(
-    run_dir: Path, backbone: LatentDiffusion
-) -> Callable[[str], list[Image.Image]]:
-    """Images of a prompt straight out of the tars, whatever their settings."""
-    by_prompt: dict[str, list[Image.Image]] = {}
-    for path in (run_dir / "candidates").glob("*.tar"):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-            record = json.loads(sample["json"])
-            image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
-            by_prompt.setdefault(record["prompt"], []).append(image)
-    return by_prompt.__getitem__
 
 
 def test_the_manifest_says_what_is_there(plain, tiny_world, tiny_backbone):
@@ -170,25 +155,23 @@ def test_what_else_is_left_behind(plain):
 # Again
 
 
-def shard_is_missing(shards: Path) -> None:
-    next(shards.glob("*.tar")).unlink()
-
-
-def shard_is_cut(shards: Path) -> None:
-    path = next(shards.glob("*.tar"))
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-512])
 
 
-def manifest_is_damaged(shards: Path) -> None:
-    (shards / "manifest.json").write_text("{")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a shard is missing": lambda shards: next(shards.glob("*.tar")).unlink(),
+    "a shard is cut": lambda shards: cut(next(shards.glob("*.tar"))),
+    "the manifest is damaged": lambda shards: (shards / "manifest.json").write_text("{"),
+}
 
 
-@pytest.mark.parametrize("damage", [shard_is_missing, shard_is_cut, manifest_is_damaged])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_set_is_written_again(plain, tiny_recipe, ranks, damage, capsys):
     """Train says "prepare again": that must not answer "nothing to do", or the same error."""
     recipe = tiny_recipe()
     shutil.copytree(plain, recipe.run_dir)
-    damage(Path(recipe.run_dir) / "shards")
+    DAMAGES[damage](Path(recipe.run_dir) / "shards")
     shards = prepare(recipe, ranks, Terminal())
     assert "written again" in capsys.readouterr().err
     assert contents(shards) == contents(plain / "shards")
@@ -209,21 +192,12 @@ def test_other_tars_in_the_folder_are_left_alone(tiny_recipe, ranks, tmp_path):
 # Killed
 
 
-@pytest.mark.parametrize(
-    ("module", "function"),
-    [
-        (shard_set, "write_shard"),
-        (preparation, "draw_contact_sheet"),
-        (preparation, "save_manifest"),
-    ],
-)
-def test_killed_in_between_and_started_again(
-    plain, tiny_recipe, ranks, monkeypatch, module, function
-):
+@pytest.mark.parametrize("function", ["draw_contact_sheet", "save_manifest"])
+def test_killed_in_between_and_started_again(plain, tiny_recipe, ranks, monkeypatch, function):
     def die(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, function, die)
+    monkeypatch.setattr(preparation, function, die)
     with pytest.raises(KeyboardInterrupt):
         prepare(tiny_recipe(), ranks)
     monkeypatch.undo()
@@ -234,7 +208,8 @@ def test_killed_in_between_and_started_again(
 
 def test_killed_and_started_again_with_another_recipe(tiny_recipe, ranks, monkeypatch):
     """Nothing of the first recipe is in the shards of the second."""
-    fresh = prepare(tiny_recipe("prepare.sampler.guidance=5.0", run="fresh"), ranks)
+    few, other = "prompts.limit=3", "prepare.sampler.guidance=5.0"
+    fresh = prepare(tiny_recipe(few, other, run="fresh"), ranks)
 
     def die(name: str) -> None:
         if name == "prepare.shard":
@@ -242,9 +217,9 @@ def test_killed_and_started_again_with_another_recipe(tiny_recipe, ranks, monkey
 
     monkeypatch.setattr(shard_set, "failpoint", die)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tiny_recipe(), ranks)
+        prepare(tiny_recipe(few), ranks)
     monkeypatch.undo()
-    assert contents(prepare(tiny_recipe("prepare.sampler.guidance=5.0"), ranks)) == contents(fresh)
+    assert contents(prepare(tiny_recipe(few, other), ranks)) == contents(fresh)
 
 
 # Prompts and rewards
@@ -300,7 +275,7 @@ def test_a_prompt_whose_candidates_all_tie_is_skipped_and_counted(
 @pytest.mark.parametrize("score", [0.5, float("nan")])
 def test_no_pairs_at_all_is_an_error_and_leaves_no_manifest(tiny_recipe, ranks, reward, score):
     reward(lambda prompt, red: score)
-    with refused(DataError, "empty", "curriculum.min_score_gap"):
+    with refused(DataError, "empty", "curriculum.min_score_gap", wording="no-pairs"):
         prepare(tiny_recipe(), ranks)
     assert not (Path(tiny_recipe().run_dir) / "shards" / "manifest.json").exists()
 
@@ -308,7 +283,7 @@ def test_no_pairs_at_all_is_an_error_and_leaves_no_manifest(tiny_recipe, ranks, 
 def test_a_score_cut_off_that_empties_a_tier_says_what_to_do(tiny_recipe, ranks, reward):
     """One image far above the rest: five pairs, of which the last tier gets one for two lanes."""
     reward(lambda prompt, red: np.where(red == red.max(), 1.0, red * 1e-6))
-    with refused(DataError, "too-few", "tier 3"):
+    with refused(DataError, "too-few", "tier 3", wording="tier-of-too-few-pairs"):
         prepare(tiny_recipe("curriculum.min_score_gap=0.5", "prompts.limit=1"), ranks)
 
 
@@ -329,9 +304,8 @@ def test_weights_that_change_under_the_same_path_make_the_set_stale(
     tiny_world, tiny_recipe, ranks, tmp_path, capsys, part
 ):
     shutil.copytree(tiny_world, tmp_path / "world")
-    recipe = tiny_recipe(
-        f"model.path={tmp_path / 'world' / 'sd'}", f"reward.path={tmp_path / 'world' / 'reward'}"
-    )
+    paths = [f"{key}={tmp_path / 'world' / name}" for key, name in WEIGHTS.items()]
+    recipe = tiny_recipe("prompts.limit=2", *paths)
     prepare(recipe, ranks)
     assert is_finished(recipe, ranks)
     weights = next((tmp_path / "world" / part).glob("*.safetensors"))

@@ -1,7 +1,5 @@
 """Scores on disk: nothing is scored twice, nothing of another source is taken."""
 
-import errno
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -159,16 +157,16 @@ def test_prompts_without_any_score_are_asked_for_again(score):
 
 
 @pytest.mark.parametrize(
-    ("change", "seen"),
+    ("change", "kind"),
     [
-        (lambda scores: scores[:-1], r"float32 of shape \(2,\) for 3 images"),
-        (lambda scores: scores[:, None], r"float32 of shape \(3, 1\)"),
-        (lambda scores: scores.astype(int), r"int64 of shape \(3,\)"),
-        (lambda scores: None, r"object of shape \(\)"),
+        (lambda scores: scores[:-1], "mismatch"),
+        (lambda scores: scores[:, None], "mismatch"),
+        (lambda scores: scores.astype(int), "wrong-type"),
+        (lambda scores: None, "mismatch"),
     ],
 )
-def test_a_reward_must_return_one_floating_number_an_image(score, tmp_path, change, seen):
-    with pytest.raises(DataError, match=f"the reward returned {seen}"):
+def test_a_reward_must_return_one_floating_number_an_image(score, tmp_path, change, kind):
+    with refused(DataError, kind, "the reward"):
         score(RedReward(change))
     assert not list(tmp_path.rglob("*.parquet"))
 
@@ -178,39 +176,34 @@ def test_rewards_in_other_precisions_are_taken(score):
     assert as_lists(found) == expected()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(score, tmp_path, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(score, tmp_path, fill_disk):
+    fill_disk()
     with refused(DataError, "unwritable"):
         score(RedReward())
     assert list((tmp_path / "scores").iterdir()) == []
 
 
-def spoil(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
+def as_texts(table: pa.Table) -> pa.Table:
+    column = [f"{score}x" for score in table["score"].to_pylist()]
+    return table.set_column(table.column_names.index("score"), "score", pa.array(column))
 
 
-def drop_column(path: Path) -> None:
-    pq.write_table(pq.read_table(path).drop_columns(["score"]), path)
-
-
-def drop_rows(path: Path) -> None:
-    pq.write_table(pq.read_table(path).slice(1), path)
-
-
-def other_types(path: Path) -> None:
-    table = pq.read_table(path)
-    text = pa.array([str(score) + "x" for score in table["score"].to_pylist()])
-    pq.write_table(table.set_column(table.column_names.index("score"), "score", text), path)
-
-
-@pytest.mark.parametrize("damage", [spoil, drop_column, drop_rows, other_types])
-def test_a_damaged_table_is_named(score, tmp_path, damage):
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,  # cut
+        lambda table: table.drop_columns(["score"]),
+        lambda table: table.slice(1),
+        as_texts,
+    ],
+)
+def test_a_damaged_table_is_named(score, tmp_path, change):
     score(RedReward())
     path = tmp_path / "scores.parquet"
-    damage(path)
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        pq.write_table(change(pq.read_table(path)), path)
     with refused(DataError, "damaged", str(path)) as caught:
         score(RedReward())
     assert "\n" not in str(caught.value)

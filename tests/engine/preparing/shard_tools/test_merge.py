@@ -1,13 +1,11 @@
 """`cdpo shards merge`: one set out of several, as one prepare would have made it."""
 
-import errno
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from cdpo.engine.basics import files
 from cdpo.engine.preparing.shard_tools import merge
 from cdpo.engine.preparing.shard_tools.command import main
 from cdpo.engine.shards.manifest import RewardSource, Statistics, load_manifest, save_manifest
@@ -168,13 +166,9 @@ def test_a_killed_merge_leaves_no_set_and_starts_over(write, tmp_path, capsys):
     assert not (tmp_path / "c.partial").exists()
 
 
-def test_a_full_disk_is_one_line(write, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line(write, tmp_path, capsys, fill_disk):
     a, b = write("a", [range(4)]), write("b", [range(4, 8)])
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files.os, "fsync", full)
+    fill_disk()
     assert main(["merge", str(a), str(b), "--into", str(tmp_path / "c")]) == 3
     [line] = capsys.readouterr().err.splitlines()
     assert "cannot write" in line
