@@ -21,6 +21,8 @@ Timesteps, noise and w are functions of (seed, prompt, image, draw): all runs me
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,27 +34,17 @@ from ..models.protocol import Conditioning
 from ..preparing.candidates import CandidateSet
 
 
+@dataclass(frozen=True)
 class Divergence:
     """The error of any policy against the reference, on the base's images of a prompt."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        reference: nn.Module,
-        base: CandidateSet,
-        *,
-        seed: int,
-        draws: int,
-        resolution: tuple[int, int],
-        batch_size: int,
-    ) -> None:
-        self.backbone = backbone
-        self.reference = reference
-        self.base = base
-        self.seed = seed
-        self.draws = draws
-        self.resolution = resolution
-        self.batch_size = batch_size
+    backbone: Backbone
+    reference: nn.Module
+    base: CandidateSet
+    seed: int
+    draws: int
+    resolution: tuple[int, int]
+    batch_size: int
 
     @torch.no_grad()
     def of(self, policy: nn.Module, prompt: str) -> NDArray[np.float64]:

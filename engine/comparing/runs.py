@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from ..basics.errors import DataError, RecipeError
@@ -66,15 +67,7 @@ def read_runs(recipe: Recipe) -> list[ComparedRun]:
 
 def method_of(recipe: Recipe) -> dict[str, str | int | float | None]:
     """What tells methods apart, by dotted keys."""
-    found = {}
-    for key in METHOD:
-        section, _, knob = key.rpartition(".")
-        value: object = recipe
-        for name in (*section.split("."), knob):
-            value = getattr(value, name)
-        assert value is None or isinstance(value, str | int | float)
-        found[key] = value
-    return found
+    return {key: attrgetter(key)(recipe) for key in METHOD}
 
 
 def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:

@@ -81,15 +81,7 @@ def results_dict(data: ReportData) -> dict[str, Any]:
         "facts": dict(data.facts),
         "notes": list(data.notes),
         "findings": [asdict(finding) for finding in findings(data)],
-        "runs": [
-            {
-                "name": run.name,
-                "run_dir": run.run_dir,
-                "method": dict(run.method),
-                "both_errors_rose": run.both_errors_rose,
-            }
-            for run in data.runs
-        ],
+        "runs": [asdict(run) for run in data.runs],
         "prompt_sets": [_prompt_set(prompt_set, data) for prompt_set in data.prompt_sets],
         "worst": [
             {

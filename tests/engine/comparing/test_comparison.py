@@ -1,8 +1,7 @@
 """Base against tuned on the tiny world: what is compared, written, and not done twice."""
 
-from __future__ import annotations
-
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,20 @@ def compare(world: World, run: Path, *overrides: str, failpoint: str = "") -> An
     )
 
 
+def results_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "compare" / "results.json").read_text())
+
+
 def pixels(run: Path, side: str) -> np.ndarray:
     tars = sorted((run / "compare" / side).glob("*.tar"))
     assert len(tars) == 10
     return np.concatenate([np.frombuffer(tar.read_bytes(), np.uint8) for tar in tars])
 
 
-def test_a_report_on_all_prompts_and_scorers(world: World, trained: Path) -> None:
+def test_a_report_on_all_prompts_and_scorers(world, trained):
     outcome = compare(world, trained).succeeded()
     assert "report:" in outcome.text and "judge" in outcome.text
-    results = json.loads((trained / "compare" / "results.json").read_text())
+    results = results_of(trained)
     found = {
         (part["name"], scorer["scorer"], scorer["num_prompts"], scorer["num_pairs"])
         for part in results["prompt_sets"]
@@ -59,28 +62,26 @@ def test_a_report_on_all_prompts_and_scorers(world: World, trained: Path) -> Non
         assert picture.width > picture.height
 
 
-def test_running_again_does_nothing(world: World, trained: Path) -> None:
+def test_running_again_does_nothing(world, trained):
     compare(world, trained).succeeded()
     before = (trained / "compare" / "report.html").stat().st_mtime_ns
     assert "nothing to do" in compare(world, trained).succeeded().text
     assert (trained / "compare" / "report.html").stat().st_mtime_ns == before
 
 
-def test_base_and_tuned_share_seeds(world: World, tmp_path: Path) -> None:
+def test_base_and_tuned_share_seeds(world, tmp_path):
     """An adapter that changes nothing gives the base's own pictures and scores."""
     run = tmp_path / "run"
     world.train(run, "train.optimizer.lr=1e-30", "train.steps=1").succeeded()
     compare(world, run).succeeded()
-    results = json.loads((run / "compare" / "results.json").read_text())
+    results = results_of(run)
     for part in results["prompt_sets"]:
         for scorer in part["scorers"]:
             assert scorer["base_mean"] == scorer["tuned_mean"]
             assert scorer["win_rate"]["mean"] == 0.5
 
 
-def test_killed_and_started_again_equals_an_uninterrupted_comparison(
-    world: World, trained: Path
-) -> None:
+def test_killed_and_started_again_equals_an_uninterrupted_comparison(world, trained):
     compare(world, trained).succeeded()
     folder = trained / "compare"
     whole = json.loads((folder / "results.json").read_text())
@@ -109,8 +110,16 @@ def listed(runs: dict[str, Path], *names: str) -> str:
     return f"compare.runs={{{', '.join(f'{name}: {runs[name]}' for name in names)}}}"
 
 
-def without_order(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """What results say of the runs, whatever their order."""
+@pytest.fixture(scope="module")
+def of_two(world: World, runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed comparison of two runs: not to be written to."""
+    folder = tmp_path_factory.mktemp("of_two")
+    compare(world, folder, listed(runs, "dpo", "lora")).succeeded()
+    return folder
+
+
+def of_runs(results: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What results say of some runs, whatever their order and company."""
     found: dict[str, Any] = {}
     for part in results["prompt_sets"]:
         for scorer in part["scorers"]:
@@ -118,79 +127,66 @@ def without_order(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
             matrix = scorer["win_rates"]["matrix"]
             for name in names:
                 run = next(run for run in scorer["runs"] if run["name"] == name)
-                wins = {other: matrix[place[name]][place[other]] for other in place}
+                wins = {other: matrix[place[name]][place[other]] for other in ("base", *names)}
                 found[part["name"], scorer["scorer"], name] = (run, wins)
         for what in ("diversity", "divergence"):
             for run in part[what]["runs"]:
-                found[part["name"], what, run["name"]] = (run, {})
+                if run["name"] in names:
+                    found[part["name"], what, run["name"]] = (run, {})
     return found
 
 
-def test_several_runs_in_any_order_against_one_base(
-    world: World, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    names = ["lora", "dpo", "full"]
-    results = {}
+def test_several_runs_in_any_order_and_company_against_one_base(
+    world, trained, runs, of_two, tmp_path
+):
+    """After a fine-tuned model, and in another order, adapters draw what they draw alone."""
     extra = "compare.rewards=[{type: jpeg_compressibility}]"
-    for label, order in (("there", names), ("back", names[::-1])):
-        outcome = compare(world, tmp_path / label, listed(runs, *order), extra).succeeded()
-        assert "KL proxy" in outcome.text and "of 3 runs" in outcome.text
-        results[label] = json.loads((tmp_path / label / "compare/results.json").read_text())
-    there, back = (without_order(result, names) for result in results.values())
-    for key, (found, wins) in there.items():
-        again, other_wins = back[key]
+    outcome = compare(world, tmp_path, listed(runs, "full", "lora", "dpo"), extra).succeeded()
+    assert "KL proxy" in outcome.text and "of 3 runs" in outcome.text
+    both = ("lora", "dpo")
+    three, two = (of_runs(results_of(folder), both) for folder in (tmp_path, of_two))
+    assert len(three) > len(two) == 2 * 2 * (2 + 2)  # sets, runs; scorers and distances
+    for key, (found, wins) in two.items():
+        again, other_wins = three[key]
         assert found == again
         for name, cell in wins.items():  # one of the two is 1 minus what was counted
             assert other_wins[name] == pytest.approx(cell, abs=1e-12)
-    for name in ("base", *names):
-        assert (
-            pixels(tmp_path / "there", name).tobytes() == pixels(tmp_path / "back", name).tobytes()
-        )
-    assert len({pixels(tmp_path / "there", name).tobytes() for name in ("base", *names)}) == 4
-    # In company an adapter draws what it draws alone.
-    compare(world, runs["lora"]).succeeded()
-    alone = json.loads((runs["lora"] / "compare/results.json").read_text())
-    for part, own in zip(results["there"]["prompt_sets"], alone["prompt_sets"], strict=True):
-        for scorer, single in zip(part["scorers"], own["scorers"], strict=False):
-            assert scorer["runs"][0]["scores"] == single["tuned_scores"]
-        assert part["divergence"]["runs"][0]["mean"] == own["divergence"]["runs"][0]["mean"]
-        assert part["diversity"]["runs"][0]["mean"] == own["diversity"]["runs"][0]["mean"]
+    drawn = {name: pixels(tmp_path, name).tobytes() for name in ("base", "full", *both)}
+    assert all(pixels(of_two, name).tobytes() == drawn[name] for name in ("base", *both))
+    assert len(set(drawn.values())) == 4
+    compare(world, trained).succeeded()
+    sets, alone_sets = (results_of(run)["prompt_sets"] for run in (tmp_path, trained))
+    for part, alone in zip(sets, alone_sets, strict=True):
+        for scorer, single in zip(part["scorers"], alone["scorers"], strict=False):
+            assert scorer["runs"][1]["scores"] == single["tuned_scores"]
+        for what in ("divergence", "diversity"):
+            assert part[what]["runs"][1]["mean"] == alone[what]["runs"][0]["mean"]
 
 
-def test_several_runs_killed_while_they_are_measured(
-    world: World, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    chosen = listed(runs, "lora", "dpo")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    compare(world, whole, chosen).succeeded()
+def test_several_runs_killed_while_they_are_measured(world, runs, of_two, tmp_path):
+    chosen = listed(runs, "dpo", "lora")
     for failpoint in ("compare.diverged@13:kill", "compare.scored@12:kill"):
-        assert compare(world, killed, chosen, failpoint=failpoint).code == -9
-        assert not (killed / "compare/report.html").exists()
-    again = compare(world, killed, chosen).succeeded()
+        assert compare(world, tmp_path, chosen, failpoint=failpoint).code == -9
+        assert not (tmp_path / "compare/report.html").exists()
+    again = compare(world, tmp_path, chosen).succeeded()
     assert "measure" not in again.text  # both were kept
-    one, other = (json.loads((p / "compare/results.json").read_text()) for p in (whole, killed))
-    assert {**one, "title": ""} == {**other, "title": ""}
+    assert {**results_of(tmp_path), "title": ""} == {**results_of(of_two), "title": ""}
 
 
-def test_other_statistics_need_no_new_images_and_no_new_scores(
-    world: World, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    chosen = listed(runs, "lora", "dpo")
-    compare(world, tmp_path, chosen).succeeded()
+def test_other_statistics_need_no_new_images_and_no_new_scores(world, runs, of_two, tmp_path):
+    shutil.copytree(of_two, tmp_path, dirs_exist_ok=True)
     never = "compare.scored:kill"
-    compare(world, tmp_path, chosen, "compare.bootstrap=100", failpoint=never).succeeded()
-    results = json.loads((tmp_path / "compare/results.json").read_text())
+    back = listed(runs, "lora", "dpo")
+    compare(world, tmp_path, back, "compare.bootstrap=100", failpoint=never).succeeded()
+    results = results_of(tmp_path)
     assert results["prompt_sets"][0]["divergence"] is not None
-    off = compare(world, tmp_path, chosen, "compare.divergence_draws=0").succeeded()
-    results = json.loads((tmp_path / "compare/results.json").read_text())
-    assert results["prompt_sets"][0]["divergence"] is None and "measure" not in off.text
-    back = listed(runs, "dpo", "lora")
-    compare(world, tmp_path, back, failpoint=never).succeeded()
-    results = json.loads((tmp_path / "compare/results.json").read_text())
-    assert [run["name"] for run in results["runs"]] == ["dpo", "lora"]
+    assert [run["name"] for run in results["runs"]] == ["lora", "dpo"]
+    off = compare(world, tmp_path, back, "compare.divergence_draws=0").succeeded()
+    assert results_of(tmp_path)["prompt_sets"][0]["divergence"] is None
+    assert "measure" not in off.text
 
 
-def test_a_run_of_another_model_is_refused(world: World, runs: dict[str, Path]) -> None:
+def test_a_run_of_another_model_is_refused(world, runs):
     outcome = compare(world, runs["dpo"], listed(runs, "lora"), "model.resolution=[32, 32]")
     assert outcome.code != 0
     assert "compare.runs.lora=" in outcome.text and "model.resolution is [16, 16]" in outcome.text

@@ -1,7 +1,5 @@
 """The KL proxy against an independent computation with stock diffusers, in float64."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +109,7 @@ def told(backbone: LatentDiffusion) -> dict:
     return known
 
 
-def test_equals_the_stock_computation(backbone: LatentDiffusion, base: CandidateSet) -> None:
+def test_equals_the_stock_computation(backbone, base):
     policy = other_unet(backbone, 0.02)
     found = make(backbone, base).of(policy, PROMPT)
     try:
@@ -122,15 +120,13 @@ def test_equals_the_stock_computation(backbone: LatentDiffusion, base: Candidate
     assert found == pytest.approx(expected, rel=2e-3)
 
 
-def test_base_is_at_zero_and_batches_do_not_matter(
-    backbone: LatentDiffusion, base: CandidateSet
-) -> None:
+def test_base_is_at_zero_and_batches_do_not_matter(backbone, base):
     assert make(backbone, base).of(backbone.denoiser, PROMPT).tolist() == [0.0, 0.0]
     policy = other_unet(backbone, 0.02)
     whole, single = (make(backbone, base, size).of(policy, PROMPT) for size in (16, 1))
     assert whole == pytest.approx(single, rel=1e-3)
 
 
-def test_grows_with_the_distance(backbone: LatentDiffusion, base: CandidateSet) -> None:
+def test_grows_with_the_distance(backbone, base):
     near, far = (make(backbone, base).of(other_unet(backbone, s), PROMPT) for s in (0.01, 0.04))
     assert (far > 4 * near).all()

@@ -1,7 +1,5 @@
 """Which runs are compared, and which are refused, in one line that says what would be right."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +33,7 @@ def finished(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
     return write
 
 
-def test_exactly_the_listed_runs(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_exactly_the_listed_runs(finished, tiny_recipe):
     one = finished("one", "objective.beta=50.0")
     two = finished("two", "curriculum.order=random", weights=2.0)
     recipe = tiny_recipe(f"compare.runs={{DPO++: {two}, beta 50: {one}}}", run="compared")
@@ -49,15 +45,13 @@ def test_exactly_the_listed_runs(
     assert facts.method["curriculum.order"] == "easy_to_hard" and not facts.both_errors_rose
 
 
-def test_a_run_that_was_moved_is_taken_from_where_it_lies(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_a_run_that_was_moved_is_taken_from_where_it_lies(finished, tiny_recipe):
     moved = finished("one").rename(finished("two").parent / "moved")
     [run] = read_runs(tiny_recipe(f"compare.runs={{a: {moved}}}"))
     assert run.recipe.run_dir == str(moved)
 
 
-def test_without_a_list_the_own_run(finished: Callable[..., Path]) -> None:
+def test_without_a_list_the_own_run(finished):
     folder = finished("own")
     [run] = read_runs(load_recipe(folder / "recipe.yaml"))
     assert run.name == "tuned" and run.folder == folder
@@ -73,20 +67,15 @@ def test_without_a_list_the_own_run(finished: Callable[..., Path]) -> None:
     ],
 )
 def test_what_is_no_run_of_this_model_is_refused_by_its_name(
-    finished: Callable[..., Path],
-    tiny_recipe: Callable[..., Recipe],
-    error: type[CdpoError],
-    kind: str,
-    overrides: list[str],
-) -> None:
+    finished, tiny_recipe, error, kind, overrides
+):
     recipe = tiny_recipe(f"compare.runs={{a: {finished('run')}}}", *overrides, run="here")
-    with refused(error, kind, "compare.runs.a"):
+    wording = "run-of-another-model" if "resolution" in overrides[0] else None
+    with refused(error, kind, "compare.runs.a", wording=wording):
         read_runs(recipe)
 
 
-def test_a_run_with_a_damaged_recipe_is_refused_in_one_line(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_a_run_with_a_damaged_recipe_is_refused_in_one_line(finished, tiny_recipe):
     folder = finished("run")
     (folder / "recipe.yaml").write_text("seed: 1")
     with refused(RecipeError, "damaged", "compare.runs.a") as told:
@@ -94,9 +83,7 @@ def test_a_run_with_a_damaged_recipe_is_refused_in_one_line(
     assert str(told.value).endswith("(and 3 more)") and "\n" not in str(told.value)
 
 
-def test_an_unfinished_run_is_refused(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_an_unfinished_run_is_refused(finished, tiny_recipe):
     folder = finished("run")
     (folder / LORA).unlink()
     (folder / "lora").rmdir()
@@ -104,18 +91,14 @@ def test_an_unfinished_run_is_refused(
         read_runs(tiny_recipe(f"compare.runs={{a: {folder}}}"))
 
 
-def test_the_same_folder_written_otherwise_is_the_same_model(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_the_same_folder_written_otherwise_is_the_same_model(finished, tiny_recipe):
     folder = finished("run")
     path = Path(tiny_recipe().model.path)
     here = tiny_recipe(f"compare.runs={{a: {folder}}}", f"model.path={path.parent}/./sd/../sd")
     assert len(read_runs(here)) == 1
 
 
-def test_an_average_is_taken_of_runs_that_have_one(
-    finished: Callable[..., Path], tiny_recipe: Callable[..., Recipe]
-) -> None:
+def test_an_average_is_taken_of_runs_that_have_one(finished, tiny_recipe):
     folder = finished("run", "adapter.ema=0.9")
     # The recipe that compares trains nothing, and needs no average of its own.
     [run] = read_runs(tiny_recipe(f"compare.runs={{a: {folder}}}", "compare.weights=ema"))
@@ -137,15 +120,13 @@ def test_an_average_is_taken_of_runs_that_have_one(
         ("[a]", "compare.runs"),
     ],
 )
-def test_names_are_short_and_plain(
-    tiny_recipe: Callable[..., Recipe], runs: str, said: str
-) -> None:
+def test_names_are_short_and_plain(tiny_recipe, runs, said):
     with pytest.raises(CdpoError) as error:
         tiny_recipe(f"compare.runs={runs}")
     assert said in str(error.value)
 
 
-def test_runs_survive_being_saved(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_runs_survive_being_saved(tiny_recipe, tmp_path):
     recipe: Any = tiny_recipe("compare.runs={50: runs/a, DPO++: runs/b}")
     save_resolved(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")

@@ -1,7 +1,5 @@
 """Scores and distances of several sides: relative rewards, keeping, and diversity by definition."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 from cdpo.engine.comparing.result_cache import KeptTables
 from cdpo.engine.comparing.scores import SideScoring, mean_distance
 from cdpo.engine.preparing.candidates import CandidateSet
-from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.rewards import clip_of, load_reward
 from hypothesis import given, settings
@@ -54,9 +51,7 @@ class Rank:
 SPEC: Any = SimpleNamespace(identity=lambda: {"type": "rank"})
 
 
-def test_all_sides_of_a_prompt_are_scored_in_one_call_and_once(
-    sides: dict[str, CandidateSet], tmp_path: Path, ranks: Ranks
-) -> None:
+def test_all_sides_of_a_prompt_are_scored_in_one_call_and_once(sides, tmp_path, ranks):
     Rank.calls = 0
     tables = SideScoring(tmp_path / "s", ranks, sides, PROMPTS).scores(SPEC, Rank())
     assert Rank.calls == len(PROMPTS)
@@ -73,9 +68,7 @@ def test_all_sides_of_a_prompt_are_scored_in_one_call_and_once(
     assert Rank.calls == 2 * len(PROMPTS)  # other company, other relative scores
 
 
-def test_distances_equal_an_independent_computation(
-    sides: dict[str, CandidateSet], tmp_path: Path, ranks: Ranks, tiny_world: Path
-) -> None:
+def test_distances_equal_an_independent_computation(sides, tmp_path, ranks, tiny_world):
     spec = load_recipe(tiny_world / "recipe.yaml").reward
     clip = clip_of(load_reward(spec, torch.device("cpu")))
     assert clip is not None
@@ -103,7 +96,7 @@ def test_distances_equal_an_independent_computation(
         elements=st.floats(-1, 1, width=32).filter(lambda x: abs(x) > 1e-3),
     )
 )
-def test_mean_distance_is_the_mean_over_pairs(vectors: np.ndarray) -> None:
+def test_mean_distance_is_the_mean_over_pairs(vectors):
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = [1 - one @ two for one, two in itertools.combinations(units, 2)]
     assert mean_distance(units) == pytest.approx(np.mean(pairs), abs=1e-12)
@@ -112,11 +105,11 @@ def test_mean_distance_is_the_mean_over_pairs(vectors: np.ndarray) -> None:
     assert mean_distance(alike) == pytest.approx(0, abs=1e-12)
 
 
-def test_one_image_has_no_distance() -> None:
+def test_one_image_has_no_distance():
     assert np.isnan(mean_distance(np.ones((1, 3))))
 
 
-def test_kept_tables_are_of_their_ingredients_or_none(tmp_path: Path) -> None:
+def test_kept_tables_are_of_their_ingredients_or_none(tmp_path):
     kept = KeptTables(tmp_path)
     table = np.array([[1.5, np.nan], [0.1, 2.0]])
     kept.write("scores", {"weights": "a"}, {"base": table, "beta 50": table[:, ::-1]})

@@ -1,7 +1,5 @@
 """Synthetic pictures, metrics and comparisons: small, seeded, nothing read from disk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -161,7 +159,7 @@ def metrics() -> Callable[..., list[dict[str, Any]]]:
     return make_metrics
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def report() -> Callable[..., ReportData]:
     return make_report
 

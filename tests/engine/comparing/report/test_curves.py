@@ -1,7 +1,5 @@
 """Curves from any metrics a run may leave behind."""
 
-from __future__ import annotations
-
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -25,7 +23,7 @@ Metrics = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 10_000])
-def test_curves_of_any_length(metrics: Metrics, steps: int) -> None:
+def test_curves_of_any_length(metrics, steps):
     rows = metrics(steps)
     charts = [svg for _, svg in training_panels(rows)]
     assert len(charts) == len(PANELS)
@@ -34,7 +32,7 @@ def test_curves_of_any_length(metrics: Metrics, steps: int) -> None:
         assert len(svg) < 100_000
 
 
-def test_no_rows_and_rows_without_values() -> None:
+def test_no_rows_and_rows_without_values():
     assert training_panels([]) == []
     ElementTree.fromstring(tier_timeline([], 3))
     broken = [{"step": 1, "loss": float("nan"), "margin": None}, {"step": 2, "loss": 0.5}]
@@ -43,18 +41,18 @@ def test_no_rows_and_rows_without_values() -> None:
     ElementTree.fromstring(svg)
 
 
-def test_svg_is_the_same_every_time_and_follows_the_theme(metrics: Metrics) -> None:
+def test_svg_is_the_same_every_time_and_follows_the_theme(metrics):
     rows = metrics(20)
     assert training_panels(rows) == training_panels(rows)
     assert "var(--chart-accent, #0969da)" in tier_timeline(rows)
 
 
-def test_a_step_logged_twice_counts_once() -> None:
+def test_a_step_logged_twice_counts_once():
     rows = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
     assert column(sorted_rows(rows), "loss").tolist() == [3.0, 2.0]
 
 
-def test_smoothing_is_unbiased_and_blind_to_nan() -> None:
+def test_smoothing_is_unbiased_and_blind_to_nan():
     values = np.full(400, 2.0)
     values[[0, 50, 51]] = np.nan
     result = smoothed(values)
@@ -63,7 +61,7 @@ def test_smoothing_is_unbiased_and_blind_to_nan() -> None:
     assert smoothed(np.array([5.0])) == pytest.approx([5.0])
 
 
-def test_thinning_keeps_the_mean() -> None:
+def test_thinning_keeps_the_mean():
     steps = np.arange(1.0, 10_001.0)
     few_steps, few = thinned(steps, steps * 2)
     assert len(few) == 300
@@ -73,7 +71,7 @@ def test_thinning_keeps_the_mean() -> None:
     assert np.isnan(thinned(steps, gap)[1]).all()
 
 
-def test_spans_and_tier_intervals() -> None:
+def test_spans_and_tier_intervals():
     tiers = [[1], [1], [1, 2], [2], [1]]
     rows = [{"step": 10 + i, "tiers": used} for i, used in enumerate(tiers)]
     assert [(s.value, s.start, s.end) for s in spans(rows, "tiers")] == [

@@ -1,13 +1,10 @@
 """Several runs in one report: tables, charts, findings, words and results.json."""
 
-from __future__ import annotations
-
 import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +24,7 @@ from cdpo.engine.comparing.report.stats import Estimate
 Methods = Callable[..., ReportData]
 
 
-def test_parts_in_order_and_escaped(methods: Methods, hostile: str) -> None:
+def test_parts_in_order_and_escaped(methods, hostile):
     html = render_report(methods(distance=0.1))
     assert re.findall(r"<h2>(.*?)</h2>", html) == [
         "Methods",
@@ -44,7 +41,7 @@ def test_parts_in_order_and_escaped(methods: Methods, hostile: str) -> None:
     assert 'alt="plain $x$ image for: prompt 0"' in html
 
 
-def test_one_run_shows_the_same_charts(report: Methods, methods: Methods, hostile: str) -> None:
+def test_one_run_shows_the_same_charts(report, methods, hostile):
     data, sets = report(), methods().prompt_sets
     diversity = sets[0].diversity
     assert diversity is not None
@@ -62,7 +59,7 @@ def test_one_run_shows_the_same_charts(report: Methods, methods: Methods, hostil
 SOME = Estimate(0.02, 0.01, 0.04)
 
 
-def test_charts_are_whole_and_name_every_model(methods: Methods, hostile: str) -> None:
+def test_charts_are_whole_and_name_every_model(methods, hostile):
     training = methods().prompt_sets[0]
     assert training.diversity is not None
     for svg in (
@@ -75,7 +72,7 @@ def test_charts_are_whole_and_name_every_model(methods: Methods, hostile: str) -
         )
 
 
-def test_long_names_that_differ_at_their_ends_are_told_apart(methods: Methods) -> None:
+def test_long_names_that_differ_at_their_ends_are_told_apart(methods):
     names = [f"Curriculum-DPO++ with rank 64, beta {beta}" for beta in (500, 1000)]
     training = methods().prompt_sets[0]
     summaries = dict(zip(names, training.scorers[0].summaries.values(), strict=True))
@@ -86,14 +83,14 @@ def test_long_names_that_differ_at_their_ends_are_told_apart(methods: Methods) -
     assert len(set(shown)) == 2 and [text[-4:] for text in shown] == [" 500", "1000"]
 
 
-def test_a_chart_without_intervals(methods: Methods, hostile: str) -> None:
+def test_a_chart_without_intervals(methods, hostile):
     nothing = Estimate(float("nan"), float("nan"), float("nan"))
     point = Estimate(0.1, float("nan"), float("nan"))
     training = replace(methods().prompt_sets[0], divergence={hostile: nothing, "plain $x$": point})
     assert drift_chart(training, training.scorers[0], "base").startswith("<svg")
 
 
-def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> None:
+def test_the_tables_say_what_was_measured(methods, hostile):
     data = methods(judge=-0.05)
     training, *_ = method_tables(data)
     assert [row["name"] for row in training["rows"]] == ["base", "plain $x$", hostile]
@@ -105,7 +102,7 @@ def test_the_tables_say_what_was_measured(methods: Methods, hostile: str) -> Non
     assert float(cell["value"][:-1]) + float(mirrored["value"][:-1]) == pytest.approx(100, abs=0.11)
 
 
-def test_a_pair_that_any_run_lacks_is_counted(methods: Methods, hostile: str) -> None:
+def test_a_pair_that_any_run_lacks_is_counted(methods, hostile):
     training = methods().prompt_sets[0]
     judge = training.scorers[0]
     scores = {**judge.scores, hostile: judge.scores[hostile].copy()}
@@ -116,7 +113,7 @@ def test_a_pair_that_any_run_lacks_is_counted(methods: Methods, hostile: str) ->
     assert table["size"] == "20 × 3 (−2)"
 
 
-def test_the_terminal_has_a_row_a_method(methods: Methods, hostile: str) -> None:
+def test_the_terminal_has_a_row_a_method(methods, hostile):
     data = methods()
     rows = wording.summary_rows(data)
     assert [row[:2] for row in rows[:3]] == [
@@ -139,13 +136,13 @@ def test_the_terminal_has_a_row_a_method(methods: Methods, hostile: str) -> None
         ({"reward": 0.05, "judge": 0.05}, set()),
     ],
 )
-def test_findings(methods: Methods, hostile: str, shifts: dict[str, float], kinds: set) -> None:
+def test_findings(methods, hostile, shifts, kinds):
     found = findings(methods(**shifts))
     assert {finding.kind for finding in found} == kinds
     assert {finding.run for finding in found} <= {hostile}
 
 
-def test_a_fall_within_its_interval_is_no_collapse(methods: Methods, hostile: str) -> None:
+def test_a_fall_within_its_interval_is_no_collapse(methods, hostile):
     data = methods(distance=0.1)
     training = data.prompt_sets[0]
     assert training.diversity is not None
@@ -154,14 +151,14 @@ def test_a_fall_within_its_interval_is_no_collapse(methods: Methods, hostile: st
     assert findings(replace(data, prompt_sets=[unsure])) == []
 
 
-def test_unlearning_is_told_of_its_run(methods: Methods) -> None:
+def test_unlearning_is_told_of_its_run(methods):
     data = methods()
     runs = [data.runs[0], replace(data.runs[1], both_errors_rose=True)]
     [finding] = findings(replace(data, runs=runs))
     assert finding.kind == "unlearning" and finding.run == data.runs[1].name
 
 
-def test_the_verdict_names_who_is_first(methods: Methods, hostile: str) -> None:
+def test_the_verdict_names_who_is_first(methods, hostile):
     better = wording.verdict(methods(judge=0.05))
     assert better.startswith(f"The judge puts {hostile} first on training prompts: +0.0")
     assert better.endswith("clearly better than base: 1 of 2 runs.")
@@ -169,7 +166,7 @@ def test_the_verdict_names_who_is_first(methods: Methods, hostile: str) -> None:
     assert "none of 2 runs clearly better than base" in worse and "plain $x$ comes first" in worse
 
 
-def test_results_of_several_runs(methods: Methods, hostile: str, tmp_path: Path) -> None:
+def test_results_of_several_runs(methods, hostile, tmp_path):
     data = methods(distance=0.1)
     save_results(tmp_path / "results.json", data)
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
@@ -191,7 +188,7 @@ def test_results_of_several_runs(methods: Methods, hostile: str, tmp_path: Path)
     assert training["divergence"]["runs"][1]["name"] == hostile
 
 
-def test_results_of_one_run_keep_the_keys_of_format_1(report: Methods, tmp_path: Path) -> None:
+def test_results_of_one_run_keep_the_keys_of_format_1(report, tmp_path):
     save_results(tmp_path / "results.json", report())
     results = json.loads((tmp_path / "results.json").read_text())
     scorer = results["prompt_sets"][0]["scorers"][0]

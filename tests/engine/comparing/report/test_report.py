@@ -1,14 +1,11 @@
 """The report, its words and results.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +30,12 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_report_is_self_contained_and_escaped(report: Report, hostile: str) -> None:
-    html = render_report(report())
+@pytest.fixture(scope="module")
+def html(report: Report) -> str:
+    return render_report(report())
+
+
+def test_report_is_self_contained_and_escaped(html, hostile):
     tags = Tags(html).found
     names = {name for name, _ in tags}
     assert not names & {"script", "link", "iframe", "object"}
@@ -47,8 +48,7 @@ def test_report_is_self_contained_and_escaped(report: Report, hostile: str) -> N
     assert not [found for found in fetched if "=x" not in found]
 
 
-def test_report_has_its_parts_in_order(report: Report) -> None:
-    html = render_report(report())
+def test_report_has_its_parts_in_order(html):
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == [
         "Scores",
@@ -63,7 +63,7 @@ def test_report_has_its_parts_in_order(report: Report) -> None:
     assert "The recipe, resolved" in html and "(−1)" in html
 
 
-def test_report_of_almost_nothing() -> None:
+def test_report_of_almost_nothing():
     assert "Nothing was scored." in render_report(ReportData("empty", []))
     one = ScorerResult.from_scores("reward", "r", [[0.1]], {"tuned": [[0.2]]}, 10)
     html = render_report(ReportData("one", [PromptSet("training", ["p"], [one])]))
@@ -73,14 +73,13 @@ def test_report_of_almost_nothing() -> None:
     assert "could not score any image pair" in html
 
 
-def test_report_stays_small_and_pixelated_for_small_images(report: Report) -> None:
-    small, large = render_report(report(size=32)), render_report(report(size=512))
-    assert '<main class="pixelated">' in small
-    assert '<main class="pixelated">' not in large
-    assert len(small) < 1_000_000
+def test_report_stays_small_and_pixelated_for_small_images(html, report):
+    assert '<main class="pixelated">' in html
+    assert '<main class="pixelated">' not in render_report(report(size=512))
+    assert len(html) < 1_000_000
 
 
-def test_written_whole(tmp_path: Path, report: Report) -> None:
+def test_written_whole(tmp_path, report):
     write_report(tmp_path / "report.html", report())
     assert (tmp_path / "report.html").read_text().rstrip().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -94,7 +93,7 @@ def scored(scorer: str, shift: float, noise: float = 0.01) -> ReportData:
     return ReportData("t", [PromptSet("training", ["p"] * 40, [result])])
 
 
-def test_verdict_says_no_more_than_the_interval() -> None:
+def test_verdict_says_no_more_than_the_interval():
     better = wording.verdict(scored("judge", 0.03))
     assert re.fullmatch(
         r"The judge prefers the tuned model on training prompts: \+0\.0\d+ \[\+.*, \+.*\]\.",
@@ -117,11 +116,11 @@ def test_verdict_says_no_more_than_the_interval() -> None:
         (Estimate(0.0, 0.0, 0.0), "+0.0000 [+0.0000, +0.0000]"),
     ],
 )
-def test_intervals_in_words(estimate: Estimate, text: str) -> None:
+def test_intervals_in_words(estimate, text):
     assert wording.signed_interval(estimate) == text
 
 
-def test_terminal_table_fits_80_columns(report: Report) -> None:
+def test_terminal_table_fits_80_columns(report):
     rows = wording.summary_rows(report())
     assert [row[:2] for row in rows] == [
         ("training", "judge"),
@@ -134,7 +133,7 @@ def test_terminal_table_fits_80_columns(report: Report) -> None:
     assert sum(widths) + 2 * (len(widths) - 1) <= 80
 
 
-def test_results_hold_the_numbers_of_the_report(tmp_path: Path, report: Report) -> None:
+def test_results_hold_the_numbers_of_the_report(tmp_path, report):
     data = report()
     save_results(tmp_path / "results.json", data)
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
@@ -149,7 +148,7 @@ def test_results_hold_the_numbers_of_the_report(tmp_path: Path, report: Report) 
     assert np.nanmean(tuned - base) == pytest.approx(judge["difference"]["mean"])
 
 
-def test_embedding_shrinks_and_keeps_pixels(picture: Callable[..., Image.Image]) -> None:
+def test_embedding_shrinks_and_keeps_pixels(picture):
     import base64
     import io
 

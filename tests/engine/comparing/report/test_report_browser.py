@@ -1,18 +1,14 @@
 """The report as a browser lays it out: no broken image, no sideways scrolling, nothing injected."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cdpo.engine.comparing.report.content import ReportData
 from cdpo.engine.comparing.report.page import render_report
 
 CHROMIUM = next(
@@ -101,9 +97,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the
 @pytest.mark.long
 @needs_chromium
 @pytest.mark.parametrize("size", [32, 512])
-def test_layout_images_and_injection(
-    tmp_path: Path, report: Callable[..., ReportData], size: int
-) -> None:
+def test_layout_images_and_injection(tmp_path, report, size):
     seen = browse(render_report(report(size=size)), tmp_path)
     assert [view["width"] for view in seen] == list(WIDTHS)
     for view in seen:
@@ -115,7 +109,7 @@ def test_layout_images_and_injection(
 
 @pytest.mark.long
 @needs_chromium
-def test_layout_of_several_runs(tmp_path: Path, methods: Callable[..., ReportData]) -> None:
+def test_layout_of_several_runs(tmp_path, methods):
     for view in browse(render_report(methods(distance=0.1)), tmp_path):
         assert view["images"] == 2 * 4 * 3 + 2 and view["broken"] == 0
         assert view["wide"] == [] and not view["scrolls"]
@@ -124,7 +118,7 @@ def test_layout_of_several_runs(tmp_path: Path, methods: Callable[..., ReportDat
 
 @pytest.mark.long
 @needs_chromium
-def test_the_probe_would_notice(tmp_path: Path) -> None:
+def test_the_probe_would_notice(tmp_path):
     page = (
         "<html><head><title>ok</title></head><body><div style='width: 900px'>wide</div>"
         "<img src='data:image/png;base64,AAAA'><script>document.title = 'pwned'</script>"

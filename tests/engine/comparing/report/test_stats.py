@@ -1,7 +1,5 @@
 """Bootstrap intervals against analytic truth, and the cases that have none."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 
-def test_difference_agrees_with_the_normal_interval_of_prompt_means() -> None:
+def test_difference_agrees_with_the_normal_interval_of_prompt_means():
     """For many prompts the percentile bootstrap tends to mean ± 1.96 s/√P over prompt means."""
     generator = np.random.default_rng(0)
     base = generator.normal(0, 1, (400, 4))
@@ -36,7 +34,7 @@ def test_difference_agrees_with_the_normal_interval_of_prompt_means() -> None:
     assert (estimate.high - estimate.low) / 2 > 1.5 * naive
 
 
-def test_coverage_is_about_95_percent() -> None:
+def test_coverage_is_about_95_percent():
     generator = np.random.default_rng(1)
     hits = 0
     for seed in range(300):
@@ -47,27 +45,19 @@ def test_coverage_is_about_95_percent() -> None:
     assert 0.90 <= hits / 300 <= 0.98  # a little under 0.95 is the nature of percentile intervals
 
 
-def test_same_seed_same_interval() -> None:
+def test_same_seed_same_interval():
     values = np.random.default_rng(2).normal(size=(30, 2))
     assert mean_estimate(values, 300, seed=5) == mean_estimate(values, 300, seed=5)
     assert mean_estimate(values, 300, seed=5) != mean_estimate(values, 300, seed=6)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(2).normal(size=(30, 2))
-    whole = mean_estimate(values, 300)
-    monkeypatch.setattr("cdpo.engine.comparing.report.stats._CHUNK_ELEMENTS", 700)
-    cut = mean_estimate(values, 300)
-    assert (cut.low, cut.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
-
-
-def test_win_rate_counts_ties_half() -> None:
+def test_win_rate_counts_ties_half():
     base = [[0.0, 0.0], [1.0, 1.0]]
     tuned = [[1.0, 0.0], [1.0, 0.0]]  # win, tie, tie, loss
     assert win_rate(base, tuned, 100).mean == 0.5
 
 
-def test_pairs_without_a_score_count_for_neither_side() -> None:
+def test_pairs_without_a_score_count_for_neither_side():
     base = np.array([[1.0, 2.0], [3.0, np.nan], [np.nan, np.nan]])
     tuned = np.array([[2.0, np.inf], [5.0, 100.0], [1.0, 1.0]])
     summary = paired_summary(base, tuned, 100)
@@ -78,7 +68,7 @@ def test_pairs_without_a_score_count_for_neither_side() -> None:
     assert summary.win_rate.mean == 1.0
 
 
-def test_what_cannot_be_estimated_is_nan() -> None:
+def test_what_cannot_be_estimated_is_nan():
     one = mean_estimate([[1.0, 3.0]], 100)
     assert one.mean == 2.0 and math.isnan(one.low) and math.isnan(one.high)
     none = paired_difference([[np.nan]], [[1.0]], 100)
@@ -86,14 +76,14 @@ def test_what_cannot_be_estimated_is_nan() -> None:
     assert math.isnan(mean_estimate(np.zeros((0, 4)), 100).mean)
 
 
-def test_worst_pairs_are_losses_only_worst_first() -> None:
+def test_worst_pairs_are_losses_only_worst_first():
     base = [[1.0, 1.0, 1.0], [1.0, np.nan, 1.0]]
     tuned = [[0.5, 1.0, 2.0], [0.1, 0.0, 0.9]]
     assert worst_pairs(base, tuned, 10) == [(1, 0), (0, 0), (1, 2)]
     assert worst_pairs(base, tuned, 1) == [(1, 0)]
 
 
-def test_shapes_are_checked() -> None:
+def test_shapes_are_checked():
     with pytest.raises(ValueError, match="same prompts and seeds"):
         paired_difference(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"\(prompts, images\)"):
@@ -106,7 +96,7 @@ SCORES = st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan])
 
 @settings(max_examples=40, deadline=None)
 @given(arrays(np.float64, (3, 4, 2), elements=SCORES))
-def test_win_rates_are_antisymmetric(tables: np.ndarray) -> None:
+def test_win_rates_are_antisymmetric(tables):
     """What a model wins, ties half, is what the other loses; means are those of plain counting."""
     matrix = win_matrix(list(tables), resamples=50, seed=1)
     for i, row in enumerate(matrix):
@@ -124,7 +114,7 @@ def test_win_rates_are_antisymmetric(tables: np.ndarray) -> None:
             assert not cell.low > cell.high
 
 
-def test_kept_draws_are_those_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_draws_are_those_of_blocks(monkeypatch):
     """Large comparisons draw in blocks, small ones once for all estimates: the same numbers."""
     values = np.random.default_rng(2).normal(size=(30, 2))
     kept = mean_estimate(values, resamples=500, seed=7)
