@@ -1,8 +1,8 @@
 """What the fault tests share: an uninterrupted run of two ranks to compare with."""
 
-from __future__ import annotations
-
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from launching import Outcome, World, losses
@@ -13,10 +13,19 @@ SECONDS = 200.0  # after which a run counts as hung
 
 @dataclass(frozen=True)
 class Faults:
-    """The world on two ranks, and the losses of a run that nothing happened to."""
+    """The world on two ranks."""
 
     world: World
+    finished: Path
+    """The folder of a run that nothing happened to, with checkpoints of steps 2, 4 and 6."""
     uninterrupted: list[float]
+    """Its losses."""
+
+    def up_to_step_4(self, run: Path) -> Path:
+        """A copy of that run as if it had just come so far."""
+        shutil.copytree(self.finished, run, symlinks=True)
+        shutil.rmtree(run / "checkpoints" / "step-00000006")
+        return run
 
     def train(self, run: object, *overrides: str, **options: object) -> Outcome:
         return self.world.train(run, *TWO_RANKS, *overrides, ranks=2, seconds=SECONDS, **options)  # type: ignore[arg-type]
@@ -32,5 +41,5 @@ class Faults:
 @pytest.fixture(scope="session")
 def faults(world: World) -> Faults:
     run = world.folder / "uninterrupted-2"
-    world.train(run, *TWO_RANKS, ranks=2, seconds=SECONDS).succeeded()
-    return Faults(world, losses(run))
+    world.train(run, *TWO_RANKS, "checkpoint.keep=3", ranks=2, seconds=SECONDS).succeeded()
+    return Faults(world, run, losses(run))

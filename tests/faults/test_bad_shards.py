@@ -4,8 +4,6 @@ One shard of rank 1 is damaged, the first four times in one sample only. The run
 the tier, so that a reader which lost the bad one in silence would come to the end.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -57,8 +55,8 @@ WRONG_INSIDE: dict[str, Callable[[Path, str], None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", core(WRONG_INSIDE, "duplicate key", "NaN"))
-def test_one_bad_sample(faults, shards, tmp_path, kind) -> None:
+@pytest.mark.parametrize("kind", core(WRONG_INSIDE, "duplicate key"))
+def test_one_bad_sample(faults, shards, tmp_path, kind):
     shard = shards / "tier-1-000001.tar"  # of lane 1 of two, so of rank 1
     key = damage.keys(shard)[1]
     WRONG_INSIDE[kind](shard, key)
@@ -76,10 +74,8 @@ WRONG_AS_A_WHOLE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", core(WRONG_AS_A_WHOLE, "cut where a member begins", "wrong checksum")
-)
-def test_a_bad_shard(faults, shards, tmp_path, kind) -> None:
+@pytest.mark.parametrize("kind", core(WRONG_AS_A_WHOLE, "wrong checksum"))
+def test_a_bad_shard(faults, shards, tmp_path, kind):
     shard = shards / "tier-1-000001.tar"
     WRONG_AS_A_WHOLE[kind](shard)
     outcome = faults.train(tmp_path / "run", f"data.path={shards}", *EASIEST_ALONE)
@@ -87,7 +83,7 @@ def test_a_bad_shard(faults, shards, tmp_path, kind) -> None:
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-def test_a_tier_without_pairs(faults, shards, tmp_path) -> None:
+def test_a_tier_without_pairs(faults, shards, tmp_path):
     """Neither trained on nor made."""
 
     def empty(manifest: dict) -> None:
@@ -101,7 +97,7 @@ def test_a_tier_without_pairs(faults, shards, tmp_path) -> None:
     assert not (tmp_path / "made" / "shards" / "manifest.json").exists()
 
 
-def test_a_reader_thread_fails_in_the_middle_of_a_run(faults, shards, tmp_path) -> None:
+def test_a_reader_thread_fails_in_the_middle_of_a_run(faults, shards, tmp_path):
     """Threads read ahead what no step needs yet: the steps before it are taken and kept, and when
     the shard is good again the run goes on to the losses of one that nothing happened to.
     """

@@ -1,7 +1,5 @@
 """The clock jumps; a second run starts in the same folder."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -20,20 +18,20 @@ YEAR = 365 * 24 * 3600
 SECONDS = 200
 
 
-def test_the_clock_jumps(faults, tmp_path: Path) -> None:
-    """In the middle of a run, forward on one rank and back on the other; and before the resume all
-    files are dated anew, the older checkpoint as the newer one. Waits are measured by a clock that
-    does not jump, and what is newest goes by step.
+def test_the_clock_jumps(faults, tmp_path):
+    """In the middle of a run, forward on one rank and back on the other; and before it is resumed
+    all files are dated anew, the older checkpoint as the newer one. Waits are measured by a clock
+    that does not jump, and what is newest goes by step.
     """
-    run = tmp_path / "run"
+    run = faults.up_to_step_4(tmp_path / "run")
+    paths = sorted(path for path in run.rglob("*") if not path.is_symlink())
+    for age, path in enumerate(paths):
+        os.utime(path, (10**9 - age, 10**9 - age))
     with serving(faults.world.shards, chunk=512) as web:
         mine = (f"data.path={web.url}", f"data.cache={tmp_path / 'cache'}")
         env, script = {"JUMP": str(YEAR)}, WORKERS / "jump_clock.py"
-        faults.train(run, *mine, "train.steps=4", script=script, env=env).succeeded()
-        paths = sorted(path for path in run.rglob("*") if not path.is_symlink())
-        for age, path in enumerate(paths):
-            os.utime(path, (10**9 - age, 10**9 - age))
-        faults.train(run, *mine).succeeded()
+        said = faults.train(run, *mine, script=script, env=env).succeeded().output[0]
+    assert "train (resumed)" in said
     assert losses(run) == faults.uninterrupted
 
 
@@ -59,7 +57,7 @@ def second_run(world: World, run: Path) -> tuple[list[int], str]:
     return [process.returncode for process in processes], output[0]
 
 
-def test_two_runs_in_one_folder(faults, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(faults, tmp_path):
     """The second is refused, on all its ranks; the first, in the middle of its third step, is not
     disturbed.
     """

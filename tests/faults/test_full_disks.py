@@ -3,8 +3,6 @@
 Where it does not, the fail-points of tests/engine/test_resume.py play it.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import losses
+from prepared import contents
 
 pytestmark = pytest.mark.slow
 
@@ -39,19 +38,19 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
-def test_in_a_checkpoint(faults, disk: Path) -> None:
+def test_in_a_checkpoint(faults, disk):
     """The one before stays, and with room again the run goes on from it."""
-    run = disk / "run"
-    faults.train(run, "train.steps=2").succeeded()
+    run = faults.up_to_step_4(disk / "run")
     ballast = fill(disk, leave=64 * 1024)
-    faults.train(run).refused(5, "step-00000004")
-    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
+    faults.train(run).refused(5, "step-00000006")
+    names = {path.name for path in run.glob("checkpoints/step-*")}
+    assert names == {"step-00000002", "step-00000004"}
     ballast.unlink()
     faults.train(run).succeeded()
     assert losses(run) == faults.uninterrupted
 
 
-def test_in_prepare(faults, disk: Path) -> None:
+def test_in_prepare(faults, disk):
     """No manifest is there until the set is whole; with room again it is the same set."""
     run = disk / "run"
     ballast = fill(disk, leave=256 * 1024)
@@ -59,13 +58,10 @@ def test_in_prepare(faults, disk: Path) -> None:
     assert not (run / "shards" / "manifest.json").exists()
     ballast.unlink()
     faults.prepare(run).succeeded()
-    made, whole = (
-        {p.name: p.read_bytes() for p in f.iterdir()} for f in (run / "shards", faults.world.shards)
-    )
-    assert made == whole
+    assert contents(run / "shards") == contents(faults.world.shards)
 
 
-def test_in_prepare_for_one_rank_alone(faults, tmp_path: Path) -> None:
+def test_in_prepare_for_one_rank_alone(faults, tmp_path):
     """The other is told, and does not go on with its share for hours to wait in vain."""
     outcome = faults.prepare(tmp_path / "run", failpoint="shard.write@2:enospc/rank1")
     assert outcome.codes == [3, 3], outcome.text

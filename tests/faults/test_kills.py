@@ -4,17 +4,14 @@ nothing had happened.
 Places drawn at random are drawn from CDPO_FAULT_SEED: another number tries others.
 """
 
-from __future__ import annotations
-
 import os
 import random
-from pathlib import Path
 
 import pytest
-from launching import Outcome, losses
+from launching import KILLED, Outcome, losses
+from prepared import contents
 from shard_server import serving
 
-KILLED = -9
 SEED = int(os.environ.get("CDPO_FAULT_SEED", "1"))
 
 pytestmark = pytest.mark.slow
@@ -30,7 +27,7 @@ def all_were_killed(outcome: Outcome) -> None:
     assert KILLED in outcome.codes and 0 not in outcome.codes, outcome.text
 
 
-def test_in_training(faults, tmp_path: Path) -> None:
+def test_in_training(faults, tmp_path):
     """At random micro-batches and inside a checkpoint, one run killed again and again."""
     draw = random.Random(SEED)
     run = tmp_path / "run"
@@ -45,7 +42,7 @@ def test_in_training(faults, tmp_path: Path) -> None:
     assert names == {"step-00000004", "step-00000006", "latest"}
 
 
-def test_in_the_middle_of_writing_a_shard(faults, tmp_path: Path) -> None:
+def test_in_the_middle_of_writing_a_shard(faults, tmp_path):
     """What ranks leave half written is made again: the set is the same to the last byte."""
     draw = random.Random(SEED)
     run = tmp_path / "run"
@@ -57,17 +54,15 @@ def test_in_the_middle_of_writing_a_shard(faults, tmp_path: Path) -> None:
     assert contents(run / "shards") == contents(faults.world.shards)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_while_the_cache_is_filled(faults, tmp_path: Path) -> None:
-    """Two ranks share a cache; a shard that one was bringing when it died is brought again."""
+def test_while_the_cache_is_filled(faults, tmp_path):
+    """Two ranks share a cache and die one after the other; what they were bringing is brought
+    again.
+    """
     run, cache = tmp_path / "run", tmp_path / "cache"
     with serving(faults.world.shards, chunk=512) as web:
         mine = (f"data.path={web.url}", f"data.cache={cache}")
-        one_was_killed(faults.train(run, *mine, failpoint="cache.fill@5:kill/rank1"))
-        all_were_killed(faults.train(run, *mine, failpoint="cache.fill@3:kill"))
+        both = "cache.fill@5:kill/rank1,cache.fill@7:kill/rank0"
+        all_were_killed(faults.train(run, *mine, failpoint=both))
         assert list(cache.glob("*.part"))
         faults.train(run, *mine).succeeded()
     assert losses(run) == faults.uninterrupted

@@ -1,7 +1,5 @@
 """docs/reliability.md promises nothing that no test runs, and every fault test is told of there."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path
@@ -30,7 +28,7 @@ def functions_of(path: Path) -> set[str]:
     }
 
 
-def test_every_row_names_a_test_that_exists() -> None:
+def test_every_row_names_a_test_that_exists():
     assert len(rows()) > 45
     for row in rows():
         named = TEST.findall(row)
@@ -39,7 +37,7 @@ def test_every_row_names_a_test_that_exists() -> None:
             assert name in functions_of(ROOT / path), f"{path} has no {name}"
 
 
-def test_every_fault_test_is_in_the_matrix() -> None:
+def test_every_fault_test_is_in_the_matrix():
     named = {test for row in rows() for test in TEST.findall(row)}
     here = Path(__file__)
     for path in here.parent.glob("test_*.py"):

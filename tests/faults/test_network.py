@@ -2,10 +2,6 @@
 ranks. What never recovers is in tests/engine/test_remote_training.py.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from launching import losses
 from shard_server import serving
@@ -14,7 +10,7 @@ pytestmark = pytest.mark.slow
 IMPATIENT = ("data.fetch.backoff=0.01", "data.fetch.stall=0.5")
 
 
-def test_what_passes_costs_time_only(faults, tmp_path: Path) -> None:
+def test_what_passes_costs_time_only(faults, tmp_path):
     run = tmp_path / "run"
     with serving(faults.world.shards, chunk=512) as web:
         for shard in faults.world.shards.glob("tier-1-*.tar"):
@@ -26,7 +22,7 @@ def test_what_passes_costs_time_only(faults, tmp_path: Path) -> None:
     assert losses(run) == faults.uninterrupted
 
 
-def test_asked_to_stop_while_one_rank_waits_for_a_shard(faults, tmp_path: Path) -> None:
+def test_asked_to_stop_while_one_rank_waits_for_a_shard(faults, tmp_path):
     """Rank 1 waits for the second tier as long as anybody lets it, and rank 0, which is asked, for
     rank 1: both stop well within the grace time, with the steps that were taken.
     """
