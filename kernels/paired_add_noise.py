@@ -167,7 +167,8 @@ def _op(
     if takes_triton(latents):
         return _add_noise_triton(latents, keys, alpha, sigma, target, dtype)
     outputs = _empty_outputs(latents, target, dtype)
-    for out, value in zip(outputs, _ref(latents, keys, alpha, sigma, target), strict=True):
+    values = paired_add_noise_ref(latents, keys, alpha, sigma, target)
+    for out, value in zip(outputs, values, strict=True):
         out.copy_(value)
     return outputs
 
@@ -232,25 +233,9 @@ def _check(
 
 
 def paired_add_noise_ref(
-    latents: Tensor,
-    keys: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    *,
-    target: str = "epsilon",
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch."""
-    dtype = dtype or latents.dtype
-    _check(latents, keys, alpha, sigma, target, dtype)
-    noisy, target_out = _ref(latents, keys, alpha, sigma, target)
-    return noisy.to(dtype), target_out
-
-
-def _ref(
     latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str
 ) -> tuple[Tensor, Tensor]:
-    """Both in float32."""
+    """The same in plain PyTorch, both in float32."""
     noise = philox_normal_ref(keys, latents.shape[1:])
     alpha, sigma, both = (torch.cat([x, x]) for x in (alpha, sigma, noise))
     alpha, sigma = (x.view(-1, *[1] * (latents.ndim - 1)) for x in (alpha, sigma))

@@ -14,6 +14,7 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import Conditioning, Draw
 from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective
 from cdpo.engine.recipe import Adapter, Model, Objective
+from consistency_cases import clean_and_noise, scalings
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -104,21 +105,11 @@ def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, 
     def factors(t: int) -> tuple[Tensor, Tensor]:
         return abar[t].sqrt(), (1 - abar[t]).sqrt()
 
-    def x0_and_noise(x: Tensor, out: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        alpha, sigma = factors(t)
-        if prediction == "epsilon":
-            return (x - sigma * out) / alpha, out
-        if prediction == "v_prediction":
-            return alpha * x - sigma * out, alpha * out + sigma * x
-        return out, (x - alpha * out) / sigma
-
     def consistency(name: str, x: Tensor, t: int, w: float, text: Tensor) -> Tensor:
         cond = guidance_embedding(w, 10)
         out = nets[name](x, t, encoder_hidden_states=text, timestep_cond=cond).sample
-        s, sigma_data = t / 0.1, 0.5
-        c_skip = sigma_data**2 / (s**2 + sigma_data**2)
-        c_out = s / math.sqrt(s**2 + sigma_data**2)
-        return c_skip * x + c_out * x0_and_noise(x, out, t)[0]
+        c_skip, c_out = scalings(t)
+        return c_skip * x + c_out * clean_and_noise(x, out, *factors(t), prediction)[0]
 
     found: dict[str, list[Tensor]] = {"x_prev": [], "target": [], "d_policy": [], "d_reference": []}
     for row in range(2 * PAIRS):
@@ -129,8 +120,15 @@ def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, 
         x = step.batch.noisy[row : row + 1].double()
         text = step.batch.conditioning.text[row : row + 1].double()
         empty = step.batch.unconditional.text[row : row + 1].double()
-        told = x0_and_noise(x, nets["teacher"](x, t, encoder_hidden_states=text).sample, t)
-        untold = x0_and_noise(x, nets["teacher"](x, t, encoder_hidden_states=empty).sample, t)
+        told, untold = (
+            clean_and_noise(
+                x,
+                nets["teacher"](x, t, encoder_hidden_states=each).sample,
+                *factors(t),
+                prediction,
+            )
+            for each in (text, empty)
+        )
         clean, noise = (a + w * (a - b) for a, b in zip(told, untold, strict=True))
         alpha, sigma = factors(t_next)
         x_prev = (alpha * clean + sigma * noise).detach()

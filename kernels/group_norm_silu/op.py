@@ -321,20 +321,6 @@ def _check(
 # -------------------------------------------------------------------------------------- reference
 
 
-def group_norm_silu_ref(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    silu: bool = True,
-) -> Tensor:
-    """The same in plain PyTorch, differentiated by PyTorch."""
-    _check(x, num_groups, weight, bias, eps)
-    return _forward_torch(x, weight, bias, num_groups, eps, silu)[0]
-
-
 def _forward_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,7 +199,7 @@ def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 def _op(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _forward_triton if takes_triton(policy, reference, target) else _ref
+    run = _forward_triton if takes_triton(policy, reference, target) else paired_dpo_loss_ref
     scalars = as_float32(scale), distance, as_float32(huber_c)
     loss, logits, policy_error, reference_error = run(policy, reference, target, *scalars)
     return loss, logits, policy_error, reference_error
@@ -280,22 +280,9 @@ def paired_dpo_loss(
 
 
 def paired_dpo_loss_ref(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    scale: float,
-    *,
-    distance: str = "mse",
-    huber_c: float = 1e-3,
-) -> PairedLoss:
-    """The same in plain PyTorch, differentiated by PyTorch."""
-    check_comparison(policy, reference, target, scale, distance, huber_c)
-    return _ref(policy, reference, target, as_float32(scale), distance, as_float32(huber_c))
-
-
-def _ref(
     policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
 ) -> PairedLoss:
+    """The same in plain PyTorch, differentiated by PyTorch."""
     difference, policy_error, reference_error = differences(
         policy, reference, target, distance, huber_c
     )

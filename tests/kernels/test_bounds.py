@@ -17,7 +17,7 @@ from cdpo.kernels import SchedulePoint, dispatch
 from cdpo.kernels.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="watches Triton's interpreter")
-SHAPES = [(1,), (7,), (3, 683), (2, 31, 33)]
+PAIRS_AND_SHAPES = [(3, (1,)), (1, (7,)), (1, (3, 683)), (3, (2, 31, 33))]
 
 
 class Watch:
@@ -82,11 +82,17 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((2, 12, 5, 7), 3), ((1, 70, 11), 2), ((1, 1, 2), 1), ((3, 65, 1, 1), 5), ((1, 8, 1031), 2)],
+    ("shape", "groups", "affine"),
+    [
+        ((2, 12, 5, 7), 3, True),
+        ((2, 12, 5, 7), 3, False),
+        ((1, 70, 11), 2, False),
+        ((1, 1, 2), 1, True),
+        ((3, 65, 1, 1), 5, True),
+        ((1, 8, 1031), 2, False),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("affine", [True, False])
 def test_triton_group_norm_silu(watch, shape, groups, affine):
     x = torch.randn(shape).bfloat16().requires_grad_()
     parameters = [torch.ones(shape[1], requires_grad=True) for _ in range(2 * affine)]
@@ -101,8 +107,7 @@ def test_triton_geglu(watch, shape):
     kernels.geglu(torch.randn(9, 300))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize(("pairs", "shape"), PAIRS_AND_SHAPES, ids=str)
 def test_triton_noise(watch, shape, pairs):
     keys, ones = torch.zeros(pairs, 4, dtype=torch.int64), torch.ones(pairs)
     latents = torch.randn(2 * pairs, *shape)
@@ -113,8 +118,7 @@ def test_triton_noise(watch, shape, pairs):
     kernels.philox_normal(keys, shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize(("pairs", "shape"), PAIRS_AND_SHAPES, ids=str)
 def test_triton_losses_and_consistency(watch, shape, pairs):
     draw = lambda count: torch.randn(count, *shape)  # noqa: E731
     for distance, cached, shared in itertools.product(("mse", "pseudo_huber"), (0, 1), (0, 1)):

@@ -21,12 +21,11 @@ from consistency_cases import (
     solver_oracle,
 )
 from diffusers import DDIMScheduler, LCMScheduler
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, EPS32, drawn_cases
 from torch import Tensor
 
-EPS32 = 2.0**-23
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -42,12 +41,7 @@ def check(found: Tensor, truth: Truth, roundings: int = 10) -> None:
 # --------------------------------------------------------------------------------------- numbers
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@drawn_cases
 @given(
     pairs=st.integers(1, 4),
     shape=st.lists(st.integers(1, 11), min_size=1, max_size=3).map(tuple),

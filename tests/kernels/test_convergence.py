@@ -105,7 +105,11 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "distance"), [("epsilon", "mse"), ("v_prediction", "pseudo_huber")]
+    ("prediction_type", "distance"),
+    [
+        pytest.param("epsilon", "mse", marks=pytest.mark.long),
+        ("v_prediction", "pseudo_huber"),
+    ],
 )
 def test_trains_like_pytorch_and_prefers_winners(backend, device, prediction_type, distance):
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):

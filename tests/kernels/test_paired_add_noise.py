@@ -1,18 +1,17 @@
 """paired_add_noise against the formulas in float64, and bit for bit against PyTorch."""
 
 import importlib
-import math
 
 import numpy as np
 import pytest
 import torch
 from cdpo.kernels import paired_add_noise, philox_normal
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import DTYPES, drawn_cases
 from torch import Tensor
 
 module = importlib.import_module("cdpo.kernels.paired_add_noise")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TARGETS = ("epsilon", "v_prediction", "flow", "sample")
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -48,12 +47,7 @@ def oracle(latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: 
     return noisy, wanted[:pairs] if target == "epsilon" else wanted
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@drawn_cases
 @given(
     pairs=st.integers(1, 4),
     shape=st.lists(st.integers(1, 11), min_size=1, max_size=3).map(tuple),
@@ -128,22 +122,15 @@ def test_every_element_is_written(backend, device, poison):
         )
 
 
-def test_reads_and_writes_nothing_outside(backend, device, monkeypatch):
-    if backend == "torch":
-        pytest.skip("PyTorch's own operations")
-    latents, *rest = make(2, (3, 333), device=device)
-    expected = paired_add_noise(latents, *rest, target="flow")
-    buffers = []
-
-    def guarded(like: Tensor, **_: object) -> Tensor:
-        buffers.append(torch.full((like.numel() + 64,), math.nan, device=device))
-        return buffers[-1][32:-32].view(like.shape)
-
-    surrounded = guarded(latents).copy_(latents)
-    monkeypatch.setattr(torch, "empty_like", guarded)
-    found = module._add_noise_triton(surrounded, *rest, "flow", torch.float32)
+def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch):
+    case = make(2, (3, 333), device=device)
+    expected = paired_add_noise(*case, target="flow")
+    fenced = [fences.around(x) for x in case]
+    fences.watch(monkeypatch)
+    found = paired_add_noise(*fenced, target="flow")
+    monkeypatch.undo()
+    assert fences.intact()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert [x.isnan().sum() for x in buffers] == [64] * 3
 
 
 @pytest.mark.parametrize("target", ["epsilon", "flow"])

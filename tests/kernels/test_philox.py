@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from cdpo.kernels import philox_normal, philox_uint32
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import drawn_cases
 from torch import Tensor
 
 module = importlib.import_module("cdpo.kernels.philox")
@@ -85,12 +86,7 @@ def test_words_equal_those_of_python_integers(word, item, count):
     assert philox_uint32(torch.tensor([key]), count)[0].tolist() == row_in_integers(key, count)
 
 
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@drawn_cases
 @given(
     word=st.tuples(*[st.integers(0, WORD)] * 3),
     item=st.integers(0, 2**63 - 1),
@@ -191,15 +187,14 @@ def test_every_element_is_written(backend, device, poison):
     assert philox_normal(KEYS.to(device), (3, 683)).isfinite().all()
 
 
-def test_writes_nothing_outside_of_the_output(backend, device, monkeypatch):
-    if backend == "torch":
-        pytest.skip("PyTorch's own operations")
-    buffer = torch.full((4 * 999 + 64,), math.nan, device=device)
-    monkeypatch.setattr(
-        torch, "empty", lambda shape, **_: buffer[32 : 32 + math.prod(shape)].view(shape)
-    )
-    assert module._normal_triton(KEYS.to(device), [999]).isfinite().all()
-    assert buffer.isnan().sum() == 64
+def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch):
+    keys = fences.around(KEYS.to(device))
+    expected = philox_normal(keys, (999,))
+    fences.watch(monkeypatch)
+    found = philox_normal(keys, (999,))
+    monkeypatch.undo()
+    assert fences.intact()
+    assert torch.equal(found, expected)
 
 
 def test_non_contiguous_keys(backend, device):
