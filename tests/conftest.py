@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not a folder is an error, not a download
@@ -30,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests go first: the last minutes then have short ones for all processes."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection() -> None:
+    """What libraries and tests make while they are imported stays: no use to look for garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, but not among that."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
