@@ -2,9 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import bench_kernels
 import pytest
@@ -22,7 +19,6 @@ from torch._dynamo.exc import TorchDynamoException
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the benchmark runs compiled code")
 
-SCRIPT = Path(bench_kernels.__file__)
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TINY = cases(["tiny@64"], [3], "")
@@ -198,13 +194,11 @@ def test_rows_of_a_cpu_hold_no_times():
 # ---------------------------------------------------------------------------------- the script
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="checks what a run without a GPU says")
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, capsys):
     out = tmp_path / "kernels.json"
-    arguments = ["--tiny", "--batches", "2", "4", "--out", out, "--kernels", "loss cached"]
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--tiny", "--batches", "2", "4", "--out", str(out), "--kernels", "loss cached"]
+    assert bench_kernels.main(arguments) == 0
     result = json.loads(out.read_text())
     assert result["note"].startswith("ratios only")
     assert "not Triton" in result["ours"]
@@ -224,7 +218,7 @@ def test_tiny_run(tmp_path):
     plots = list((tmp_path / "kernels").glob("*.png"))
     assert [plot.name for plot in plots] == ["paired_dpo_loss_cached.png"]
     assert plots[0].stat().st_size > 10_000
-    assert "eager operators" in done.stdout
+    assert "eager operators" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -2,11 +2,8 @@
 
 import gzip
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +11,7 @@ from cdpo.engine.basics.phases import PHASES
 from launching import ROOT, World
 from step_bench.trace import KernelTotals, PhaseTotals, StepTrace, read_trace
 
-
-def profile_step(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "benchmarks/profile_step.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+SCRIPT = ROOT / "benchmarks" / "profile_step.py"
 
 
 def rows_under(title: str, output: str) -> dict[str, tuple[float, float, float]]:
@@ -38,11 +26,10 @@ def rows_under(title: str, output: str) -> dict[str, tuple[float, float, float]]
     return found
 
 
-@pytest.mark.slow
 def test_two_steps_of_the_real_trainer(world: World, tmp_path: Path) -> None:
     before = sorted((world.folder / "run").iterdir())
-    done = profile_step("--recipe", world.recipe, "--steps", 2, "--out", tmp_path, "seed=4")
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--steps", "2", "--out", str(tmp_path), "seed=4"]
+    text = world.server.run(SCRIPT, world.recipe, options, env={"COLUMNS": "120"}).succeeded().text
     assert sorted((world.folder / "run").iterdir()) == before  # it trained elsewhere
 
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
@@ -59,16 +46,16 @@ def test_two_steps_of_the_real_trainer(world: World, tmp_path: Path) -> None:
     assert min(times) > 0
     assert 0.5 * trace.host_ms < sum(times) <= trace.host_ms
 
-    phases = rows_under("Phases of a step", done.stdout)
+    phases = rows_under("Phases of a step", text)
     assert list(phases) == [*PHASES, "other", "step"]
     calls, step_ms, share = phases.pop("step")
     assert (calls, share) == (1, 100)
     assert sum(ms for _, ms, _ in phases.values()) == pytest.approx(step_ms, abs=0.01 * len(phases))
-    operators = rows_under("Operators", done.stdout)
+    operators = rows_under("Operators", text)
     assert any(name.startswith("aten::") for name in operators)
     assert sum(ms for _, ms, _ in operators.values()) <= step_ms
-    assert "no GPU here" in done.stdout
-    command = re.search(r"ncu --set full .*", done.stdout)
+    assert "no GPU here" in text
+    command = re.search(r"ncu --set full .*", text)
     assert command is not None
     words = shlex.split(command[0])
     # three steps of warm-up with two launches each
@@ -79,11 +66,9 @@ def test_two_steps_of_the_real_trainer(world: World, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.slow
 def test_without_shards_it_says_what_to_run_first(world: World, tmp_path: Path) -> None:
-    done = profile_step("--recipe", world.recipe, f"data.path={tmp_path / 'none'}")
-    assert done.returncode == 3
-    assert "run prepare first" in done.stderr and "Traceback" not in done.stderr
+    outcome = world.server.run(SCRIPT, world.recipe, [f"data.path={tmp_path / 'none'}"])
+    outcome.refused(3, "run prepare first")
 
 
 def test_the_ncu_command_is_for_the_costliest_kernel_unless_one_is_named(tmp_path: Path) -> None:
