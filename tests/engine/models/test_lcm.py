@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from peft import LoraConfig
-from PIL import Image
+from pictures import noise, pixels
 from pydantic import ValidationError
 from refusals import refused
 
@@ -70,14 +70,6 @@ def load(folder: Path, path: str = "sd", **keys: object) -> LatentDiffusion:
     return load_backbone(spec, CPU)
 
 
-def noise(count: int) -> torch.Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
-
-
 def generators(start: torch.Tensor) -> list[torch.Generator]:
     seeds = [content_id(row.numpy().tobytes().hex()) for row in start]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -109,7 +101,12 @@ def test_images_of_an_lcm_sdxl_are_those_of_the_stock_pipeline(folder):
     )
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
     stock.set_progress_bar_config(disable=True)
-    options = {"latents": noise(3), "generator": generators(noise(3)), "height": 16, "width": 16}
+    options = {
+        "latents": noise(3),
+        "generator": generators(noise(3)),
+        "height": 16,
+        "width": 16,
+    }
     expected = stock(PROMPTS, num_inference_steps=2, guidance_scale=3.0, **options).images
     assert np.abs(pixels(found).astype(int) - pixels(expected)).max() <= 1
 

@@ -16,6 +16,7 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import ROWS
 from cdpo.engine.recipe import Model
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from pictures import noise, pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,17 +54,9 @@ def calls(module: nn.Module) -> Iterator[list[int]]:
     handle.remove()
 
 
-def noise(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
 def pictures(count: int) -> list[Image.Image]:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
 
 
 # Loading
@@ -91,38 +84,6 @@ def test_sampling_is_ddim_whatever_scheduler_the_folder_has(tmp_path, tiny_world
     assert not config.clip_sample  # latents are not pixels in [-1, 1]
 
 
-def break_index(folder: Path) -> None:
-    (folder / "model_index.json").write_text("{}")
-
-
-def no_unet(folder: Path) -> None:
-    shutil.rmtree(folder / "unet")
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-
-
-def bad_json(folder: Path) -> None:
-    (folder / "unet" / "config.json").write_text("{")
-
-
-def truncated_unet(folder: Path) -> None:
-    truncate(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def truncated_text_encoder(folder: Path) -> None:
-    truncate(folder / "text_encoder" / "model.safetensors")
-
-
-def unet_without_a_tensor(folder: Path) -> None:
-    drop_tensor(folder / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.weight")
-
-
-def vae_without_a_tensor(folder: Path) -> None:
-    drop_tensor(folder / "vae" / "diffusion_pytorch_model.safetensors", "quant_conv.weight")
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -133,23 +94,24 @@ def drop_tensor(path: Path, ending: str) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        break_index,
-        no_unet,
-        no_weights,
-        bad_json,
-        truncated_unet,
-        truncated_text_encoder,
-        unet_without_a_tensor,
-        vae_without_a_tensor,
-    ],
-)
+UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "index of nothing": lambda folder: (folder / "model_index.json").write_text("{}"),
+    "no unet": lambda folder: shutil.rmtree(folder / "unet"),
+    "no weights": lambda folder: (folder / UNET).unlink(),
+    "bad json": lambda folder: (folder / "unet" / "config.json").write_text("{"),
+    "truncated unet": lambda folder: truncate(folder / UNET),
+    "truncated encoder": lambda folder: truncate(folder / "text_encoder" / "model.safetensors"),
+    "unet without a tensor": lambda folder: drop_tensor(folder / UNET, "conv_in.weight"),
+    "vae without a tensor": lambda folder: drop_tensor(folder / VAE, "quant_conv.weight"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_one_line_that_names_it(damage, tmp_path, tiny_world):
     """Also where a tensor is missing: no layer of random or no numbers may pass for the model."""
     folder = shutil.copytree(tiny_world / "sd", tmp_path / "sd")
-    damage(folder)
+    DAMAGE[damage](folder)
     assert_one_line(OutsideError, f"model.path={folder}", lambda: load(folder))
 
 
@@ -296,7 +258,9 @@ def test_images_are_a_function_of_noise_steps_guidance_and_prompt(shared):
         prompts: list[str] = PROMPTS, seed: int = 0, steps: int = 2, guidance: float = 2.0
     ) -> np.ndarray:
         return pixels(
-            shared.sample(shared.denoiser, prompts, noise(3, seed), steps=steps, guidance=guidance)
+            shared.sample(
+                shared.denoiser, prompts, noise(3, seed=seed), steps=steps, guidance=guidance
+            )
         )
 
     base = draw()

@@ -12,7 +12,7 @@ from cdpo.engine.models import sd
 from cdpo.engine.models.adapters import add_lora, twin_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import Conditioning
-from cdpo.engine.objectives import Loss, Networks, build_objective
+from cdpo.engine.objectives import Networks, build_objective
 from cdpo.engine.recipe import Adapter, Objective
 from torch import Tensor, nn
 
@@ -135,63 +135,19 @@ def test_one_call_each_on_all_images_the_reference_first_and_without_a_graph(tin
         assert conditioning is batch.conditioning
 
 
-def test_only_the_loss_carries_a_graph(tiny_backbone):
-    policy, reference = policy_and_reference(tiny_backbone, perturb=0.05)
-    found = build_objective(Objective())(
-        Networks(partial(tiny_backbone.predict, policy), partial(tiny_backbone.predict, reference)),
-        corrupted(tiny_backbone, ["tree"]),
-    )
-    assert found.loss.requires_grad
-    explained = (found.logits, found.winner_error, found.loser_error)
-    assert not any(value.requires_grad for value in explained)
-
-
-def of_random_predictions(spec: Objective, seed: int = 0) -> tuple[Loss, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(8, 2, 3, 5, generator=generator) * 0.1 for name in ("policy", "reference")
-    }
-    target = torch.randn(4, 2, 3, 5, generator=generator) * 0.1
-    objective = build_objective(spec)
-    found = objective(
-        Networks(constant(tensors["policy"]), constant(tensors["reference"])), bare(target)
-    )
-    return found, tensors | {"target": torch.cat([target, target])}
-
-
 @pytest.mark.parametrize("beta", [1.0, 200.0, 5000.0])
 def test_beta_is_the_recipes_and_halved(tiny_recipe, beta):
-    found, t = of_random_predictions(tiny_recipe(f"objective.beta={beta}").objective)
-    t = {name: value.double() for name, value in t.items()}
-    errors = {n: ((t[n] - t["target"]) ** 2).mean((1, 2, 3)) for n in ("policy", "reference")}
-    gains = errors["policy"] - errors["reference"]
+    """Every form of the loss is in test_preference.py."""
+    policy, reference, targets = 0.1 * torch.randn(3, 8, 2, 3, 5, dtype=torch.float64)
+    target = targets[:4]
+    networks = Networks(constant(policy.float()), constant(reference.float()))
+    objective = build_objective(tiny_recipe(f"objective.beta={beta}").objective)
+    found = objective(networks, bare(target.float()))
+    policy_error, reference_error = (
+        ((x - torch.cat([target, target])) ** 2).mean((1, 2, 3)) for x in (policy, reference)
+    )
+    gains = policy_error - reference_error
     logits = -beta / 2 * (gains[:4] - gains[4:])
     torch.testing.assert_close(found.logits.double(), logits, rtol=1e-4, atol=1e-6 * beta)
     expected = F.softplus(-logits).mean()
     torch.testing.assert_close(found.loss.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_huber_distance_and_its_bend():
-    c = 0.05
-    found, t = of_random_predictions(Objective(beta=400, distance="pseudo_huber", huber_c=c))
-    t = {name: value.double() for name, value in t.items()}
-    errors = {
-        name: (((t[name] - t["target"]) ** 2 + c * c).sqrt() - c).mean((1, 2, 3))
-        for name in ("policy", "reference")
-    }
-    gains = errors["policy"] - errors["reference"]
-    torch.testing.assert_close(found.winner_error.double(), gains[:4], rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        found.logits.double(), -200 * (gains[:4] - gains[4:]), rtol=0, atol=2e-4
-    )
-
-
-def test_loss_is_a_mean_over_pairs_and_finite_where_sigmoid_underflows():
-    """Logits of -10,000: log(sigmoid) is -inf there, logsigmoid is -10,000."""
-    target = torch.zeros(2, 1, 1, 1)
-    policy = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(4, 1, 1, 1)  # pair 0: winner error 4
-    found = build_objective(Objective(beta=5000))(
-        Networks(constant(policy), constant(torch.zeros_like(policy))), bare(target)
-    )
-    assert found.logits.tolist() == [-10_000.0, 0.0]
-    assert found.loss.item() == pytest.approx((10_000 + LOG_2) / 2)
