@@ -12,6 +12,8 @@ from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def stock_pipeline(base: Path, run: Path, form: str, **changes: Any) -> DiffusionPipeline:
@@ -68,3 +70,15 @@ def assert_draws(pipeline: DiffusionPipeline, run: Path, step: int) -> None:
 def levels_apart(one: np.ndarray, other: np.ndarray) -> int:
     """The farthest two pixels of the same place are apart, of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def exported_unet(run: Path, kind: str = "") -> dict[str, Tensor]:
+    """The denoiser of a merged export, from all its files; ``kind`` is `ema` for the average."""
+    parts = sorted((run / kind / "merged" / "unet").glob("*.safetensors"))
+    return {name: value for part in parts for name, value in load_file(part).items()}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The farthest two weights of the same name and place are apart."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

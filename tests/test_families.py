@@ -1,4 +1,4 @@
-"""Every model family through the three verbs, on two ranks, and what only some of them are told."""
+"""Every model family through the three verbs, and what only some of them are told."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from launching import KILLED, ForkServer, Outcome, World, losses, zero_config
-from safetensors.torch import load_file
-from stock import assert_draws, stock_pipeline
-from torch import Tensor
+from stock import assert_draws, distance, exported_unet, stock_pipeline
 
 LOG_2 = math.log(2)
 # Learning rates at which ten steps of a tiny model show in its images.
@@ -132,13 +130,15 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
     assert_draws(stock, run, step=10)
 
     overrides = [f"run_dir={run}", f"data.path={world.shards}", *knobs]
-    world.server.run("compare", world.recipe, overrides, ranks=2).succeeded()
+    world.server.run("compare", world.recipe, overrides).succeeded()
     results = json.loads((run / "compare" / "results.json").read_text())
     assert len(results["prompt_sets"]) == 2  # training and held-out prompts
     for prompt_set in results["prompt_sets"]:
         for scorer in prompt_set["scorers"]:
             assert scorer["base_scores"] != scorer["tuned_scores"]
-    assert (run / "compare" / "report.html").stat().st_size > 10_000
+    report = (run / "compare" / "report.html").read_text()
+    assert len(report) > 10_000
+    assert "http://" not in report.replace("http://www.w3.org", "")  # nothing is fetched
 
 
 @pytest.mark.slow
@@ -150,10 +150,10 @@ def test_killed_on_two_ranks_the_curve_is_that_of_one(
 ) -> None:
     family = family_of(name)
     # As CALM in launching.py: rounding enters the loss multiplied by beta.
-    calm = ("train.optimizer.eps=1e-6", "train.steps=4", "objective.huber_c=0.001")
+    calm = ("train.optimizer.eps=1e-6", "train.steps=3", "objective.huber_c=0.001")
     alone, run = tmp_path / "alone", tmp_path / "run"
     family.train(alone, *calm, ranks=1).succeeded()
-    killed = family.train(run, *calm, zero=zero, failpoint="train.loss@4:kill/rank1")
+    killed = family.train(run, *calm, zero=zero, failpoint="train.loss@3:kill/rank1")
     assert KILLED in killed.codes
     family.train(run, *calm, zero=zero).succeeded()
     assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
@@ -164,21 +164,11 @@ def test_killed_on_two_ranks_the_curve_is_that_of_one(
 def test_a_killed_consistency_run_goes_on_to_the_last_bit(
     family_of: Callable[[str], Family], tmp_path: Path
 ) -> None:
-    world = family_of("lcm").world
-    world.train(tmp_path / "whole", "train.steps=4").succeeded()
-    killed = world.train(tmp_path / "killed", "train.steps=4", failpoint="train.step@4:kill")
-    assert killed.code == KILLED
-    world.train(tmp_path / "killed", "train.steps=4").succeeded()
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-
-
-def unet(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+    world, steps, run = family_of("lcm").world, "train.steps=3", tmp_path / "killed"
+    world.train(tmp_path / "whole", steps).succeeded()
+    assert world.train(run, steps, failpoint="train.step@3:kill").code == KILLED
+    world.train(run, steps).succeeded()
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -202,14 +192,14 @@ def test_all_of_the_denoiser_under_each_stage(
     for zero, run in whole.items():
         train(run, zero).succeeded()
     assert losses(whole[3]) == pytest.approx(losses(whole[2]), abs=1e-5)
-    assert 0 < distance(unet(whole[3]), unet(whole[2])) < 1e-5
+    assert 0 < distance(exported_unet(whole[3]), exported_unet(whole[2])) < 1e-5
 
     for zero, run in {1: whole[2], 2: whole[2], 3: whole[3]}.items():
         killed = tmp_path / f"killed{zero}"
         assert KILLED in train(killed, zero, failpoint="train.loss@3:kill/rank1").codes
         train(killed, zero).succeeded()
         assert losses(killed) == losses(run)
-        assert distance(unet(killed), unet(run)) == 0
+        assert distance(exported_unet(killed), exported_unet(run)) == 0
 
 
 def swapped(meta: PairMeta) -> PairMeta:

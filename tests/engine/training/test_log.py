@@ -229,7 +229,9 @@ def test_both_errors_rise(pairs: list[tuple[float | None, float | None]], rises:
 ERRORS = st.sampled_from([-0.1, 0.01, 0.1, 0.15, 0.2])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     window=st.integers(1, 3),
     steps=st.lists(st.tuples(ERRORS, ERRORS, st.sampled_from(["", "", "flush", "resume"]))),

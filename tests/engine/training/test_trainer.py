@@ -42,18 +42,20 @@ def test_two_ranks_agree_with_one(
 ) -> None:
     base = world.folder / "sd/unet/diffusion_pytorch_model.safetensors"
     digest = hashlib.sha256(base.read_bytes()).hexdigest()
-    world.train(tmp_path / "run", *CALM, "train.sample_every=6", ranks=2, zero=zero).succeeded()
-    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
+    knobs = (*CALM, "train.steps=4", "train.sample_every=4")
+    world.train(tmp_path / "run", *knobs, ranks=2, zero=zero).succeeded()
+    assert losses(tmp_path / "run") == pytest.approx(plain[:4], abs=1e-5)
     assert_only_the_adapter_moved(world, tmp_path / "run")
     assert hashlib.sha256(base.read_bytes()).hexdigest() == digest
     exported = picture(stock_pipeline(world.folder / "sd", tmp_path / "run", "lora"))
-    assert levels_apart(exported, drawn(tmp_path / "run", 6)) <= 1
+    assert levels_apart(exported, drawn(tmp_path / "run", 4)) <= 1
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_reference_never_moves(world: World, tmp_path: Path, zero: int) -> None:
     """Without an update of the policy the errors of both are equal, always."""
-    world.train(tmp_path, "train.optimizer.lr=1e-30", "train.steps=3", zero=zero).succeeded()
+    knobs = ("train.optimizer.lr=1e-30", "train.steps=3", "train.micro_batch=8")
+    world.train(tmp_path, *knobs, zero=zero).succeeded()
     assert [row["margin"] for row in metrics(tmp_path)] == [0] * 3
 
 
@@ -85,29 +87,6 @@ def test_metrics_hold_what_a_user_asks_for(world: World, tmp_path: Path) -> None
     assert samples == ["step-00000000.png", "step-00000003.png", "step-00000006.png"]
 
 
-def test_beta_of_the_recipe_is_the_beta_that_is_used(world: World, tmp_path: Path) -> None:
-    """The first update depends on beta only through its sign-like Adam step; the margin scales."""
-    for beta in (100, 200):
-        world.train(tmp_path / str(beta), f"objective.beta={beta}", "train.steps=2").succeeded()
-    low, high = (metrics(tmp_path / str(beta))[1] for beta in (100, 200))
-    for row, beta in ((low, 100), (high, 200)):
-        implied = -(beta / 2) * (row["winner_error"] - row["loser_error"])
-        # The errors differ by 5e-6 and are float32 means of squares around 1, known to some 1e-7.
-        assert row["margin"] == pytest.approx(implied, rel=0, abs=beta / 2 * 2e-7)
-        assert abs(row["margin"]) > 10 * beta / 2 * 2e-7
-
-
-def test_a_non_finite_loss_is_skipped_counted_and_the_curriculum_waits(
-    world: World, tmp_path: Path
-) -> None:
-    world.train(tmp_path / "run", failpoint="train.loss@3:nan").succeeded()
-    rows = metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 1, 1]
-    assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3]
-    assert all(math.isfinite(row["loss"]) for row in rows)
-
-
 @pytest.mark.slow
 def test_one_rank_with_a_bad_loss_makes_all_ranks_skip(world: World, tmp_path: Path) -> None:
     # Both ranks pass the fail-point, so let only the second rank know of it.
@@ -115,19 +94,6 @@ def test_one_rank_with_a_bad_loss_makes_all_ranks_skip(world: World, tmp_path: P
     outcome = world.train(run, ranks=2, failpoint="train.loss@2:nan/rank1")
     outcome.succeeded()
     assert [row["skipped"] for row in metrics(run)] == [0, 1, 1, 1, 1, 1]
-
-
-def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
-    world: World, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    outcome = world.train(run, "train.max_skipped=3", failpoint="train.loss@5+:nan")
-    outcome.refused(4, "3 batches", "train.optimizer.lr")
-    assert [row["step"] for row in metrics(run)] == [1, 2]
-    assert (run / "checkpoints" / "step-00000002" / "MANIFEST.json").exists()
-    # Nothing bad reached the state: going on from it equals a run that never went bad.
-    world.train(run).succeeded()
-    assert all(math.isfinite(loss) for loss in losses(run))
 
 
 def test_shards_of_another_vae_are_refused(world: World, tmp_path: Path) -> None:

@@ -157,18 +157,16 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(world: World, tmp_path: 
     start(world, tmp_path / "run", 3, 1, *LORA).refused(2, "data.lanes=4")
 
 
-def test_what_matters_is_still_refused(world: World, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(world, run, 1, 1, *LORA, "train.steps=1").succeeded()
-    start(world, run, 1, 3, *LORA, "adapter.rank=4").refused(5, "adapter.rank")
-
-
-def test_a_checkpoint_says_what_made_it(world: World, tmp_path: Path) -> None:
+def test_a_checkpoint_says_what_made_it_and_is_not_for_another_recipe(
+    world: World, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     start(world, run, 1, 1, *LORA, "train.steps=1").succeeded()
     manifest = json.loads((newest(run) / "MANIFEST.json").read_text())
     assert manifest["step"] == 1 and manifest["world_size"] == 1
     assert manifest["code"].keys() >= {"cdpo", "sources", "torch", "deepspeed"}
+    # Ranks and stage may change; what decides the numbers may not.
+    start(world, run, 1, 3, *LORA, "adapter.rank=4").refused(5, "adapter.rank")
     files = manifest["files"].keys()
     assert "recipe.yaml" in files and "lora/pytorch_lora_weights.safetensors" in files
     assert "deepspeed/zero_pp_rank_0_layout.json" in files

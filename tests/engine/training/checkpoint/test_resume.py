@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,16 @@ def test_killed_before_steps(world: World, uninterrupted: list[float], tmp_path:
     ("zero", "place"),
     [
         pytest.param(1, "train.step@4:kill", marks=pytest.mark.long),
-        pytest.param(2, "train.loss@6:kill/rank1", marks=pytest.mark.long),
+        pytest.param(2, "train.loss@4:kill/rank1", marks=pytest.mark.long),
         (3, "checkpoint.hashed@2:kill/rank1"),
     ],
 )
 def test_one_of_two_ranks_killed(world: World, tmp_path: Path, zero: int, place: str) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(world, whole, ranks=2, zero=zero).succeeded()
-    assert KILLED in train(world, run, ranks=2, zero=zero, failpoint=place).codes
-    train(world, run, ranks=2, zero=zero).succeeded()
+    mine = {"ranks": 2, "zero": zero}
+    train(world, whole, "train.steps=4", **mine).succeeded()
+    assert KILLED in train(world, run, "train.steps=4", failpoint=place, **mine).codes
+    train(world, run, "train.steps=4", **mine).succeeded()
     assert losses(run) == losses(whole)
 
 
@@ -61,7 +63,9 @@ def test_a_skip_survives_a_resume(world: World, tmp_path: Path) -> None:
     train(world, run, "train.steps=4", failpoint="train.loss@3:nan").succeeded()
     train(world, run).succeeded()
     assert losses(run) == losses(whole)
+    assert all(map(math.isfinite, losses(run)))
     assert [row["skipped"] for row in metrics(run)] == [0, 1, 1, 1, 1, 1]
+    assert [row["stage"] for row in metrics(run)] == [1, 1, 2, 2, 3, 3]  # the curriculum waits
 
 
 def test_a_request_to_stop_leaves_a_checkpoint(
@@ -119,12 +123,17 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-????????"))
 
 
-def test_bad_batches_are_not_met_again_after_a_stop(world: World, tmp_path: Path) -> None:
-    """A run that stopped over bad batches at a checkpointed step remembers that it skipped them."""
+def test_too_many_bad_batches_stop_the_run_and_are_not_met_again(
+    world: World, tmp_path: Path
+) -> None:
+    """It stops with its last good state, at a checkpointed step, and remembers what it skipped."""
     run = tmp_path / "run"
     outcome = train(world, run, "train.max_skipped=2", failpoint="train.loss@5+:nan")
     outcome.refused(4, "2 batches", "train.optimizer.lr")
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert newest(run).name == "step-00000002"
     train(world, run).succeeded()
+    assert all(map(math.isfinite, losses(run)))
     assert [row["skipped"] for row in metrics(run)] == [0, 0, 2, 2, 2, 2]
 
 
