@@ -68,60 +68,22 @@ def test_prepare_refuses(
     assert not (run / "shards" / "manifest.json").exists()
 
 
-@pytest.fixture(scope="module")
-def models(world: World) -> Path:
-    """Folders of models that do not go together with the tiny one, or not with themselves."""
-    folder = world.folder / "misfits"
-    tiny.unet(in_channels=9).save_pretrained(folder / "inpainting_unet")
-    tiny.unet(cross_attention_dim=24).save_pretrained(folder / "other_text_unet")
-    tiny.vae(latent_channels=8).save_pretrained(folder / "wide_vae")
-    for name in ("unknown_prediction", "without_text"):
-        shutil.copytree(world.folder / "sd", folder / name)
-    path = folder / "unknown_prediction" / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "score"}))
-    weights = folder / "without_text" / "text_encoder" / "model.safetensors"
-    state = {name: value for name, value in load_file(weights).items() if "mlp.fc1" not in name}
-    save_file(state, weights, metadata={"format": "pt"})
-    return folder
-
-
-CONSISTENCY = "model.backbone=lcm objective.type=consistency_dpo model.teacher={world}/sd"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "texts"),
-    [
-        ("model.path={world}/reward", ["model.path=", "/reward"]),
-        ("model.path={misfits}", ["model.path=", "/misfits", "model_index.json"]),
-        (
-            "model.unet={misfits}/inpainting_unet",
-            ["inpainting_unet", "in_channels=9, latent_channels=4"],
-        ),
-        (
-            "model.vae={misfits}/wide_vae",
-            ["wide_vae", "in_channels=4, latent_channels=8"],
-        ),
-        (
-            "model.unet={misfits}/other_text_unet",
-            ["other_text_unet", "cross_attention_dim=24"],
-        ),
-        (CONSISTENCY, ["/sd", "time_cond_proj_dim", "model.unet"]),
-        (
-            "model.path={misfits}/unknown_prediction",
-            ["/unknown_prediction", "prediction_type='score'"],
-        ),
-        (
-            "model.path={misfits}/without_text",
-            ["/without_text", "text_encoder", "mlp.fc1.bias", "mlp.fc1.weight"],
-        ),
-    ],
-)
-def test_models_that_do_not_fit_are_refused_at_prepare(
-    world: World, models: Path, tmp_path: Path, overrides: str, texts: list[str]
+@pytest.mark.parametrize("misfit", ["vae", "text_encoder"])
+def test_a_model_that_does_not_fit_leaves_nothing_half_written(
+    world: World, tmp_path: Path, misfit: str
 ) -> None:
-    given = overrides.format(world=world.folder, misfits=models).split()
-    run = tmp_path / "run"
-    world.server.run("prepare", world.recipe, [f"run_dir={run}", *given]).refused(6, *texts)
+    """What fits what, and what is said of it, is in engine/models/test_checks.py."""
+    run, model = tmp_path / "run", Path(shutil.copytree(world.folder / "sd", tmp_path / "sd"))
+    if misfit == "vae":
+        tiny.vae(latent_channels=8).save_pretrained(model / "vae")
+        texts = ["in_channels=4, latent_channels=8"]
+    else:
+        weights = model / "text_encoder" / "model.safetensors"
+        state = {name: value for name, value in load_file(weights).items() if "fc1" not in name}
+        save_file(state, weights, metadata={"format": "pt"})
+        texts = ["/sd", "text_encoder", "mlp.fc1.bias", "mlp.fc1.weight"]
+    overrides = [f"run_dir={run}", f"model.path={model}"]
+    world.server.run("prepare", world.recipe, overrides).refused(6, *texts)
     assert not (run / "shards").exists() and not (run / "candidates").exists()
 
 
@@ -163,15 +125,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[700] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage", [Path.unlink, truncate, flip_a_bit], ids=["missing", "truncated", "changed"]
-)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate], ids=["missing", "truncated"])
 def test_damaged_shards_are_named(
     world: World, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -195,18 +149,6 @@ def test_two_runs_in_one_folder_are_refused(world: World, tmp_path: Path) -> Non
         fcntl.flock(lock, fcntl.LOCK_EX)
         world.train(run).refused(2, str(run))
     world.train(run, "train.steps=1").succeeded()
-
-
-@pytest.mark.slow
-def test_a_shard_damaged_for_one_rank_is_named_by_all(world: World, tmp_path: Path) -> None:
-    folder = tmp_path / "shards"
-    shutil.copytree(world.shards, folder)
-    shards = json.loads((folder / "manifest.json").read_text())["shards"]
-    of_rank_1 = shards[1]["name"]  # lane 1 of two
-    flip_a_bit(folder / of_rank_1)
-    outcome = world.train(tmp_path / "run", f"data.path={folder}", ranks=2)
-    assert outcome.codes == [3, 3], outcome.text
-    assert of_rank_1 in outcome.output[0] and "Traceback" not in outcome.text
 
 
 @pytest.mark.slow
