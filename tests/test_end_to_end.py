@@ -25,25 +25,54 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(verb: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    verb: str, recipe: Path, *overrides: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     port = ["--master_port", str(free_port())]
     return subprocess.run(
         [*LAUNCHER, *port, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
 
 
+@pytest.fixture
+def without_compiler(tmp_path: Path) -> dict[str, str]:
+    """DeepSpeed compiles a helper for CPU ranks at first launch, and waits for ever on the lock of
+    a build that was killed: we never let it start. Here it finds such locks and no compiler.
+    """
+    extensions = tmp_path / "extensions"
+    for name in ("deepspeed_shm_comm", "cpu_adam", "utils"):
+        (extensions / name).mkdir(parents=True)
+        (extensions / name / "lock").touch()
+    return {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(extensions)}
+
+
 @pytest.mark.slow
-def test_prepare_train_compare_under_the_launcher(tmp_path: Path) -> None:
+def test_train_under_the_launcher(
+    world: World, tmp_path: Path, without_compiler: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    mine = (f"run_dir={run}", f"data.path={world.shards}")
+    outcome = launch("train", world.recipe, *mine, **without_compiler)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert len(outcome.stdout.strip().splitlines()) <= 24, outcome.stdout
+    assert len(losses(run)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_prepare_train_compare_under_the_launcher(
+    tmp_path: Path, without_compiler: dict[str, str]
+) -> None:
     recipe = tiny.build(tmp_path)
     recipe["train"]["sample_every"] = 3
     path, run = tiny.write_recipe(tmp_path / "recipe.yaml", recipe), tmp_path / "run"
     for verb in ("prepare", "train", "compare"):
-        outcome = launch(verb, path)
+        outcome = launch(verb, path, **without_compiler)
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
         lines = outcome.stdout.strip().splitlines()
         assert len(lines) <= 24, "a normal run fits on a screen:\n" + outcome.stdout
@@ -59,10 +88,8 @@ def test_prepare_train_compare_under_the_launcher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "arguments", "code", "text"),
     [
-        pytest.param(
-            *("train", ["train.stepz=3"], 2, "did you mean train.steps"), marks=pytest.mark.long
-        ),
-        ("train", [], 3, "run prepare first"),
+        ("train", ["train.stepz=3"], 2, "did you mean train.steps"),
+        pytest.param("train", [], 3, "run prepare first", marks=pytest.mark.long),
     ],
 )
 def test_exit_codes_pass_through_the_launcher(
@@ -73,28 +100,3 @@ def test_exit_codes_pass_through_the_launcher(
     printed = outcome.stdout + outcome.stderr
     assert outcome.returncode == code, printed
     assert text in printed and "Traceback" not in printed
-
-
-def test_no_compiler_and_a_stale_build_lock_hurt_nobody(world: World, tmp_path: Path) -> None:
-    """DeepSpeed compiles a helper for CPU ranks at first launch, and waits for ever on the lock of
-    a build that was killed: we never let it start."""
-    extensions = tmp_path / "extensions"
-    for name in ("deepspeed_shm_comm", "cpu_adam", "utils"):
-        (extensions / name).mkdir(parents=True)
-        (extensions / name / "lock").touch()
-    environment = os.environ | {
-        "PATH": str(tmp_path),
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-        "OMP_NUM_THREADS": "1",
-    }
-    mine = [f"run_dir={tmp_path / 'run'}", f"data.path={world.shards}", "train.steps=2"]
-    outcome = subprocess.run(
-        [sys.executable, "engine/train.py", "--recipe", str(world.recipe), *mine],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert len(losses(tmp_path / "run")) == 2
