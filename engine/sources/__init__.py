@@ -33,4 +33,8 @@ def open_source(spec: Imported) -> RowReader:
         return FolderReader(files, columns, spec.caption)
     if files.kind == "parquet":
         return ParquetReader(files, columns)
-    return CsvReader(files, columns) if files.kind == "csv" else TarReader(files, columns)
+    return (
+        CsvReader(files, columns)
+        if files.kind == "csv"
+        else TarReader(files, columns, spec.caption)
+    )

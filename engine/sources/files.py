@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,13 @@ from ..basics.errors import DataError
 
 Kind = Literal["parquet", "tar", "csv", "folder"]
 TABLES: tuple[Kind, ...] = ("parquet", "tar", "csv")
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"),
+)
+"""What names of pictures end with; not all of these can be read, and then it is said of which."""
+OF_DESKTOPS, OTHER_KINDS, HIDDEN = "files of a desktop", "files of other kinds", "hidden files"
+BESIDE_TARS, UNPACK = "tables beside their tars", "compressed tars: unpack them"
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,13 @@ class SourceFiles:
         return self.paths[number].relative_to(self.root).as_posix()
 
     def signature(self) -> list[list[str | int]]:
-        """Name, size and time of change of each file: while it stays the same, so do they."""
+        """Name, size and time of change of each file, and the names of others: while it stays the
+        same, so do they.
+        """
         paths: Iterable[Path] = self.paths
         if self.kind == "folder":
             paths = sorted(path for path in self.paths[0].rglob("*") if path.is_file())
-        found: list[list[str | int]] = []
+        found: list[list[str | int]] = [list(other) for other in self.passed_over]
         for path in paths:
             status = path.stat()
             name = path.relative_to(self.root).as_posix()
@@ -56,24 +66,37 @@ def find_files(path: str, image_folders: tuple[str, ...] | None = None) -> Sourc
     if place.is_dir():
         if image_folders and all((place / name).is_dir() for name in image_folders):
             return SourceFiles("folder", place.parent, (place,))
-        found = [inner for inner in place.rglob("*") if not _is_hidden(inner, place)]
+        found = list(place.rglob("*"))
     elif place.exists():
-        found = [place]
+        found, place = [place], place.parent
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
         if not found:
             told = f"{where}: there is no such file or folder, nor one of that pattern"
             raise DataError(told, "prepare.source.path", "missing")
-    kinds: dict[str, list[Path]] = {kind: [] for kind in TABLES}
-    for file in sorted(found):
-        if file.is_file() and file.suffix[1:] in kinds:
-            kinds[file.suffix[1:]].append(file)
-    return _of_one_kind(where, kinds, image_folders)
+        place = Path(os.path.commonpath([file.parent for file in found]))
+    return _of_one_kind(where, place, sorted(found), image_folders)
 
 
 def _of_one_kind(
-    where: str, kinds: dict[str, list[Path]], image_folders: tuple[str, ...] | None
+    where: str, place: Path, found: list[Path], image_folders: tuple[str, ...] | None
 ) -> SourceFiles:
+    kinds: dict[str, list[Path]] = {kind: [] for kind in TABLES}
+    others: dict[Path, str] = {}
+    for file in found:
+        hidden = _hidden_part(file, place)
+        if hidden is not None:
+            others[hidden] = OF_DESKTOPS if is_of_a_desktop(hidden.name) else HIDDEN
+        elif file.is_file():
+            kind = file.suffix[1:].lower()
+            if kind in kinds and not is_of_a_desktop(file.relative_to(place).as_posix()):
+                kinds[kind].append(file)
+            else:
+                others[file] = _why(file)
+    tars = {file.with_suffix("") for file in kinds["tar"]}
+    if beside := [file for file in kinds["parquet"] if file.with_suffix("") in tars]:
+        others |= dict.fromkeys(beside, BESIDE_TARS)  # img2dataset's
+        kinds["parquet"] = [file for file in kinds["parquet"] if file not in beside]
     present = [kind for kind in TABLES if kinds[kind]]
     if len(present) > 1:
         counts = ", ".join(f"{len(kinds[kind])} {kind}" for kind in present)
@@ -81,15 +104,49 @@ def _of_one_kind(
         raise DataError(told, "prepare.source.path", "ambiguous")
     if not present:
         folders = f", nor folders {' and '.join(image_folders)}" if image_folders else ""
+        there = counted(others) or "nothing"
         raise DataError(
-            f"{where}: holds no .parquet, .tar or .csv files{folders}",
+            f"{where}: holds no .parquet, .tar or .csv files{folders}; there is {there}",
             "prepare.source.path",
-            "empty",
+            "unsupported" if UNPACK in others.values() else "empty",
         )
     paths = kinds[present[0]]
     root = Path(os.path.commonpath([file.parent for file in paths]))
-    return SourceFiles(present[0], root, tuple(paths))
+    return SourceFiles(present[0], root, tuple(paths), _named(others, place, present[0]))
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _named(others: dict[Path, str], place: Path, kind: Kind) -> tuple[tuple[str, str], ...]:
+    """Pictures beside a table are what its rows are about."""
+    return tuple(
+        (file.relative_to(place).as_posix(), why)
+        for file, why in sorted(others.items())
+        if kind == "tar" or file.suffix.lower() not in IMAGE_ENDINGS
+    )
+
+
+def _why(file: Path) -> str:
+    if is_of_a_desktop(file.as_posix()):
+        return OF_DESKTOPS
+    compressed = file.suffix.lower() == ".tgz" or file.suffixes[-2:-1] == [".tar"]
+    return UNPACK if compressed else OTHER_KINDS
+
+
+def counted(files: Iterable[Path]) -> str:
+    """``3 .png, 1 .txt``."""
+    counts = Counter(file.suffix.lower() or file.name for file in files)
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
+
+
+def is_of_a_desktop(name: str) -> bool:
+    """Whether a file or member is one that desktops leave behind, macOS above all."""
+    *folders, base = name.split("/")
+    return "__MACOSX" in folders or base.startswith("._") or base in (".DS_Store", "Thumbs.db")
+
+
+def _hidden_part(path: Path, root: Path) -> Path | None:
+    """The hidden file or folder that is ``path`` or holds it."""
+    parts = path.relative_to(root).parts
+    for depth, part in enumerate(parts):
+        if part.startswith("."):
+            return root.joinpath(*parts[: depth + 1])
+    return None

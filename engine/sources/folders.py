@@ -1,4 +1,6 @@
-"""A folder of pairs: PATH/winner/NAME.png, PATH/loser/NAME.png and PATH/caption/NAME.txt."""
+"""A folder of pairs: PATH/winner/NAME.png, PATH/loser/NAME.png, and PATH/caption/NAME.txt or a
+NAME.txt beside an image.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..basics.errors import DataError
-from .files import SourceFiles
+from .files import (
+    IMAGE_ENDINGS,
+    OF_DESKTOPS,
+    OTHER_KINDS,
+    SourceFiles,
+    counted,
+    is_of_a_desktop,
+)
 from .left_out import LeftOut
-from .rows import ROWS_AT_ONCE, Images, Place, Row, UnreadableImage, load_file
+from .rows import ROWS_AT_ONCE, Images, Place, Row, UnreadableImage, decoded_caption, load_file
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-MAX_CAPTION_BYTES = 2**16
+TEXT = ".txt"
+LONE_TEXT, TWO_TEXTS = "captions without an image", "another caption beside another image"
 
 
 class FolderReader:
-    """One folder for each image of a pair and one of captions; files belong together by name.
+    """One folder for each image of a pair, with folders inside or without, and perhaps one of
+    captions; files belong together by their name, which counts from that folder, but for its
+    ending.
 
     Rows are numbered in the order of the names.
     """
@@ -41,10 +52,17 @@ class FolderReader:
                 "missing",
             )
         names = self._names()
+        self._note_others({name for name, _ in names}, left_out)
         for start in range(0, len(names), ROWS_AT_ONCE):
             chunk = names[start : start + ROWS_AT_ONCE]
             yield [
-                Row(0, start + index, {self.caption: self._caption(name)}, paths, where=name)
+                Row(
+                    0,
+                    start + index,
+                    {self.caption: self._caption(name, left_out)},
+                    paths,
+                    where=name,
+                )
                 for index, (name, paths) in enumerate(chunk)
             ]
 
@@ -53,7 +71,7 @@ class FolderReader:
             yield tuple(load_file(self.folder / path) for path in place.paths)
 
     def _names(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Stem and image paths of every pair."""
+        """Name and image paths of every pair."""
         if self._found is None:
             by_folder = [self._images_in(name) for name in self.images]
             for name, inside in zip(self.images, by_folder, strict=True):
@@ -73,25 +91,63 @@ class FolderReader:
         return self._found
 
     def _images_in(self, folder: str) -> dict[str, str]:
-        """Names of the images by their stem."""
+        """Names of the images without and with their endings."""
         found: dict[str, str] = {}
-        for path in sorted((self.folder / folder).iterdir()):
-            if path.suffix.lower() in ENDINGS:
-                if path.stem in found:
-                    told = f"{path}: {found[path.stem]} has the same name"
+        files = self._files_in(folder)
+        for path in files:
+            name = path.relative_to(self.folder / folder)
+            if _is_image(path):
+                stem = name.with_suffix("").as_posix()
+                if stem in found:
+                    told = f"{path}: {found[stem]} has the same name"
                     raise DataError(told, str(path), "duplicate")
-                found[path.stem] = path.name
+                found[stem] = name.as_posix()
+        if not found:
+            raise DataError(
+                f"{self.folder / folder}: holds no images; there is {counted(files) or 'nothing'}",
+                str(self.folder / folder),
+                "empty",
+            )
         return found
 
-    def _caption(self, name: str) -> str:
-        path = self.folder / self.caption / f"{name}.txt"
-        data = load_file(Path(path))
+    def _files_in(self, folder: str) -> list[Path]:
+        return sorted(path for path in (self.folder / folder).rglob("*") if path.is_file())
+
+    def _note_others(self, names: set[str], left_out: LeftOut) -> None:
+        """Whatever lies here and is neither an image nor the caption of one."""
+        own = self.files.name(0)
+        read = (*self.images, self.caption)
+        beside = [path for path in self.folder.rglob("*") if path.is_file()]
+        for path in sorted(beside):
+            name = path.relative_to(self.folder)
+            inside = name.with_suffix("").as_posix().partition("/")[2]
+            if is_of_a_desktop(name.as_posix()):
+                left_out.pass_over(own, name.as_posix(), OF_DESKTOPS)
+            elif name.parts[0] not in read or len(name.parts) == 1:
+                left_out.pass_over(own, name.as_posix(), OTHER_KINDS)
+            elif path.suffix.lower() == TEXT:
+                if inside not in names:
+                    left_out.pass_over(own, name.as_posix(), LONE_TEXT)
+            elif name.parts[0] == self.caption or not _is_image(path):
+                left_out.pass_over(own, name.as_posix(), OTHER_KINDS)
+
+    def _caption(self, name: str, left_out: LeftOut) -> str:
+        """Of the folder of captions, else beside the first image that has one."""
+        places = [f"{folder}/{name}{TEXT}" for folder in (self.caption, *self.images)]
+        present = [place for place in places if (self.folder / place).exists()] or places[:1]
+        texts = [self._text(name, place) for place in present]
+        for place, text in zip(present, texts, strict=True):
+            if text != texts[0]:
+                left_out.pass_over(self.files.name(0), place, TWO_TEXTS, self.caption)
+        return texts[0]
+
+    def _text(self, name: str, place: str) -> str:
+        path = self.folder / place
+        data = load_file(path)
         if isinstance(data, UnreadableImage):
             raise DataError(f"caption of {name}: {data}", str(path), data.kind)
-        if len(data) > MAX_CAPTION_BYTES:
-            return ""  # no caption: the row is left out and counted
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            told = f"{path} is not UTF-8 text (byte {error.start})"
-            raise DataError(told, str(path), "unreadable") from None
+        return decoded_caption(data, str(path), str(path)).strip()
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_ENDINGS and not is_of_a_desktop(path.name)

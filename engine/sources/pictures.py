@@ -9,16 +9,19 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from ..basics.errors import DataError, told_by
+from ..basics.files import LFS_REMEDY, lfs_pointer
 from .index import Part
 from .rows import RowReader, UnreadableImage, describe
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # decoders that are open to strangers: no more
+MAX_ENLARGED = 2  # times; what is smaller still is remarked on, as it will look soft
+FIRST_FRAME, ENLARGED = "first frames of animations", f"images enlarged over {MAX_ENLARGED} times"
 MAX_PIXELS = 4096 * 4096
 MAX_ASPECT = 16  # a strip of 1 x 16,000,000 pixels would be resized to gigabytes
 Size = tuple[int, int]
@@ -47,7 +50,11 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
     Raises UnreadableImage, without decoding what is over :data:`MAX_PIXELS`.
     """
     try:
+        if lfs_pointer(data):
+            raise UnreadableImage(LFS_REMEDY, kind="missing")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        # A phone's JPEG may have further pictures behind it, which are no frames.
+        is_first = image.format != "MPO" and getattr(image, "is_animated", False)
         _check_size(image.width, image.height)  # from the header, nothing is decoded yet
         if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             # Pillow sees a file that was cut, not one whose tail was never written and is zeros.
@@ -61,10 +68,15 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
     except Image.UnidentifiedImageError:
         if not data:
             raise UnreadableImage("is empty", kind="empty") from None
-        raise UnreadableImage(f"is no image of {', '.join(FORMATS)}", kind="unsupported") from None
+        told = f"is no image of {', '.join(FORMATS)}: convert it"
+        raise UnreadableImage(told, kind="unsupported") from None
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise UnreadableImage(f"is damaged ({told_by(error)})", kind="damaged") from None
-    return _fitted(rgb, resolution)
+    picture = _fitted(rgb, resolution)
+    remarks = [(FIRST_FRAME, "")] if is_first else []
+    if max(resolution[0] / rgb.height, resolution[1] / rgb.width) > MAX_ENLARGED:
+        remarks.append((ENLARGED, f"{rgb.width}x{rgb.height} pixels"))
+    return replace(picture, remarks=tuple(remarks))
 
 
 def _check_size(width: int, height: int) -> None:

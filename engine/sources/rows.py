@@ -14,6 +14,7 @@ from .files import SourceFiles
 from .left_out import LeftOut
 
 ROWS_AT_ONCE = 256  # rows without images, read together
+MAX_CAPTION_BYTES = 2**16
 MAX_IMAGE_BYTES = 64 * 2**20  # an encoded image; the largest decoded one has 48 MB
 
 
@@ -100,6 +101,17 @@ def load_file(path: Path) -> bytes | UnreadableImage:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         return UnreadableImage(f"{path}: {told_by(error)}", str(path), "unreadable")
+
+
+def decoded_caption(data: bytes, where: str, key: str) -> str:
+    """The text of a file with a caption; DataError naming ``where`` if it is none."""
+    if len(data) > MAX_CAPTION_BYTES:
+        return ""  # no caption: the row is left out and counted
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        told = f"{where} is not UTF-8 text (byte {error.start})"
+        raise DataError(told, key, "unreadable") from None
 
 
 def too_large(size: int) -> str:

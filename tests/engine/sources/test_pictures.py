@@ -12,12 +12,14 @@ import numpy as np
 import preferences
 import pytest
 from cdpo.engine.sources import pictures
-from cdpo.engine.sources.pictures import read_picture
+from cdpo.engine.sources.pictures import ENLARGED, FIRST_FRAME, read_picture
 from cdpo.engine.sources.rows import UnreadableImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from refusals import refused
+
+GREY = Image.new("L", (8, 8), 128)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -154,7 +156,8 @@ def test_what_follows_the_end_of_a_jpeg_does_not_matter():
         (zero_filled(0.5), "damaged"),
         (zero_filled(0.9), "damaged"),
         (b"GIF89a no image", "unsupported"),
-        (encoded(Image.new("RGB", (8, 8)), "GIF"), "unsupported"),
+        (encoded(Image.new("RGB", (8, 8)), "TIFF"), "unsupported"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "missing"),
         (encoded(Image.new("RGB", (8, 8)), "PPM"), "unsupported"),
         (preferences.picture(1, (64, 64))[:-900], "damaged"),
         (preferences.picture(1, (64, 64), "JPEG")[:-300], "damaged"),
@@ -184,6 +187,28 @@ def test_damage_gives_a_picture_or_an_unreadable_image(noise, place, kind):
     data[place : place + len(noise)] = noise
     with contextlib.suppress(UnreadableImage):
         assert read_picture(bytes(data), (8, 8)).image.size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_read_and_that_is_said(kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    picture = read_picture(data, (8, 8))
+    assert picture.image.getpixel((4, 4)) == (255, 0, 0)
+    assert picture.remarks == ((FIRST_FRAME, ""),)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "JPEG", "MPO"])
+def test_there_is_nothing_to_say_of_a_still_picture(kind):
+    """The pictures behind a phone's JPEG are no frames of it."""
+    options = {"save_all": True, "append_images": [GREY]} if kind == "MPO" else {}
+    assert read_picture(encoded(GREY, kind, **options), (8, 8)).remarks == ()
+
+
+@pytest.mark.parametrize(("size", "is_soft"), [((8, 9), False), ((7, 90), True), ((90, 7), True)])
+def test_a_picture_that_is_enlarged_a_lot_is_told_of(size, is_soft):
+    remarks = read_picture(preferences.picture(1, size), (16, 16)).remarks
+    assert remarks == (((ENLARGED, f"{size[1]}x{size[0]} pixels"),) if is_soft else ())
 
 
 def test_the_committed_readme_picture_is_read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -16,11 +17,14 @@ import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Imported, Paired, Ranked
 from cdpo.engine.sources import open_source
+from cdpo.engine.sources.files import BESIDE_TARS, HIDDEN, OF_DESKTOPS, OTHER_KINDS, UNPACK
+from cdpo.engine.sources.folders import LONE_TEXT, TWO_TEXTS
 from cdpo.engine.sources.index import Index, open_index
-from cdpo.engine.sources.left_out import LeftOut
+from cdpo.engine.sources.left_out import NAME, LeftOut
 from cdpo.engine.sources.pictures import load_records
 from cdpo.engine.sources.records import NO_CAPTION
 from cdpo.engine.sources.rows import Place, RowReader, UnreadableImage
+from cdpo.engine.sources.tars import NO_END, OF_A_DESKTOP, OTHERS
 from refusals import refused
 
 ROWS = [preferences.judged(number) for number in range(40)]
@@ -130,6 +134,19 @@ def test_a_table_that_loses_rows_while_it_is_read(tmp_path):
         list(load_records(reader, index.part(0), range(16), (8, 8)))
 
 
+def wheres(index: Index) -> list[str]:
+    return [index.value(number, "where") for number in range(len(index))]
+
+
+def by_reason(folder: Path, column: str = "where") -> dict[str, list[str]]:
+    """What the list of an index names, by reason."""
+    found: dict[str, list[str]] = {}
+    with (folder / NAME).open(newline="") as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["reason"], []).append(line[column])
+    return found
+
+
 # What is wrong with a source
 
 
@@ -154,7 +171,7 @@ def test_nothing_to_read(tmp_path, make: Callable[[Path], object], kind):
 
 def test_several_kinds_in_a_folder(tmp_path):
     preferences.write_parquet(tmp_path / "data" / "a.parquet", ROWS)
-    preferences.write_tar(tmp_path / "data" / "a.tar", ROWS)
+    preferences.write_tar(tmp_path / "data" / "b.tar", ROWS)
     is_refused(tmp_path, Paired(path=str(tmp_path / "data")), "ambiguous", "prepare.source.path")
 
 
@@ -226,10 +243,153 @@ def test_samples_that_are_not_whole(tmp_path, members, key, kind):
     is_refused(tmp_path, Paired(path=str(path)), kind, key)
 
 
-def test_other_members_and_folders_are_no_matter(tmp_path):
-    members = [("README", b"hi"), *WHOLE, ("a.txt", b"caption"), ("d/b.txt", b"lone")]
+def renamed(key: str, caption: str = "x") -> list[tuple[str, bytes]]:
+    """A sample of that key."""
+    record = json.dumps({"label_0": 1, "caption": caption}).encode()
+    return [(f"{key}.jpg_0", b"0"), (f"{key}.jpg_1", b"1"), (f"{key}.json", record)]
+
+
+IMAGES = (b"0", b"1")
+JUNK = [("._a.jpg_0", b""), (".DS_Store", b""), ("__MACOSX/a.json", b"{")]
+
+
+@pytest.mark.parametrize(
+    ("members", "keys", "passed_over"),
+    [
+        (
+            [("README", b"hi"), *WHOLE, ("a.txt", b"caption"), ("d/b.txt", b"lone")],
+            ["a"],
+            {OTHERS: ["README", "d/b.txt"]},
+        ),
+        # Dots in keys, also where what is before the first is the same, or is a key itself.
+        (
+            [*renamed("sdxl_cfg7.5_0002"), *renamed("sdxl_cfg7.5_0003"), *renamed("v1/b.c.d")],
+            ["sdxl_cfg7.5_0002", "sdxl_cfg7.5_0003", "v1/b.c.d"],
+            {},
+        ),
+        (
+            [*renamed("7.5_1"), *renamed("8.5_1"), *renamed("7.5_2")],
+            ["7.5_1", "8.5_1", "7.5_2"],
+            {},
+        ),
+        ([*renamed("a"), *renamed("a.b")], ["a", "a.b"], {}),
+        # Side files by the same ending.
+        ([*WHOLE, ("a.mask.jpg_0", b"m")], ["a"], {OTHERS: ["a.mask.jpg_0"]}),
+        ([("a.mask.json", b"m"), *WHOLE], ["a"], {OTHERS: ["a.mask.json"]}),
+        ([*JUNK, *WHOLE, *JUNK[:1]], ["a"], {OF_A_DESKTOP: [n for n, _ in (*JUNK, JUNK[0])]}),
+    ],
+)
+def test_members_go_to_the_key_that_they_are_of_or_are_named(tmp_path, members, keys, passed_over):
     path = preferences.write_plain_tar(tmp_path / "a.tar", members)
-    assert read(tmp_path / "index", Paired(path=str(path))) == [("x", 0, (b"0", b"1"))]
+    _, index = opened(tmp_path / "index", Paired(path=str(path)))
+    found = {where: index.caption(n) for n, where in enumerate(wheres(index))}
+    assert found == {f"key {key}": "x" for key in keys}
+    assert by_reason(tmp_path / "index") == passed_over
+    assert index.facts.noted == {why: len(names) for why, names in passed_over.items()}
+
+
+def test_samples_with_a_text_in_place_of_a_record(tmp_path):
+    """As img2dataset and hand-made tars have them, with pictures of any kind."""
+    members = [
+        *[("a.jpg", b"0"), ("a.txt", "é\n".encode()), ("a.json", b'{"score": 1}')],
+        *[("b.PNG", b"1"), ("b.json", b'{"score": 2, "caption": "own"}'), ("b.txt", b"not this")],
+        *[("c.webp", b"2"), ("c.txt", b"z"), ("c.json", b'{"score": 3, "caption": null}')],
+        *[("d.jpg", b"3"), ("d.webp", b"not this"), ("d.JSON", b'{"score": 3, "caption": "d"}')],
+    ]
+    path = preferences.write_plain_tar(tmp_path / "a.tar", members)
+    expected = [("é", 0, (b"0",)), ("own", 0, (b"1",)), ("z", 0, (b"2",)), ("d", 0, (b"3",))]
+    assert read(tmp_path / "index", Ranked(path=str(path), image="jpg")) == expected
+    assert by_reason(tmp_path / "index") == {OTHERS: ["d.webp"]}
+    alone = preferences.write_plain_tar(tmp_path / "b.tar", [("a.jpg", b"0"), ("a.txt", b"y")])
+    spec = Ranked(path=str(alone), image="png", score=None)
+    assert read(tmp_path / "index", spec) == [("y", 0, (b"0",))]
+
+
+def test_two_pictures_that_could_both_be_meant(tmp_path):
+    members = [("a.png", b"0"), ("a.webp", b"1"), ("a.txt", b"x")]
+    path = preferences.write_plain_tar(tmp_path / "a.tar", members)
+    is_refused(tmp_path, Ranked(path=str(path), image="jpg", score=None), "duplicate", "a")
+    pair = Paired(path=str(path), images=("png", "webp"), label=None)
+    assert read(tmp_path / "index", pair) == [("x", 0, (b"0", b"1"))]
+
+
+@pytest.mark.parametrize(
+    ("second", "kind"),
+    [(renamed("b", "y"), None), (WHOLE, "duplicate"), (None, "damaged")],
+)
+def test_tars_that_were_joined(tmp_path, second, kind):
+    """By `cat`: both are read, as `tar --ignore-zeros` does; what is no tar is damage."""
+    path = preferences.write_plain_tar(tmp_path / "a.tar", WHOLE)
+    other = b"no tar" * 999
+    if second is not None:
+        other = preferences.write_plain_tar(tmp_path / "b.tar", second).read_bytes()
+    path.write_bytes(path.read_bytes() + other)
+    if kind:
+        is_refused(tmp_path, Paired(path=str(path)), kind)
+    else:
+        assert read(tmp_path / "index", Paired(path=str(path))) == [
+            ("x", 0, IMAGES),
+            ("y", 0, IMAGES),
+        ]
+
+
+@pytest.mark.parametrize("blanks", [True, False])
+def test_a_tar_without_an_end_is_read_and_told_of(tmp_path, blanks):
+    path = preferences.write_plain_tar(tmp_path / "a.tar", WHOLE)
+    end = 5 * 512 + (512 if blanks else len(RECORD))
+    path.write_bytes(path.read_bytes()[:end])
+    assert read(tmp_path / "index", Paired(path=str(path))) == [("x", 0, IMAGES)]
+    assert by_reason(tmp_path / "index") == {NO_END: [""]}
+    path.write_bytes(path.read_bytes()[: 5 * 512 + len(RECORD) - 1])
+    is_refused(tmp_path, Paired(path=str(path)), "unreadable", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind", "key"),
+    [
+        ("a.tar.gz", b"", "unsupported", None),
+        ("a.tgz", b"", "unsupported", None),
+        ("a.tar", b"\x1f\x8b\x08", "unsupported", "a.tar"),
+        ("a.tar", b"version https://git-lfs.github.com/spec/v1\n", "missing", "a.tar"),
+    ],
+)
+def test_tars_that_are_not_there_yet(tmp_path, name, data, kind, key):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(data)
+    where = str(tmp_path / "data" / key) if key else "prepare.source.path"
+    is_refused(tmp_path, Paired(path=str(tmp_path / "data")), kind, where)
+
+
+def test_files_beside_the_source_are_named(tmp_path):
+    """A folder as img2dataset and the hub leave it."""
+    data = tmp_path / "data"
+    preferences.write_tar(data / "sub" / "00000.TAR", ROWS[:5])
+    for name in ("sub/00000.parquet", "00000_stats.json", "._x.tar", "a.tar.gz", ".cache/x/y.txt"):
+        (data / name).parent.mkdir(exist_ok=True, parents=True)
+        (data / name).write_bytes(b"")
+    spec = Paired(path=str(data))
+    assert len(read(tmp_path / "index", spec)) == 4
+    lines = by_reason(tmp_path / "index", "file")
+    assert lines.pop("ties") == ["00000.TAR"]
+    assert lines == {
+        HIDDEN: [".cache"],
+        OF_DESKTOPS: ["._x.tar"],
+        OTHER_KINDS: ["00000_stats.json"],
+        UNPACK: ["a.tar.gz"],
+        BESIDE_TARS: ["sub/00000.parquet"],
+    }
+    (data / "new.txt").write_bytes(b"")  # is noticed
+    read(tmp_path / "index", spec)
+    assert by_reason(tmp_path / "index", "file")[OTHER_KINDS] == ["00000_stats.json", "new.txt"]
+
+
+def test_an_empty_folder_is_told_with_what_there_is(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("a.png", "b.PNG", "c"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    with refused(DataError, "empty", "prepare.source.path") as caught:
+        open_source(Paired(path=str(tmp_path / "data")))
+    assert "there is 2 .png, 1 c" in str(caught.value)
 
 
 def test_tars_that_were_cut_off(tmp_path):
@@ -257,6 +417,38 @@ def test_links_in_tars_are_refused(tmp_path):
 
 
 # Folders and paths
+
+
+def test_folders_of_any_depth_and_pictures_of_any_kind(tmp_path):
+    """Captions beside the pictures, as trainers have them."""
+    data = tmp_path / "pairs"
+    pictures = ["chosen/10_cat/a.JPG", "rejected/10_cat/a.webp", "chosen/b.tif", "rejected/b.jfif"]
+    pictures += ["chosen/c.gif", "rejected/c.bmp"]
+    texts = {"chosen/10_cat/a.txt": "x", "rejected/b.txt": "y", "caption/c.txt": "z"}
+    texts |= {"rejected/c.txt": "z", "chosen/c.txt": "another"}
+    others = ["notes.txt", "logs/x.txt", "caption/d.txt", "chosen/b.npz"]
+    others += ["chosen/.DS_Store", "chosen/._b.png"]
+    numbered = {name: str(number) for number, name in enumerate(pictures)}
+    for name, content in (numbered | texts | dict.fromkeys(others, "")).items():
+        (data / name).parent.mkdir(exist_ok=True, parents=True)
+        (data / name).write_text(content)
+    spec = Paired(path=str(data), images=("chosen", "rejected"), label=None)
+    found = read(tmp_path / "index", spec)
+    assert found == [("x", 0, (b"0", b"1")), ("y", 0, (b"2", b"3")), ("z", 0, (b"4", b"5"))]
+    assert by_reason(tmp_path / "index") == {
+        LONE_TEXT: ["caption/d.txt"],
+        OF_DESKTOPS: ["chosen/.DS_Store", "chosen/._b.png"],
+        OTHER_KINDS: ["chosen/b.npz", "logs/x.txt", "notes.txt"],
+        TWO_TEXTS: ["chosen/c.txt"],
+    }
+
+
+def test_folders_without_images_are_told_with_what_there_is(tmp_path):
+    for name in ("winner", "loser"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.psd").write_bytes(b"")
+    spec = Paired(path=str(tmp_path / "data"), **WINNER_LOSER)
+    is_refused(tmp_path, spec, "empty", str(tmp_path / "data" / "winner"))
 
 
 def test_folders_whose_names_do_not_match(tmp_path):
