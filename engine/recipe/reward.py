@@ -126,8 +126,8 @@ class AestheticSpec(ModelReward):
     path: str = "openai/clip-vit-large-patch14"
     """Folder or hub id of the CLIP ViT-L/14 whose image embeddings are rated."""
     head: str
-    """The predictor as a local file: `sac+logos+ava1-l14-linearMSE.pth` or the same tensors as
-    .safetensors."""
+    """The predictor as a local file: `sac+logos+ava1-l14-linearMSE.pth`, the first version's
+    `sa_0_4_vit_l_14_linear.pth`, or the same tensors as .safetensors."""
 
 
 class ImageRewardSpec(NetworkReward):

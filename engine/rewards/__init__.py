@@ -36,7 +36,10 @@ def load_reward(spec: Reward, device: torch.device, cache: Path | None = None) -
         parts = [load_reward(part.reward, device, cache) for part in spec.rewards]
         combined: RewardModel = kind(parts, [part.weight for part in spec.rewards])
         return combined
-    return ScoredCall(kind(spec, device), spec.label, spec.images_per_call, spec.settings(), cache)
+    scorer, precision = kind(spec, device), getattr(spec, "precision", None)
+    return ScoredCall(
+        scorer, spec.label, spec.images_per_call, spec.settings(), cache, precision=precision
+    )
 
 
 def clip_of(reward: RewardModel) -> ClipModel | None:

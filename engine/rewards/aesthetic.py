@@ -1,7 +1,8 @@
 """LAION's aesthetic predictor: how people would rate an image, from 1 to 10, whatever its prompt.
 
 Schuhmann's improved predictor `sac+logos+ava1-l14-linearMSE`: five linear layers, with nothing but
-dropout between them, over the image embedding of CLIP ViT-L/14 at length 1.
+dropout between them, over the image embedding of CLIP ViT-L/14 at length 1. His first one,
+`sa_0_4_vit_l_14_linear`, is a single layer over the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Aesthetic:
     def __init__(self, spec: AestheticSpec, device: torch.device) -> None:
         self.clip = read_clip(spec, device)
         with reading(f"reward.head={spec.head}", "aesthetic predictor"):
-            self.head = linear_layers(read_tensors(spec.head), "layers.", LAYERS)
+            self.head = _head(read_tensors(spec.head))
             width = self.clip.model.config.projection_dim
             if self.head[0].in_features != width:
                 raise ValueError(
@@ -44,6 +45,12 @@ class Aesthetic:
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         ratings: np.ndarray = self.head(self.clip.embed_images(images))[:, 0].cpu().numpy()
         return ratings
+
+
+def _head(tensors: dict[str, torch.Tensor]) -> nn.Sequential:
+    if tensors.keys() == {"weight", "bias"}:
+        return linear_layers({f"0.{name}": value for name, value in tensors.items()}, "", (0,))
+    return linear_layers(tensors, "layers.", LAYERS)
 
 
 def linear_layers(

@@ -1,9 +1,9 @@
 """Calling a reward: in batches, once an image, with its failures confined and its scores kept.
 
 Out of memory: the batch is halved, for good, and that is said. Raised over a batch: its images are
-scored one by one, and those that fail alone are named and get NaN, which stage 1 drops and counts.
-Nothing but failures from the start, a device that has failed, or an answer of another shape or
-type: an error.
+scored one by one, and those that fail alone get NaN, which stage 1 drops and counts. They are
+named, and so are images with a score of NaN or infinity. Nothing but failures from the start, a
+device that has failed, or an answer of another shape or type: an error.
 
 Scores are kept by image and prompt: in memory, and in a folder if asked. A file of the folder
 belongs to one process, which appends to it: 32 bytes of key, a float32 and the CRC-32 of both,
@@ -100,7 +100,11 @@ class Asked(NamedTuple):
 
 
 class ScoredCall:
-    """The reward of one scorer. ``cache`` is a folder that keeps scores beyond this process."""
+    """The reward of one scorer. ``cache`` is a folder that keeps scores beyond this process.
+
+    ``precision`` is that of its networks; None of a scorer without any, such as a function of the
+    user's, which may mean what it says by NaN.
+    """
 
     def __init__(
         self,
@@ -109,8 +113,10 @@ class ScoredCall:
         batch_size: int,
         settings: str = "",
         cache: Path | None = None,
+        precision: str | None = None,
     ) -> None:
         self.scorer = scorer
+        self.precision = precision
         self.label = label
         self.batch_size = batch_size
         self.fingerprint = scorer.fingerprint
@@ -166,9 +172,12 @@ class ScoredCall:
                 alone = [self._batch([one]) for one in batch]
                 # None never comes back for a single image: too little memory for it is an error.
                 return np.concatenate([score for score in alone if score is not None])
-            self._fail(names[0], error)
+            self._fail(names[0], f"{type(error).__name__}: {told_by(error)}")
             return np.full(1, np.nan, np.float32)
-        self.succeeded += len(batch)
+        self.succeeded += int(np.isfinite(scores).sum())
+        for name, score in zip(names, scores, strict=True):
+            if not np.isfinite(score):
+                self._fail(name, self._why_not_finite(score), self.precision is not None)
         return scores
 
     def _halve(self, tried: int, error: Exception) -> None:
@@ -183,10 +192,14 @@ class ScoredCall:
             f"{self.batch_size} (batch_size={self.batch_size} in the recipe spares the attempt)"
         )
 
-    def _fail(self, name: str, error: Exception) -> None:
+    def _why_not_finite(self, score: float) -> str:
+        if self.precision in (None, "fp32"):
+            return f"its score is {score:g}"
+        return f"its score is {score:g} in {self.precision}: say precision: fp32 in its section"
+
+    def _fail(self, name: str, reason: str, may_end: bool = True) -> None:
         self.failed += 1
-        reason = f"{type(error).__name__}: {told_by(error)}"
-        if not self.succeeded and self.failed == HOPELESS:
+        if may_end and not self.succeeded and self.failed >= HOPELESS:
             message = f"{self.label} failed on each of the first {HOPELESS} images: {reason}"
             raise DataError(message, self.label, "non-finite")
         if self.failed <= NAMED:

@@ -24,10 +24,13 @@ from cdpo.engine.recipe.reward import (
     PickScoreSpec,
 )
 from cdpo.engine.rewards import load_reward
+from cdpo.engine.rewards.aesthetic import LAYERS, linear_layers
 from cdpo.engine.rewards.hps import HEADS, fitted_whole
+from cdpo.engine.rewards.tensor_files import read_tensors
 from PIL import Image
 from refusals import refused
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 CPU = torch.device("cpu")
@@ -237,6 +240,29 @@ def test_aesthetic_rates_normalised_image_embeddings(suffix, preference, tmp_pat
     found = reward.score(IMAGES, PROMPTS)
     np.testing.assert_allclose(found, x[:, 0].numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(reward.score(IMAGES, [""] * len(IMAGES)), found)
+
+
+@torch.no_grad()
+def test_the_first_aesthetic_predictor_is_one_layer(tiny_world, tmp_path):
+    head = tmp_path / "sa_0_4_vit_l_14_linear.pth"
+    layer = nn.Linear(16, 1)
+    torch.save(layer.state_dict(), head)
+    reward = load_reward(AestheticSpec(path=str(tiny_world / "reward"), head=str(head)), CPU)
+    seen = reward.scorer.clip.embed_images(IMAGES).double()
+    expected = (seen @ layer.weight.double().T + layer.bias)[:, 0]
+    np.testing.assert_allclose(reward.score(IMAGES, PROMPTS), expected.numpy(), rtol=1e-5)
+
+
+FIELD = Path(__file__).parents[4] / "shared" / "data" / "sac+logos+ava1-l14-linearMSE.pth"
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not FIELD.is_file(), reason="the field's own files are not beside the tree")
+def test_the_published_aesthetic_head_rates_around_five():
+    head = linear_layers(read_tensors(str(FIELD)), "layers.", LAYERS)
+    unit = F.normalize(torch.randn(64, 768, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ratings = head(unit)
+    assert ratings.isfinite().all() and 3 < ratings.mean() < 7 and ratings.std() > 0.05
 
 
 # --------------------------------------------------------------------------------------------------

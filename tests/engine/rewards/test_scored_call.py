@@ -110,6 +110,37 @@ def test_a_reward_that_always_fails_is_an_error_before_long():
     assert len(scorer.batches) <= 2 * HOPELESS
 
 
+def overflows(from_red: int) -> Callable[[list[int]], np.ndarray]:
+    def before(reds: list[int]) -> np.ndarray:
+        return np.asarray([np.inf if red >= from_red else red for red in reds], np.float16)
+
+    return before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32", None])
+def test_an_image_whose_score_is_no_number_is_named_with_the_remedy(capsys, precision):
+    reward = ScoredCall(Red(overflows(3)), "red", 4, precision=precision)
+    found = reward.score(image_range(50), ["a cat"] * 50)
+    assert np.isfinite(found).sum() == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "red: no score for candidate 3 of 'a cat', which is left out: its score is inf" in said
+    assert said.count("no score for") == NAMED and said.count("are counted, not named") == 1
+    assert ("in fp16: say precision: fp32 in its section" in said) == (precision == "fp16")
+
+
+def test_a_network_whose_scores_all_overflow_ends_the_run_before_long():
+    scorer = Red(overflows(0))
+    with refused(DataError, "non-finite", "red") as told:
+        ScoredCall(scorer, "red", 4, precision="fp16").score(image_range(200), ["a"] * 200)
+    assert "precision: fp32" in str(told.value) and len(scorer.batches) == HOPELESS / 4
+
+
+def test_a_function_may_give_no_score_to_any_number_of_images():
+    assert np.isnan(
+        call(Red(lambda reds: np.full(len(reds), np.nan))).score(image_range(99), ["a"] * 99)
+    ).all()
+
+
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
