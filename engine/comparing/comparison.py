@@ -26,7 +26,8 @@ from ..preparing.candidates import CandidateSampler, CandidateSet, drawn_by
 from ..ranks import Ranks
 from ..recipe import Recipe, Reward
 from ..rewards import clip_of, load_reward
-from ..sources.prompts import read_prompts
+from ..sources.left_out import LeftOut
+from ..sources.prompts import OTHER_SPELLING, read_prompts
 from .divergence import Divergence
 from .report.build import Measured, write_comparison
 from .result_cache import KeptTables
@@ -45,7 +46,10 @@ class Comparison:
         self.terminal = terminal
         self.folder = Path(recipe.run_dir) / "compare"
         self.report_path = self.folder / "report.html"
-        train, heldout = read_prompts(recipe.prompts, recipe.seed)
+        left_out = LeftOut()
+        train, heldout = read_prompts(recipe.prompts, recipe.seed, left_out)
+        if repeated := left_out.rows[OTHER_SPELLING]:
+            terminal.warn(f"{repeated} prompts are other spellings of earlier ones: left out")
         sets = {"training": train, "held-out": heldout}
         self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.prompts = [prompt for part in self.prompt_sets.values() for prompt in part]

@@ -50,7 +50,7 @@ class SourceParts:
 
     @cached_property
     def captions(self) -> np.ndarray:
-        return self.index.numbers("caption_id")
+        return self.index.prompt_ids()
 
     def caption(self, record: int) -> str:
         return self.index.caption(record)

@@ -22,6 +22,7 @@ import pyarrow as pa
 from ..basics.errors import DataError
 from ..basics.files import replacing
 from ..basics.keyed import content_id
+from ..basics.prompt_identity import identity_of
 from ..recipe import Imported
 from .left_out import NAME, LeftOut, naming
 from .records import Record, RecordMaker
@@ -125,6 +126,17 @@ class Index:
         else:
             values = [np.asarray(part) for part in columns]
         return np.concatenate(values)
+
+    def prompt_ids(self) -> np.ndarray:
+        """(N,) int64, the same where captions are one prompt: the id of its first spelling."""
+        found, first = np.empty(len(self), np.int64), dict[int, int]()
+        for number in range(self.num_parts):
+            batch = self._file.get_batch(number)
+            own = zip(batch.column("caption"), batch.column("caption_id"), strict=True)
+            for record, (caption, spelling) in enumerate(own, start=int(self.starts[number])):
+                prompt = content_id(identity_of(caption.as_py()))  # millions of texts: not kept
+                found[record] = first.setdefault(prompt, spelling.as_py())
+        return found
 
 
 def open_index(

@@ -16,6 +16,7 @@ from typing import Any
 from ..basics import keyed
 from ..basics.errors import DataError, told_by
 from ..basics.keyed import Stream, content_id
+from ..basics.prompt_identity import identity_of
 from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
@@ -174,6 +175,7 @@ def _unreadable(path: str, why: str) -> DataError:
     return DataError(f"prompts: {path} {why}", path, "unreadable")
 
 
+OTHER_SPELLING = "another spelling of an earlier prompt"
 MAX_FILLED_IN = 1_000_000  # prompts of templates: lists multiply, and a slip is soon a billion
 
 
@@ -191,12 +193,14 @@ def read_prompts(
     if isinstance(spec.heldout, Split):
         train, heldout = _divided(train, spec.heldout, seed)
     train, heldout = train[: spec.limit], heldout[: spec.limit]
-    both = set(train) & set(heldout)
+    trained = {identity_of(prompt): prompt for prompt in train}
+    both = sorted(prompt for prompt in heldout if identity_of(prompt) in trained)
     if both:
+        first, other = both[0], trained[identity_of(both[0])]
+        shown = repr(first) if first == other else f"{first!r}, there {other!r}"
         raise DataError(
             f"{_named(spec, 'heldout')} shares {len(both)} prompts with "
-            f"{_named(spec, 'train')}, e.g. {sorted(both)[0]!r}: held-out prompts must not be "
-            "trained on",
+            f"{_named(spec, 'train')}, e.g. {shown}: held-out prompts must not be trained on",
             "prompts.heldout",
             "duplicate",
         )
@@ -204,14 +208,21 @@ def read_prompts(
 
 
 def _read(spec: Prompts, side: str, left_out: LeftOut) -> list[str]:
-    """The prompts of `train` or `heldout` in their order, each once."""
-    value = getattr(spec, side)
+    """The prompts of `train` or `heldout` in their order, each once: as it is spelled first."""
+    value, key = getattr(spec, side), f"prompts.{side}"
     if isinstance(value, str):
-        otherwise = f"prompts: {value} holds no prompt"
-        return _some(prompts_in(value, spec.column, left_out), f"prompts.{side}", otherwise)
-    if isinstance(value, Templates):
-        return list(dict.fromkeys(_filled_in(value, spec.column, f"prompts.{side}", left_out)))
-    return []
+        place, texts = value, prompts_in(value, spec.column, left_out)
+    elif isinstance(value, Templates):
+        place, texts = key, _filled_in(value, spec.column, key, left_out)
+    else:
+        return []
+    first: dict[str, str] = {}
+    for text in texts:
+        identity = identity_of(text)
+        if identity and first.setdefault(identity, text) != text:
+            detail = f"{text!r}, earlier {first[identity]!r}"
+            left_out.leave_out(place, "", OTHER_SPELLING, detail=detail)
+    return _some(first.values(), key, f"prompts: {place} holds no prompt")
 
 
 def _some(texts: Iterable[str], key: str, otherwise: str) -> list[str]:

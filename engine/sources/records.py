@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics.errors import DataError
+from ..basics.prompt_identity import identity_of
 from ..recipe import Imported, Paired, Ranked
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate
 from .left_out import LeftOut
@@ -44,7 +45,7 @@ class RecordMaker:
         Raises DataError for a label that is asked for and not there, as for any other column.
         """
         self.spec = spec
-        self.heldout = frozenset(heldout)
+        self.heldout = frozenset(map(identity_of, heldout))
         self.label, self.judged, self.best, self.ids = None, None, None, None
         self.scores: tuple[str, ...] = ()
         if isinstance(spec, Paired):
@@ -70,10 +71,11 @@ class RecordMaker:
         """
         caption = row.values[self.spec.caption]
         caption = caption.strip() if isinstance(caption, str) else ""
+        identity = identity_of(caption)
         winner: int | str | None = 0
-        if not 0 < len(caption) <= MAX_PROMPT_CHARACTERS or lone_surrogate(caption):
+        if not identity or len(caption) > MAX_PROMPT_CHARACTERS or lone_surrogate(caption):
             winner = NO_CAPTION
-        elif caption in self.heldout:
+        elif identity in self.heldout:
             winner = HELD_OUT
         elif self.label:
             winner = self._winner(row, where)

@@ -193,6 +193,24 @@ def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_p
     assert is_finished(recipe, ranks)
 
 
+def test_images_are_ranked_under_every_spelling_of_their_caption(tiny_recipe, ranks, tmp_path):
+    """The same pairs as under one spelling, each with the text of its winner's row."""
+    one = preferences.write_ranked(tmp_path / "one" / "ranked.parquet")
+    rows = pq.read_table(one).to_pylist()
+    for row in rows[len(rows) // 2 :]:
+        row["caption"] = row["caption"].upper() + " ."
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "ranked.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), other, row_group_size=5)
+    found = []
+    for path in (one, other):
+        run_dir = f"run_dir={path.parent / 'run'}"
+        recipe = tiny_recipe(*RANKED, f"prepare.source.path={path}", run_dir)
+        found.append(pairs_of(prepare(recipe, ranks)))
+    assert [meta.pair_id for meta, _ in found[0]] == [meta.pair_id for meta, _ in found[1]]
+    assert any(meta.prompt.isupper() for meta, _ in found[1])
+
+
 def test_ranked_images_may_be_scored_by_the_reward(tiny_recipe, ranks, tmp_path):
     path = preferences.write_ranked(tmp_path / "ranked.parquet", scores=False)
     mine = (*RANKED, f"prepare.source.path={path}", "prepare.source.score=null")

@@ -4,6 +4,7 @@ them, in one line.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -14,7 +15,12 @@ from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Prompts
 from cdpo.engine.recipe.prompts import MAX_PROMPT_CHARACTERS
 from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.sources.prompts import MAX_LINE_BYTES, read_prompts
+from cdpo.engine.sources.left_out import LeftOut
+from cdpo.engine.sources.prompts import (
+    MAX_LINE_BYTES,
+    OTHER_SPELLING,
+    read_prompts,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
@@ -374,3 +380,62 @@ def test_any_template_is_refused_or_makes_one_prompt_an_entry(templates):
     except (ValueError, DataError):
         return
     assert 1 <= len(found) <= 2 * len(templates)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other spellings of one prompt
+
+SPELLINGS = [
+    "Red Apple",
+    "red  apple",
+    "red\u00a0apple",
+    "r\u200bed apple",
+    "red apple.",
+    " \ufeffred apple",
+]
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "red caf\u00e9", "red cafe\u0301"])
+def test_a_held_out_prompt_is_not_trained_on_in_another_spelling(tmp_path, spelling):
+    train = write(tmp_path, "t", f"a dog\n{spelling}")
+    heldout = write(tmp_path, "h", "red apple\nred caf\u00e9")
+    with refused(DataError, "duplicate", "prompts.heldout"):
+        read_prompts(Prompts(train=train, heldout=heldout), 0)
+
+
+def test_of_several_spellings_the_first_is_trained_on_and_the_others_are_named(tmp_path):
+    path = write(tmp_path, "t", "\n".join(["Red Apple", "a dog", *SPELLINGS, "Red Apple"]))
+    file = io.BytesIO()
+    left_out = LeftOut(file)
+    train, _ = read_prompts(Prompts(train=path), 0, left_out)
+    assert train == ["Red Apple", "a dog"]
+    assert left_out.rows == {OTHER_SPELLING: len(SPELLINGS) - 1}
+    assert "'red apple.', earlier 'Red Apple'" in file.getvalue().decode()
+
+
+def test_templates_that_differ_in_spelling_alone_make_one_prompt():
+    assert filled_in(["{a} bike", "{a}  Bike."], a=("a red",)) == ["a red bike"]
+
+
+def test_a_prompt_of_invisible_characters_is_none(tmp_path):
+    assert read_train(tmp_path, "a\n\u200b\n\ufeff \u2060\nb") == ["a", "b"]
+
+
+def test_other_spellings_move_no_prompt_to_the_other_side(tmp_path):
+    """The first spelling is the one that is keyed, so a file without others is split as ever."""
+    train, heldout = split(tmp_path, TEXTS, fraction=0.2)
+    more = [spelling for text in TEXTS for spelling in (text, text.title(), text + ".")]
+    spec = {"train": write(tmp_path, "all.txt", "\n".join(more)), "heldout": {"fraction": 0.2}}
+    found = read_prompts(Prompts.model_validate(spec), 0)
+    assert (set(found[0]), set(found[1])) == (train, heldout)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_prompts_of_shipped_recipes_are_each_one_of_its_own(path, monkeypatch):
+    """So their splits, image keys and shards are those of the texts as they stand."""
+    monkeypatch.chdir(ROOT)
+    recipe, left_out = load_recipe(str(path)), LeftOut()
+    read_prompts(recipe.prompts, recipe.seed, left_out)
+    assert OTHER_SPELLING not in left_out.rows

@@ -54,6 +54,8 @@ def test_a_label_says_how_the_first_image_did(label, winner):
         ({"has_label": "False", "label_0": "0"}, UNLABELLED),
         ({"has_label": None}, UNLABELLED),
         ({"label_0": 1, "best_image_uid": "b"}, CONTRADICTORY),
+        ({"caption": "A\u00a0dog."}, HELD_OUT),
+        ({"caption": "\u200b"}, NO_CAPTION),
         ({"caption": ""}, NO_CAPTION),
         ({"caption": " \n"}, NO_CAPTION),
         ({"caption": None}, NO_CAPTION),
