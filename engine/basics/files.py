@@ -83,6 +83,15 @@ def lfs_pointer(head: bytes) -> bool:
     return head.startswith(LFS_POINTER)
 
 
+def is_lfs_pointer(path: Path | str) -> bool:
+    """The same of a file; False of one that is not there or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return lfs_pointer(file.read(len(LFS_POINTER)))
+    except (OSError, ValueError):
+        return False
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's content, or the names in a folder, down to the disk."""
     handle = os.open(path, os.O_RDONLY)

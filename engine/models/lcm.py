@@ -154,7 +154,7 @@ def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DCondi
     path, key = (spec.teacher, "model.teacher") if spec.teacher else (own, "model.path")
     if path is None:
         return partial(_refuse_without_teacher, spec)
-    return partial(_load_teacher, path, key, dtype)
+    return partial(_load_teacher, path, key, dtype, spec.variant)
 
 
 def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
@@ -166,10 +166,17 @@ def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
     )
 
 
-def _load_teacher(path: str, key: str, dtype: torch.dtype) -> UNet2DConditionModel:
+def _load_teacher(
+    path: str, key: str, dtype: torch.dtype, variant: str | None
+) -> UNet2DConditionModel:
     """The UNet of a pipeline folder or hub id, or of one that holds a UNet alone."""
     teacher = read_network(
-        UNet2DConditionModel, path, dtype, key=key, kind="diffusion model to teach by"
+        UNet2DConditionModel,
+        path,
+        dtype,
+        key=key,
+        kind="diffusion model to teach by",
+        variant=variant,
     )
     if teacher.config["time_cond_proj_dim"] is not None:
         raise OutsideError(

@@ -127,10 +127,20 @@ def _replacements(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
     replaced: dict[str, Any] = {}
     if spec.vae is not None:
         replaced["vae"] = read_network(
-            AutoencoderKL, spec.vae, torch.float32, key="model.vae", kind="VAE"
+            AutoencoderKL,
+            spec.vae,
+            torch.float32,
+            key="model.vae",
+            kind="VAE",
+            variant=spec.variant,
         )
     if spec.unet is not None:
         replaced["unet"] = read_network(
-            UNet2DConditionModel, spec.unet, dtype, key="model.unet", kind="UNet"
+            UNet2DConditionModel,
+            spec.unet,
+            dtype,
+            key="model.unet",
+            kind="UNet",
+            variant=spec.variant,
         )
     return replaced

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..basics.errors import CdpoError, OutsideError, told_by
+from ..basics.files import LFS_REMEDY, is_lfs_pointer
 from ..basics.shipped import locate
 from ..recipe import Model
 
@@ -49,13 +52,51 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
         reason, failure = told_by(error), "unreadable"
         if isinstance(error, OSError) and error.filename:  # a file of the folder's
             reason += f": {error.filename}"
-        cached = os.path.join(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}")
-        if offline and not os.path.exists(cached):
-            reason = "it is no folder, and not in the hub's cache"
-        if offline and (isinstance(error, OSError) or not os.path.exists(cached)):
-            reason, failure = f"{reason} (offline: {offline})", "unreachable"
         key = what.partition("=")[0] if "=" in what else path
-        raise OutsideError(f"{what} is no {kind}: {reason}", key, failure) from None
+        kept = os.path.join(constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}/snapshots")
+        if offline and not os.path.exists(kept):
+            reason = "it is no folder, and not in the hub's cache"
+        if offline and (isinstance(error, OSError) or not os.path.exists(kept)):
+            reason, failure = f"{reason} (offline: {offline})", "unreachable"
+        found = Path(kept if is_remote else place)
+        remedy = _remedy(found, key, kind, str(error)) if place else None
+        told = f"{what} is no {kind}: {reason}" + (f"; {remedy}" if remedy else "")
+        raise OutsideError(told, key, failure) from None
+
+
+MOST_FILES = 1000  # of a folder that are looked at for a reason
+# Weights of a variant: `model.fp16.safetensors`, `diffusion_pytorch_model.non_ema.bin`.
+VARIANT = re.compile(r"(model|(?:diffusion_)?pytorch_model)\.(\w+)\.(?:safetensors|bin)")
+SINGLE_FILES = {"model.vae": "AutoencoderKL", "model.unet": "UNet2DConditionModel"}
+
+
+def _remedy(place: Path, key: str | None, kind: str, said: str) -> str | None:
+    """What to do about a folder or file that could not be read, where its files show that."""
+    files = sorted(islice(place.rglob("*"), MOST_FILES)) if place.is_dir() else [place]
+    for file in files:
+        if file.is_file() and is_lfs_pointer(file):
+            return f"{file} {LFS_REMEDY}"
+    if place.is_file() and key in ("model.path", "model.teacher", *SINGLE_FILES):
+        pipeline = f"StableDiffusion{'XL' if 'XL' in kind or 'sdxl' in kind else ''}Pipeline"
+        maker = SINGLE_FILES.get(key, pipeline)
+        code = f"{maker}.from_single_file({str(place)!r}).save_pretrained({place.stem!r})"
+        return (
+            "it is a single file: make a folder of it, where the hub can be reached, with "
+            f'python -c "from diffusers import {maker}; {code}"'
+        )
+    if (place / "open_clip_config.json").exists():
+        return "it is a folder of open_clip: the model is wanted in transformers' format"
+    if re.search("no file named|no such modeling files", said):
+        for file in files:
+            found = VARIANT.fullmatch(file.name)
+            if found and not any(
+                file.with_name(f"{found[1]}.{ending}").exists() for ending in ("safetensors", "bin")
+            ):
+                with_it = (
+                    f"model.variant={found[2]}" if key and key[:6] == "model." else "that name"
+                )
+                return f"{file} is there: {with_it} reads it"
+    return None
 
 
 @cache
@@ -95,10 +136,16 @@ def _offline_mode() -> Iterator[None]:
 
 
 def read_network(
-    network: type[ModelMixin], path: str, dtype: torch.dtype, *, key: str, kind: str
+    network: type[ModelMixin],
+    path: str,
+    dtype: torch.dtype,
+    *,
+    key: str,
+    kind: str,
+    variant: str | None = None,
 ) -> Any:
     """A network that the recipe names under ``key``: a folder or hub id of its own, or a whole
-    pipeline, of which the UNet is meant.
+    pipeline, of which the UNet is meant. Its weights are of ``variant`` if there are such.
     """
     with reading(f"{key}={path}", kind, path) as place:
         subfolder = "unet" if network is UNet2DConditionModel and _holds_pipeline(place) else None
@@ -107,9 +154,21 @@ def read_network(
         found = config.get("_class_name", "something else")
         if found != network.__name__:
             raise ValueError(f"it holds a {found}, not a {network.__name__}")
-        loaded = network.from_pretrained(place, subfolder=subfolder, dtype=dtype)
+        options = {"subfolder": subfolder, "dtype": dtype}
+        loaded = of_variant(partial(network.from_pretrained, place, **options), variant)
         refuse_missing_weights(loaded, kind)
     return loaded
+
+
+def of_variant(read: Callable[..., Any], variant: str | None) -> Any:
+    """What ``read(variant=...)`` gives: as in diffusers, a variant need not exist of every part."""
+    try:
+        return read(variant=variant)
+    except OSError as error:
+        if variant is not None:
+            with suppress(OSError):
+                return read(variant=None)
+        raise error from None
 
 
 def read_text_encoder(
@@ -121,19 +180,8 @@ def read_text_encoder(
     that it did. Raises ValueError for them, and what transformers raises for unreadable folders.
     """
     options = {"subfolder": name, "revision": spec.revision, "dtype": dtype}
-
-    def read(variant: str | None) -> tuple[Any, dict[str, Any]]:
-        found: tuple[Any, dict[str, Any]] = encoder.from_pretrained(
-            place, variant=variant, output_loading_info=True, **options
-        )
-        return found
-
-    try:
-        loaded, report = read(spec.variant)
-    except OSError:  # as in diffusers, a variant need not exist of every part
-        if spec.variant is None:
-            raise
-        loaded, report = read(None)
+    read = partial(encoder.from_pretrained, place, output_loading_info=True, **options)
+    loaded, report = of_variant(read, spec.variant)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(

@@ -20,7 +20,8 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for a run others should repeat."""
     variant: str | None = None
-    """Weight variant on the hub, e.g. `fp16`."""
+    """Variant of the weights, in a folder or on the hub, e.g. `fp16` for files such as
+    `model.fp16.safetensors`; parts that have none are read as they are."""
     vae: str | None = None
     """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
     unet: str | None = None

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..basics.errors import RecipeError, told_by
+from ..basics.files import LFS_REMEDY, lfs_pointer
 from ..basics.shipped import locate
 from .keys import SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
 from .schema import Recipe
@@ -67,6 +68,8 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
         if len(raw) > MAX_BYTES:
             size = f"larger than {MAX_BYTES >> 10} KiB"
             raise RecipeError(f"{name} is {size}: not a recipe", str(path), "too-large")
+        if lfs_pointer(raw):
+            raise RecipeError(f"{name} {LFS_REMEDY}", str(path), "unreadable")
         text = raw.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = told_by(error) if isinstance(error, OSError) else "its name or text is not UTF-8"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..basics.errors import told_by
+from ..basics.files import LFS_REMEDY, is_lfs_pointer
 
 WRAPPERS = ("state_dict", "model", "module")  # keys that trainers put their weights under
 
@@ -24,6 +25,8 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     """
     if not Path(path).is_file():
         raise ValueError("there is no such file")
+    if is_lfs_pointer(path):
+        raise ValueError(f"it {LFS_REMEDY}")
     if path.endswith(".safetensors"):
         found: Any = load_file(path)
     else:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..basics.errors import DataError, told_by
-from ..basics.files import replacing
+from ..basics.files import LFS_REMEDY, lfs_pointer, replacing
 from .contents import Contents, Kind, contents_of
 
 FORMAT_VERSION = 1  # of Manifest.format_version
@@ -174,6 +174,8 @@ def parse_manifest(text: bytes, path: str, sha256: str | None = None) -> Manifes
 
     ``sha256`` is what it must have, if that is known.
     """
+    if lfs_pointer(text):
+        raise DataError(f"{path} {LFS_REMEDY}", path, "unreadable")
     found_sha256 = hashlib.sha256(text).hexdigest()
     if sha256 is not None and found_sha256 != sha256:
         raise DataError(

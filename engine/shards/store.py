@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..basics.errors import ShardError, told_by
+from ..basics.files import LFS_REMEDY, is_lfs_pointer
 from .manifest import Manifest, ShardEntry, load_manifest
 
 
@@ -94,6 +95,8 @@ def check_against(
     """Raise ShardError unless a file of ``size`` bytes, whose ``sha256`` may not be known yet, is
     as the manifest says.
     """
+    if size != entry.bytes and is_lfs_pointer(shard):
+        raise ShardError(shard, LFS_REMEDY, kind="unreadable")
     if size != entry.bytes:
         what, kind = ("truncated",) * 2 if size < entry.bytes else ("too long", "mismatch")
         reason = f"{what}: {size} bytes, manifest says {entry.bytes}"

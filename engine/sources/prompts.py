@@ -15,6 +15,7 @@ from typing import Any
 
 from ..basics import keyed
 from ..basics.errors import DataError, told_by
+from ..basics.files import LFS_REMEDY, is_lfs_pointer
 from ..basics.keyed import Stream, content_id
 from ..basics.prompt_identity import identity_of
 from ..basics.shipped import locate
@@ -35,6 +36,8 @@ def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[str]:
     Blank lines and empty cells are no prompts. DataError names file, line or row, and column.
     """
     path = locate(path)
+    if is_lfs_pointer(path):
+        raise _unreadable(path, LFS_REMEDY)
     kind = Path(path).suffix.lower()
     if kind == ".jsonl":
         cells = _json_lines(path, column)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.errors import RecipeError, told_by
+from ..basics.files import LFS_REMEDY, lfs_pointer
 from ..basics.shipped import locate, shipped
 from ..recipe import Recipe
 
@@ -259,6 +260,8 @@ def _read_json(name: str) -> dict[str, Any]:
             raise RecipeError(
                 f"{name} is larger than {MAX_BYTES >> 10} KiB: not a config", name, "too-large"
             )
+        if lfs_pointer(raw):
+            raise RecipeError(f"{name} {LFS_REMEDY}", name, "unreadable")
         config = json.loads(raw, object_pairs_hook=unique)
     except OSError as error:
         raise RecipeError(f"{name} cannot be read: {told_by(error)}", name, "unreadable") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -13,6 +15,7 @@ from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Model
+from cdpo.engine.training.dry_run.networks import read_meta_model
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -132,6 +135,48 @@ def test_the_projection_of_the_second_encoder_may_not_be_missing(
     with refused(OutsideError, "unreadable", "model.path") as caught:
         load("sdxl", path)
     assert str(caught.value).endswith("text_encoder_2 lack text_projection.weight")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_of_a_variant_alone_name_the_key_that_reads_them(part, folders, tmp_path):
+    path = shutil.copytree(folders / "sd", tmp_path / "model")
+    (plain,) = (path / part).glob("*.safetensors")
+    only = plain.with_suffix(".fp16.safetensors")
+    plain.rename(only)
+    with refused(OutsideError, "unreadable", "model.path") as told:
+        load("sd", path)
+    assert str(told.value).endswith(f"{only} is there: model.variant=fp16 reads it")
+    expected = load("sd", folders / "sd").fingerprints()
+    assert load("sd", path, variant="fp16").fingerprints() == expected
+    if part != "text_encoder":  # as a part of its own: from a variant if there is one, else plain
+        for folder in (path, folders / "sd"):
+            changed = {part: str(folder / part), "variant": "fp16"}
+            assert load("sd", folders / "sd", **changed).fingerprints() == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key", "maker"),
+    [
+        ("sd", "path", "StableDiffusionPipeline"),
+        ("sdxl", "path", "StableDiffusionXLPipeline"),
+        ("sd", "vae", "AutoencoderKL"),
+        ("sd", "unet", "UNet2DConditionModel"),
+    ],
+)
+def test_a_single_file_is_one_line_that_makes_a_folder_of_it(
+    backbone, key, maker, folders, tmp_path
+):
+    file = tmp_path / "v1-5.safetensors"
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, file)
+    given = {"path": folders / backbone} | {key: str(file)}
+    spec = Model(backbone=backbone, resolution=(16, 16), **{k: str(v) for k, v in given.items()})
+    for read in (lambda: load_backbone(spec, CPU), lambda: read_meta_model(spec, torch.float32)):
+        with refused(OutsideError, "unreadable", f"model.{key}") as told:
+            read()
+        code = str(told.value).partition('python -c "')[2].removesuffix('"')
+        assert f"{maker}.from_single_file({str(file)!r}).save_pretrained('v1-5')" in code
+        ast.parse(code)
+        assert hasattr(getattr(diffusers, maker), "from_single_file")
 
 
 def test_text_encoders_are_read_as_the_stock_pipeline_reads_them(

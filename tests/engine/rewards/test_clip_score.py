@@ -33,6 +33,14 @@ def pictures(count: int = len(PROMPTS), size: tuple[int, int] = (24, 24)) -> lis
     return [Image.fromarray(image) for image in pixels]
 
 
+def test_a_folder_of_open_clip_is_named_as_such(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 24}}')
+    (tmp_path / "open_clip_model.safetensors").touch()
+    with refused(OutsideError, "unreadable", str(tmp_path)) as told:
+        load_reward(ClipScoreSpec(path=str(tmp_path)), CPU)
+    assert str(told.value).endswith("of open_clip: the model is wanted in transformers' format")
+
+
 @torch.no_grad()
 def test_it_is_the_cosine_that_clip_itself_computes(reward, tiny_world):
     folder = tiny_world / "reward"
