@@ -21,6 +21,7 @@ from ..basics.keyed import Stream
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.adapters import twin_of
+from ..models.text import told_of_long
 from ..models.tuning import tune_denoiser, tune_for_sampling
 from ..preparing.candidates import CandidateSampler, CandidateSet, drawn_by
 from ..ranks import Ranks
@@ -106,6 +107,8 @@ class Comparison:
     def _sample(self, measured: Measured) -> None:
         """Images of the base, then of each run, and how far each has gone from the base."""
         backbone = load_backbone(self.recipe.model, self.ranks.device)
+        if self.ranks.is_first and (told := told_of_long(backbone, self.prompts)):
+            self.terminal.warn(told)
         made_by = drawn_by(self.recipe.model, backbone)
         tune_for_sampling(self.recipe.speed, backbone)
         reference = backbone.denoiser

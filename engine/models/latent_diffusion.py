@@ -23,7 +23,7 @@ from .autoencoder import Autoencoder
 from .masking import PromptMask
 from .pretrained import fingerprint
 from .protocol import Conditioning, Framing, NoiseProcess
-from .text import TextConditioner
+from .text import TextConditioner, seen_tokens
 
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
@@ -98,6 +98,9 @@ class LatentDiffusion:
         self, prompts: Sequence[str], framing: Framing | None = None
     ) -> Conditioning:
         return self._text.encode(prompts, framing)
+
+    def seen_tokens(self, prompt: str) -> int | None:
+        return seen_tokens(self.pipeline, prompt)
 
     def limit_prompt_cache(self, num_bytes: int) -> None:
         self._text.cache.budget = num_bytes

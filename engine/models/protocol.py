@@ -181,6 +181,10 @@ class Backbone(Protocol):
         """Conditioning of N images by their prompts, encoded once each, and by their framing."""
         ...
 
+    def seen_tokens(self, prompt: str) -> int | None:
+        """How many tokens of a prompt the text encoders see, if that is not all of them."""
+        ...
+
     def limit_prompt_cache(self, num_bytes: int) -> None:
         """Keep at most so many bytes of encoded prompts on the device."""
         ...

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .protocol import Conditioning, Framing
+from .protocol import Backbone, Conditioning, Framing
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
 ROWS = 8  # prompts in one call of the encoders
+
+
+def seen_tokens(pipeline: Any, prompt: str) -> int | None:
+    """How many tokens, begin and end among them, a pipeline's text encoders see of a prompt that
+    has more; None of one that has not.
+    """
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None or len(prompt.encode()) <= tokenizer.model_max_length - 2:
+            continue  # a token has a byte at least
+        if len(tokenizer(prompt, verbose=False)["input_ids"]) > tokenizer.model_max_length:
+            return int(tokenizer.model_max_length)
+    return None
+
+
+def told_of_long(backbone: Backbone, prompts: Iterable[str]) -> str | None:
+    """What to warn of where text encoders see the beginning of some prompts alone."""
+    long, first, seen = set[int](), "", 0
+    for prompt in prompts:
+        if tokens := backbone.seen_tokens(prompt):
+            first, seen = (first, seen) if long else (prompt, tokens)
+            long.add(hash(prompt))  # captions of a data set come up again
+    if not long:
+        return None
+    return (
+        f"{len(long)} prompts have more than the {seen} tokens that the text encoder sees, so that "
+        f"their ends do not count, e.g. {first[:200]!r}"
+    )
 
 
 class TextConditioner(Protocol):

@@ -159,6 +159,10 @@ class ImportedPairs:
     def _reward(self) -> RewardModel:
         return load_reward(self.recipe.reward, self.ranks.device)
 
+    def prompts_used(self) -> Iterator[str]:
+        parts = (self.index.part(number) for number in range(self.index.num_parts))
+        return (caption for part in parts for caption in part.captions)
+
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         parts = SourceParts(self.index, self.reader, self.recipe.model.resolution)
         scores = self._scores(parts, tolerance)

@@ -6,7 +6,7 @@ what stands here; scores, latents, shards and manifest are made of both alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -137,6 +137,9 @@ class PairSource(Protocol):
 
     def ranked_by(self) -> RewardSource:
         """What the manifest says of the reward, with a hash of the weights that it holds now."""
+
+    def prompts_used(self) -> Iterable[str]:
+        """The prompts or captions of its images, which may repeat."""
 
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         """Images scored and paired, the same on every rank. DataError if they give no pair."""

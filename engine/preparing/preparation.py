@@ -20,6 +20,7 @@ from ..basics.errors import DataError
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
+from ..models.text import told_of_long
 from ..models.tuning import tune_for_sampling
 from ..ranks import Ranks
 from ..recipe import Generate, Masked, Recipe
@@ -96,6 +97,8 @@ class Preparation:
         backbone = self._load_backbone()
         fingerprints = backbone.fingerprints()
         tune_for_sampling(self.recipe.speed, backbone)
+        if self.ranks.is_first and (told := told_of_long(backbone, self.source.prompts_used())):
+            self.terminal.warn(told)
 
         tolerance = Tolerance(getattr(self.recipe.prepare.source, "max_unreadable", 0))
         ranked = self.source.rank(backbone, tolerance)

@@ -135,6 +135,9 @@ class SampledPairs:
     def ranked_by(self) -> RewardSource:
         return self.ranker.source()
 
+    def prompts_used(self) -> Sequence[str]:
+        return self.prompts
+
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         images = self._sample(backbone)
         parts = CandidateParts(self.prompts, images, self.recipe.model.resolution)
