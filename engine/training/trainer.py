@@ -53,16 +53,17 @@ SCALE_SEARCH = 16
 class Trainer:
     """A run from its newest checkpoint, or from the start, to its last step."""
 
-    # what is trained, and on what
+    # what is trained
     recipe: Recipe
-    shards: ShardStore
-    manifest: Manifest
     backbone: Backbone
     engine: deepspeed.DeepSpeedEngine
-    stream: PairStream
-    batch_maker: BatchMaker
     pacing: Pacing
     growth: Growth
+    # on what, while there are steps to take
+    shards: ShardStore | None
+    manifest: Manifest
+    stream: PairStream
+    batch_maker: BatchMaker
     # where the run stands
     cursor: Cursor
     came_from: Cursor
@@ -81,16 +82,20 @@ class Trainer:
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
 
-        self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
-        self.manifest = ranks.on_first(self.shards.manifest)
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = self.came_from = Cursor.start(self.pacing)
         self.skipped_in_a_row = 0
-        self.stream = self._open_stream()
+        self.checkpoints = CheckpointStore(
+            self.run_dir / "checkpoints", ranks, recipe, keep=recipe.checkpoint.keep
+        )
+        self.shards = None
+        if self.checkpoints.newest_step() < recipe.train.steps:  # absent shards are found early
+            self._open_shards()
 
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
-        refuse_foreign_shards(recipe, self.manifest, self.backbone)
+        if self.shards is not None:
+            self._match_shards()
         objective = build_objective(recipe.objective)
         stage = int(config["zero_optimization"]["stage"])
         networks = build_networks(recipe, self.backbone, objective, zero_stage=stage)
@@ -101,13 +106,6 @@ class Trainer:
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(networks.tuning, networks.policy, *networks.frozen)
 
-        self.checkpoints = CheckpointStore(
-            self.run_dir / "checkpoints",
-            ranks,
-            recipe,
-            data_hash=manifest_hash(self.manifest),
-            keep=recipe.checkpoint.keep,
-        )
         self.log = RunLog(
             self.run_dir,
             window=recipe.train.log_every,
@@ -119,13 +117,28 @@ class Trainer:
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
-        self.batch_maker = BatchMaker(
-            recipe, self.backbone, self.manifest.resolution, ranks.device, self.manifest.kind
-        )
         self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks)
 
-    def _open_stream(self) -> PairStream:
-        """The pairs of this rank; absent shards are found here, before a model is loaded."""
+    def _open_shards(self) -> None:
+        """Find all shards, and start to read the pairs of this rank.
+
+        A finished run has no use for them: it may be exported anew where they are gone.
+        """
+        recipe, ranks = self.recipe, self.ranks
+        self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
+        self.manifest = ranks.on_first(self.shards.manifest)
+        self.checkpoints.data_hash = manifest_hash(self.manifest)
+        self.stream = self._open_stream(self.shards)
+
+    def _match_shards(self) -> None:
+        """Make batches of the shards, which must be of the model that is loaded."""
+        recipe, manifest = self.recipe, self.manifest
+        refuse_foreign_shards(recipe, manifest, self.backbone)
+        self.batch_maker = BatchMaker(
+            recipe, self.backbone, manifest.resolution, self.ranks.device, manifest.kind
+        )
+
+    def _open_stream(self, shards: ShardStore) -> PairStream:
         plan = LanePlan(
             self.manifest,
             seed=self.recipe.seed,
@@ -137,7 +150,7 @@ class Trainer:
         data = self.recipe.data
         stream = PairStream(
             plan,
-            ShardReaders(self.shards, self.manifest, image_workers=data.workers),
+            ShardReaders(shards, self.manifest, image_workers=data.workers),
             self.pacing,
             workers=data.workers,
             timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
@@ -163,8 +176,10 @@ class Trainer:
                 f"{self.ranks.world_size} x {self.ranks.device.type}",
             ),
             ("speed", str(self.engine.module.tuning)),
-            ("pairs", f"{self.manifest.num_pairs} in {self.manifest.tiers} tiers; {stages}"),
         ]
+        if self.shards is not None:
+            manifest = self.manifest
+            rows.append(("pairs", f"{manifest.num_pairs} in {manifest.tiers} tiers; {stages}"))
         if self.pacing.unreached:
             never = ", ".join(str(stage.index + 1) for stage in self.pacing.unreached)
             rows.append(("note", f"stages {never} never open: train.steps ends before them"))
@@ -175,6 +190,11 @@ class Trainer:
     def resume(self) -> bool:
         """Go to the newest checkpoint, if there is one; whether there was."""
         cursor = self.checkpoints.load_newest(self._read_checkpoint)
+        if self.shards is None and (cursor is None or cursor.step < self.recipe.train.steps):
+            # The last checkpoint is damaged: there are steps to take again.
+            self._open_shards()
+            self._match_shards()
+            cursor = self.checkpoints.load_newest(self._read_checkpoint)
         for problem in self.checkpoints.passed_over:
             self.terminal.warn(f"checkpoint {problem}; it is passed over")
         if cursor is not None:
@@ -217,7 +237,8 @@ class Trainer:
         if self.ranks.asked_to_stop():
             self._stop()
         self.exports.publish(self.checkpoints.folder_of(self.cursor.step))
-        self.stream.close()
+        if self.shards is not None:
+            self.stream.close()
 
     def _stop(self) -> None:
         if self.cursor != self.came_from:

@@ -41,20 +41,23 @@ _PARTITION = re.compile(r"pp_rank_(\d+)_")
 class CheckpointStore:
     """The checkpoints of one run folder, written and read by all ranks together."""
 
-    def __init__(
-        self, folder: Path, ranks: Ranks, recipe: Recipe, data_hash: str, keep: int
-    ) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, recipe: Recipe, keep: int) -> None:
         self.folder = folder
         self.ranks = ranks
         self.recipe = recipe
-        self.data_hash = data_hash
         self.keep = keep
+        self.data_hash: str | None = None
+        """Of the shards that are trained on; None while nobody has looked at them."""
         self.passed_over: list[str] = []
         """The newer checkpoints that `load_newest` found damaged, and how."""
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
         return self.folder / f"step-{step:08d}"
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint, whole or not; 0 if there is none."""
+        return max((step for step, _ in self.ranks.on_first(self._committed)), default=0)
 
     def save(self, cursor: Cursor, write: Callable[[Path], None]) -> Path:
         """Commit ``cursor``; ``write(folder)`` is called on every rank to put its files there.
@@ -239,7 +242,7 @@ class CheckpointStore:
                 changed[0].partition(":")[0],
                 "changed",
             )
-        if manifest["data"] != self.data_hash:
+        if self.data_hash is not None and manifest["data"] != self.data_hash:
             raise CheckpointError(
                 f"checkpoint {folder} was trained on other shards (manifest "
                 f"{manifest['data'][:12]}, now {self.data_hash[:12]}): give another run_dir",

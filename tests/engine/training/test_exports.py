@@ -93,9 +93,23 @@ def test_an_extended_run_killed_before_its_last_export_is_not_finished(
     assert "nothing to do" in world.train(run).succeeded().text
 
 
-def test_another_format_of_a_finished_run_needs_no_training(world: World, tmp_path: Path) -> None:
+def test_another_format_of_a_finished_run_needs_no_training_and_no_shards(
+    world: World, tmp_path: Path
+) -> None:
     world.train(tmp_path, "train.steps=2").succeeded()
     before = losses(tmp_path)
-    outcome = world.train(tmp_path, "train.steps=2", "export.formats=[kohya]").succeeded()
+    gone = ("train.steps=2", f"data.path={tmp_path / 'gone'}", "export.formats=[kohya]")
+    outcome = world.train(tmp_path, *gone, ranks=2).succeeded()
     assert "nothing to do" not in outcome.text and losses(tmp_path) == before
-    assert (tmp_path / "kohya" / "lora.safetensors").is_file()
+    kept = load_file(tmp_path / "kohya" / "lora.safetensors")
+    assert same(kept, load_file(tmp_path / "lora" / "kohya.safetensors"))
+    assert "nothing to do" in world.train(tmp_path, *gone).succeeded().text
+
+
+def test_a_damaged_last_checkpoint_takes_shards_again(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path).succeeded()
+    before = losses(tmp_path)
+    next((tmp_path / "checkpoints/step-00000006").rglob("*optim*")).write_bytes(b"")
+    world.train(tmp_path, f"data.path={tmp_path / 'gone'}").refused(3, "gone")
+    assert "passed over" in world.train(tmp_path).succeeded().text
+    assert losses(tmp_path) == before
