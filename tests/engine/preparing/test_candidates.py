@@ -11,7 +11,6 @@ from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import sd
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.preparing import candidates
 from cdpo.engine.preparing.candidates import CandidateSampler, drawn_by
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Model, Sampler
@@ -132,27 +131,6 @@ def test_what_is_there_is_not_drawn_again(sampler, drawn):
     drawn.clear()
     run(sampler())
     assert drawn == []
-
-
-@pytest.mark.parametrize("passage", [1, 2])
-def test_killed_and_started_again(sampler, drawn, monkeypatch, passage):
-    """A prompt is whole or not there; what was whole is kept."""
-    expected = run(sampler("whole"))
-    passages = []
-
-    def die(name: str) -> None:
-        passages.append(name)
-        if len(passages) == passage:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(candidates, "failpoint", die)
-    with pytest.raises(KeyboardInterrupt):
-        run(sampler())
-    monkeypatch.setattr(candidates, "failpoint", lambda name: None)
-    assert passages == ["prepare.candidates"] * passage
-    drawn.clear()
-    assert_same(run(sampler()), expected)
-    assert sorted(drawn) == sorted(PROMPTS[passage:] * COUNT)
 
 
 @pytest.mark.parametrize(

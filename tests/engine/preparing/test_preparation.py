@@ -10,7 +10,12 @@ from cdpo.engine.preparing.imported import SourceParts
 from cdpo.engine.preparing.sampled import CandidateParts
 from prepared import DECIDED, contents, is_finished, prepare
 
-RECORDS = {"sampled": len(tiny.PROMPTS), "paired": len(DECIDED)}
+# Records that are loaded once to be scored, unless masks rank them, and once to be encoded.
+LOADED = {
+    "sampled": 2 * len(tiny.PROMPTS),
+    "masked": len(tiny.PROMPTS),
+    "paired": 2 * len(DECIDED),
+}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,7 @@ def test_only_what_decides_the_shards_makes_them_stale(made, load, ranks, kind, 
         ("sampled", scores, "prepare.scored", 1),
         ("sampled", latents, "prepare.latents", 2),
         ("sampled", shard_set, "prepare.shard", 4),
+        ("masked", candidates, "prepare.candidates", 3),
         ("paired", scores, "prepare.part", 2),
         ("paired", scores, "prepare.scored", 1),
         ("paired", latents, "prepare.latents", 3),
@@ -94,4 +100,4 @@ def test_killed_at_a_fail_point_and_started_again(
             prepare(recipe, ranks)
     assert not (tmp_path / "run" / "shards" / "manifest.json").exists()
     assert contents(prepare(recipe, ranks)) == contents(made(kind) / "shards")
-    assert sum(loaded) == 2 * RECORDS[kind]  # once to score, once to encode
+    assert sum(loaded) == LOADED[kind]

@@ -192,17 +192,14 @@ def test_other_tars_in_the_folder_are_left_alone(tiny_recipe, ranks, tmp_path):
 # Killed
 
 
-@pytest.mark.parametrize("function", ["draw_contact_sheet", "save_manifest"])
-def test_killed_in_between_and_started_again(plain, tiny_recipe, ranks, monkeypatch, function):
+def test_killed_before_the_manifest_and_started_again(plain, tiny_recipe, ranks, monkeypatch):
     def die(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, function, die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparation, "save_manifest", die)
         prepare(tiny_recipe(), ranks)
-    monkeypatch.undo()
-    shards = prepare(tiny_recipe(), ranks)
-    assert contents(shards) == contents(plain / "shards")
+    assert contents(prepare(tiny_recipe(), ranks)) == contents(plain / "shards")
     assert (Path(tiny_recipe().run_dir) / "contact_sheet.png").exists()
 
 

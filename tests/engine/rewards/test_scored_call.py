@@ -149,6 +149,7 @@ def test_a_function_may_give_no_score_to_any_number_of_images():
         (lambda reds: list(range(len(reds))), "wrong-type"),
         (lambda reds: ["good"] * len(reds), "wrong-type"),
         (lambda reds: 0.5, "mismatch"),
+        (lambda reds: np.arange(len(reds)), "wrong-type"),
     ],
 )
 def test_an_answer_of_another_length_or_type_is_an_error(answer, kind):

@@ -77,10 +77,9 @@ def test_a_batch_holds_winners_first(pair_set, small):
         assert torch.equal(batch.images[8 + row], torch.from_numpy(loser))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_joined_are_the_global_batch_and_resume_anywhere(pair_set, world_size):
+def test_ranks_joined_are_the_global_batch_and_resume_anywhere(pair_set):
     alone = stream_of(pair_set)
-    ranks = [stream_of(pair_set, world_size, rank, workers=1) for rank in range(world_size)]
+    ranks = [stream_of(pair_set, 2, rank, workers=1) for rank in range(2)]
     for step in (0, 1, 2, 3, 7, 11):
         whole = alone.next(step, (0,))
         parts = [rank.next(step, (0,)) for rank in ranks]

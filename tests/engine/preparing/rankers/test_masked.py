@@ -14,7 +14,6 @@ import tiny
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
 from cdpo.engine.models.masking import PromptMask
-from cdpo.engine.preparing import candidates
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.preparing.preparation import Preparation
 from cdpo.engine.preparing.rankers.masked import MaskedRanker
@@ -24,7 +23,7 @@ from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.sample import PairMeta
 from launching import KILLED, losses
-from prepared import OVERRIDES, candidate_of, candidates_of, contents, pairs_of, prepare
+from prepared import OVERRIDES, candidate_of, candidates_of, contents, pairs_of
 
 SHARES = (0.9, 0.5, 0.1)
 WINNERS, BUDGET = 4, 3
@@ -146,28 +145,6 @@ def test_the_head_of_the_terminal_says_how_they_are_ranked(plain, tiny_recipe, r
     said = dict(Preparation(ranks, tiny_recipe(f"run_dir={plain}", *MASKED), terminal).describe())
     assert said["sample"].startswith("7 prompts x (4 winners + 9 losers), 2 steps")
     assert said["rank by"].startswith("masked prompts: losers with 0.9, 0.5, 0.1 of")
-
-
-def test_killed_while_sampling_and_started_again(plain, tiny_recipe, ranks, monkeypatch):
-    """The third prompt was being kept: four are drawn after that, and no image twice."""
-    passages: list[str] = []
-
-    def die(name: str) -> None:
-        passages.append(name)
-        if len(passages) == 3:
-            raise KeyboardInterrupt
-
-    recipe = tiny_recipe(*MASKED)
-    monkeypatch.setattr(candidates, "failpoint", die)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, ranks)
-    kept = contents(Path(recipe.run_dir) / "candidates")
-    assert len(kept) == 3
-    passages[:] = ["once was enough"] * 3
-    shards = prepare(recipe, ranks)
-    assert len(passages) == 3 + len(tiny.PROMPTS) - 3
-    assert kept.items() <= contents(Path(recipe.run_dir) / "candidates").items()
-    assert contents(shards) == contents(plain / "shards")
 
 
 # --------------------------------------------------------------------------------------------------
