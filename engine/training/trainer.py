@@ -89,12 +89,13 @@ class Trainer:
             self.run_dir / "checkpoints", ranks, recipe, keep=recipe.checkpoint.keep
         )
         self.shards = None
-        if self.checkpoints.newest_step() < recipe.train.steps:  # absent shards are found early
+        has_steps_left = self.checkpoints.newest_step() < recipe.train.steps
+        if has_steps_left:  # absent shards are found early
             self._open_shards()
 
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
-        if self.shards is not None:
+        if has_steps_left:
             self._match_shards()
         objective = build_objective(recipe.objective)
         stage = int(config["zero_optimization"]["stage"])
