@@ -32,7 +32,14 @@ ROOMS["training"] = set(ROOMS) - {"preparing"}
 ROOMS["comparing"] = set(ROOMS) - {"shards", "curriculum"}
 ROOMS["root"] = set(ROOMS)
 # Functions that look for a word in what others say, or cut it themselves to hide passwords.
-LOOKED_AT = {"told_by", "is_out_of_memory", "_is_of_a_collective", "_global_in", "reason_of"}
+LOOKED_AT = {
+    "told_by",
+    "is_out_of_memory",
+    "_is_of_a_collective",
+    "_global_in",
+    "_remedy",
+    "reason_of",
+}
 PROTOCOL = "cdpo.engine.models.protocol."  # all that an objective knows of a model
 # Not installed here, perhaps, but imported by the libraries we use when they are.
 OPTIONAL = {

@@ -41,9 +41,8 @@ def told_by(error: BaseException) -> str:
     Whatever is put into a message goes through here. What follows the first sentence is advice for
     programmers ("re-run with weights_only=False"), which users of ours must not take.
     """
-    number = error.errno if isinstance(error, OSError) else None
-    if number in errno.errorcode and number is not None:
-        return os.strerror(number)  # str() names the file again, which the message does
+    if isinstance(error, OSError) and error.errno and error.errno in errno.errorcode:
+        return os.strerror(error.errno)  # str() names the file again, which the message does
     lines = str(error)[: 4 * MOST_CHARACTERS].strip().split("\n")
     text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
     text = _SENTENCE.split(plain(" ".join(text.split())), maxsplit=1)[0].removesuffix(".")

@@ -59,7 +59,7 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
         if offline and (isinstance(error, OSError) or not os.path.exists(kept)):
             reason, failure = f"{reason} (offline: {offline})", "unreachable"
         found = Path(kept if is_remote else place)
-        remedy = _remedy(found, key, kind, str(error)) if place else None
+        remedy = _remedy(found, key, kind, error) if place else None
         told = f"{what} is no {kind}: {reason}" + (f"; {remedy}" if remedy else "")
         raise OutsideError(told, key, failure) from None
 
@@ -70,7 +70,7 @@ VARIANT = re.compile(r"(model|(?:diffusion_)?pytorch_model)\.(\w+)\.(?:safetenso
 SINGLE_FILES = {"model.vae": "AutoencoderKL", "model.unet": "UNet2DConditionModel"}
 
 
-def _remedy(place: Path, key: str | None, kind: str, said: str) -> str | None:
+def _remedy(place: Path, key: str | None, kind: str, error: Exception) -> str | None:
     """What to do about a folder or file that could not be read, where its files show that."""
     files = sorted(islice(place.rglob("*"), MOST_FILES)) if place.is_dir() else [place]
     for file in files:
@@ -86,7 +86,7 @@ def _remedy(place: Path, key: str | None, kind: str, said: str) -> str | None:
         )
     if (place / "open_clip_config.json").exists():
         return "it is a folder of open_clip: the model is wanted in transformers' format"
-    if re.search("no file named|no such modeling files", said):
+    if re.search("no file named|no such modeling files", str(error)):
         for file in files:
             found = VARIANT.fullmatch(file.name)
             if found and not any(

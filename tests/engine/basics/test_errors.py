@@ -18,6 +18,7 @@ from cdpo.engine.basics.errors import (
     ShardError,
     told_by,
 )
+from cdpo.engine.sources.rows import load_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,13 @@ def test_megabytes_are_cut_in_the_middle():
     message = str(ShardError("a.tar", "x" * 10**7 + ": too long", kind="too-large"))
     assert message.startswith("shard a.tar") and message.endswith("x: too long")
     assert len(message) <= MOST_CHARACTERS
+
+
+@pytest.mark.parametrize("name", ["QUJD" * 10**6, "a\n\x1b[2Jb\u202e.png", "\x00"])
+def test_a_cell_that_is_no_name_of_an_image_is_told_in_a_line(name, tmp_path):
+    """Images in base64 where paths are wanted, and names that were made to hide something."""
+    told = str(load_file(tmp_path / name))
+    assert is_plain(told) and len(told) <= MOST_CHARACTERS and str(tmp_path) in told
 
 
 def test_names_in_a_message_cannot_move_the_cursor_or_begin_a_line():
