@@ -56,8 +56,9 @@ class Imported(Section):
     one of losers. Paths in a table are relative to its folder; absolute ones and `..` are followed,
     so look into a stranger's table before its images are read."""
     caption: str = "caption"
-    """Column with the caption (in a tar a key of its KEY.json; beside folders of images a folder of
-    NAME.txt). Captions that are empty or among `prompts.heldout` are left out, and counted."""
+    """Column with the caption (in a tar a key of its KEY.json, or else its KEY.txt; with folders of
+    images a folder of NAME.txt, or NAME.txt beside an image). Captions that are empty or among
+    `prompts.heldout` are left out, and counted."""
     limit: PositiveInt | None = None
     """Use only the first so many rows: for trying a recipe out."""
     max_unreadable: NonNegativeInt = 0

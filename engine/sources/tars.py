@@ -154,7 +154,8 @@ class TarReader:
         whole = {key for key, sample in group.items() if not self._missing(sample)}
         for key, sample in group.items():
             if key not in whole:
-                is_aside = any(key.startswith(f"{other}.") for other in whole)
+                dots = [at for at, character in enumerate(key) if character == "."]
+                is_aside = any(key[:at] in whole or key[:at] in seen for at in dots)
                 if is_aside or not sample.members.keys() & {*self.images, RECORD}:
                     for column in sample.members:
                         left_out.pass_over(name, sample.names[column], OTHERS)

@@ -4,6 +4,7 @@ often it was killed.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections import Counter
@@ -23,7 +24,7 @@ from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.reader import ShardReaders
-from cdpo.engine.sources.pictures import Loaded, load_records, read_picture
+from cdpo.engine.sources.pictures import FIRST_FRAME, Loaded, load_records, read_picture
 from PIL import Image
 from prepared import DECIDED, OVERRIDES, ROWS, contents, is_finished, named, pairs_of, prepare
 from refusals import refused
@@ -256,6 +257,10 @@ def test_two_ranks_write_what_one_writes(plain, server, tiny_world, parquet, tmp
 def damaged(tmp_path: Path) -> Path:
     rows = list(ROWS)
     rows[3] = preferences.judged(3, jpg_1=b"no image")
+    frames = [Image.new("RGB", (24, 20), color) for color in ("red", "blue")]
+    animation = io.BytesIO()
+    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
+    rows[8] = preferences.judged(8, jpg_0=animation.getvalue())
     rows[21] = preferences.judged(21, jpg_0=preferences.picture(42)[:-300])
     return preferences.write_parquet(tmp_path / "damaged.parquet", rows)
 
@@ -275,9 +280,12 @@ def test_unreadable_images_may_be_left_out_and_are_counted(paired, ranks, damage
     imported = manifest.statistics.imported
     assert imported is not None and imported.pop("labels overruled by scores") > 0
     left = sum(manifest.statistics.dropped_remainder_by_tier)
+    assert imported.pop(FIRST_FRAME) == 1
     unused = {"ties": 12, "unreadable images": 2, NOT_TAKEN: left}
     assert imported == {"rows": 60} | unused
     assert manifest.num_pairs + sum(unused.values()) == 60 and left > 0
+    [used] = [line for line in named(shards.parent) if line["reason"] == FIRST_FRAME]
+    assert (used["where"], used["column"], used["fate"]) == ("row 8", "jpg_0", "used")
     lines = [line for line in named(shards.parent) if line["reason"] == "unreadable images"]
     assert [(line["where"], line["column"]) for line in lines] == [
         ("row 3", "jpg_1"),
