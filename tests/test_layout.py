@@ -37,6 +37,7 @@ LOOKED_AT = {
     "is_out_of_memory",
     "_is_of_a_collective",
     "_global_in",
+    "_broken",
     "_remedy",
     "reason_of",
 }

@@ -92,6 +92,12 @@ def is_lfs_pointer(path: Path | str) -> bool:
         return False
 
 
+def refuse_pointer(path: Path | str) -> None:
+    """DataError, kind `unreadable`, for a file that is one of those."""
+    if is_lfs_pointer(path):
+        raise DataError(f"{path} {LFS_REMEDY}", str(path), "unreadable")
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's content, or the names in a folder, down to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from .section import NonNegativeInt, PositiveInt, Sampler, Section
 
@@ -51,10 +53,11 @@ class Imported(Section):
 
     type: str
     path: str
-    """The data set: a parquet, CSV or tar file, a folder of parquet files or of tars, or a pattern
-    such as `pickapic/train-*.parquet`; for `paired` also a folder with one folder of winners and
-    one of losers. Paths in a table are relative to its folder; absolute ones and `..` are followed,
-    so look into a stranger's table before its images are read."""
+    """The data set: a file (.parquet, .tar, or .csv, .tsv, .jsonl, .json, also with .gz), a folder
+    of files of one kind, or a pattern such as `pickapic/train-*.parquet`; for `paired` also a
+    folder with one folder of winners and one of losers. Paths in a table are relative to its
+    folder; absolute ones and `..` are followed, so look into a stranger's table before its images
+    are read."""
     caption: str = "caption"
     """Column with the caption (in a tar a key of its KEY.json, or else its KEY.txt; with folders of
     images a folder of NAME.txt, or NAME.txt beside an image). Captions that are empty or among
@@ -66,16 +69,39 @@ class Imported(Section):
     one more stops the import and names file and row."""
 
 
+_Images = Annotated[
+    Annotated[tuple[str, str], Tag("as two columns")] | Annotated[str, Tag("as one column")],
+    Discriminator(lambda value: "as one column" if isinstance(value, str) else "as two columns"),
+]
+Order = Literal["higher", "lower"] | None
+_RANKS = {"rank", "ranks", "ranking", "rankings", "ranked", "place", "placing", "placement"}
+
+
+def _check_order(order: Order, columns: Sequence[str], key: str) -> None:
+    """ValueError where it is left open whether 1 is best, or said of scores that are not given."""
+    if order and not columns:
+        raise ValueError(f"order={order} means nothing without {key}, the columns it is said of")
+    for name in columns:
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+        if order is None and words & _RANKS:
+            raise ValueError(
+                f"{key}={name} is called like a rank: say order=lower if 1 is best, order=higher "
+                "if the highest is"
+            )
+
+
 class Paired(Imported):
     """Pairs that people, or another model, judged. The defaults are Pick-a-Pic v2's columns."""
 
     type: Literal["paired"] = "paired"
     """`paired`: a data set of two images, a label and a caption."""
-    images: tuple[str, str] = ("jpg_0", "jpg_1")
-    """Columns (members of a tar, sub-folders) with the two images: encoded bytes, or paths."""
+    images: _Images = ("jpg_0", "jpg_1")
+    """Columns (members of a tar, sub-folders) with the two images: encoded bytes, or paths. One
+    name: a column with lists of two."""
     label: str | None = "label_0"
     """Column that says how the first image did: 1 it won, 0 it lost, 0.5 a tie, which is left out;
-    null: the first image of every row is the winner."""
+    or a list with a number for each image, of which the higher one wins; null: the first image of
+    every row is the winner."""
     has_label: str | None = "has_label"
     """Column that says whether the row was judged at all, used where the table has it: a row that
     was not is left out, whatever `label` holds; null: never look."""
@@ -87,9 +113,16 @@ class Paired(Imported):
     scores: tuple[str, str] | None = None
     """Columns with a score of each image, to take difficulty from; null: the recipe's reward scores
     both."""
+    order: Order = None
+    """Which of `scores` is better: see `order` of `ranked`."""
     on_disagreement: Literal["drop", "keep", "swap"] = "drop"
     """Where the scores contradict the label: `drop` the pair, `keep` the label (such pairs are the
     hardest), or `swap`: believe the scores."""
+
+    @model_validator(mode="after")
+    def _scores_have_an_order(self) -> Paired:
+        _check_order(self.order, self.scores or (), "scores")
+        return self
 
 
 class Ranked(Imported):
@@ -100,7 +133,16 @@ class Ranked(Imported):
     image: str = "image"
     """Column (member of a tar) with the image: encoded bytes, or a path."""
     score: str | None = "score"
-    """Column with its score, higher is better; null: the recipe's reward scores it."""
+    """Column with its score; null: the recipe's reward scores it."""
+    order: Order = None
+    """Which score is better: `higher`, or `lower` where it is a rank and 1 is best; null is
+    `higher`, but a column that is called like a rank needs it said. Lower ones are kept with their
+    sign turned."""
+
+    @model_validator(mode="after")
+    def _scores_have_an_order(self) -> Ranked:
+        _check_order(self.order, (self.score,) if self.score else (), "score")
+        return self
 
 
 Source = Annotated[Generate | Masked | Paired | Ranked, Field(discriminator="type")]

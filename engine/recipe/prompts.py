@@ -103,7 +103,8 @@ class Prompts(Section):
     """Where prompts come from.
 
     Files are text with one prompt a line, where `#` starts a comment line, tables (.parquet, .csv,
-    .tsv or .jsonl), or a .json list of texts or objects. Repeated prompts count once. A relative
+    .tsv or .jsonl), or a .json list of texts or objects; all but parquet also with .gz. Repeated
+    prompts count once. A relative
     path is that of the working folder or else of a file that is shipped, such as
     `recipes/prompts/animals.txt`.
     """

@@ -1,40 +1,44 @@
 """Preference data that is already there: read in a stream, row by row, from tables, tars, folders.
 
-`files` finds it, `tables`, `tars` and `folders` read rows, `records` decides which of them say
-something, `index` keeps those on disk, `loading` and `pictures` bring their images, `pairing` makes
-pairs in tiers of them.
+`files` finds it; `parquet`, `text_tables`, `tars` and `folders` read rows, and `cells` finds images
+in tables; `records` decides which rows say something, `index` keeps those on disk, `pictures`
+brings their images. `left_out` takes note of all else. `prompts` reads prompts of the same tables.
 """
 
 from __future__ import annotations
 
+from ..basics.errors import DataError
 from ..recipe import Imported, Paired, Ranked
+from .cells import ImageCells
 from .files import SourceFiles, find_files
 from .folders import FolderReader
+from .parquet import ParquetReader
 from .rows import RowReader
-from .tables import CsvReader, ParquetReader
 from .tars import TarReader
+from .text_tables import TextTable
 
 __all__ = ["SourceFiles", "find_files", "image_columns", "open_source"]
 
 
-def image_columns(spec: Imported) -> tuple[str, ...]:
-    """Where the images of a row are: two columns of a pair, one of a ranked image."""
+def image_columns(spec: Imported) -> ImageCells:
+    """Where the images of a row are: those of a pair, or the one of a ranked image."""
     if isinstance(spec, Paired):
-        return spec.images
+        return ImageCells.of(spec.images)
     assert isinstance(spec, Ranked)
-    return (spec.image,)
+    return ImageCells.of((spec.image,))
 
 
 def open_source(spec: Imported) -> RowReader:
     """The reader of a recipe's data set; DataError if there is none, or none that can be read."""
-    columns = image_columns(spec)
-    files = find_files(spec.path, columns if isinstance(spec, Paired) else None)
-    if files.kind == "folder":
-        return FolderReader(files, columns, spec.caption)
+    cells = image_columns(spec)
+    files = find_files(spec.path, cells.names if isinstance(spec, Paired) else None)
     if files.kind == "parquet":
-        return ParquetReader(files, columns)
-    return (
-        CsvReader(files, columns)
-        if files.kind == "csv"
-        else TarReader(files, columns, spec.caption)
-    )
+        return ParquetReader(files, cells)
+    if files.kind not in ("folder", "tar"):
+        return TextTable(files, cells)
+    if cells.listed:
+        told = f"prepare.source.images={cells.listed}: a {files.kind} has no lists: name two"
+        raise DataError(told, "prepare.source.images", "unsupported")
+    if files.kind == "folder":
+        return FolderReader(files, cells.names, spec.caption)
+    return TarReader(files, cells.names, spec.caption)

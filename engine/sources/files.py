@@ -12,8 +12,9 @@ from typing import Literal
 
 from ..basics.errors import DataError
 
-Kind = Literal["parquet", "tar", "csv", "folder"]
-TABLES: tuple[Kind, ...] = ("parquet", "tar", "csv")
+Kind = Literal["parquet", "tar", "csv", "jsonl", "json", "folder"]
+TABLES: tuple[Kind, ...] = ("parquet", "tar", "csv", "jsonl", "json")
+_ENDINGS: dict[str, Kind] = {f".{kind}": kind for kind in TABLES} | {".tsv": "csv"}
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"),
@@ -21,6 +22,15 @@ IMAGE_ENDINGS = (
 """What names of pictures end with; not all of these can be read, and then it is said of which."""
 OF_DESKTOPS, OTHER_KINDS, HIDDEN = "files of a desktop", "files of other kinds", "hidden files"
 BESIDE_TARS, UNPACK = "tables beside their tars", "compressed tars: unpack them"
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What a file is by its ending, in capitals or not; tables of text may be gzipped besides."""
+    *before, last = "", *(suffix.lower() for suffix in path.suffixes)
+    if last != ".gz":
+        return _ENDINGS.get(last)
+    packed = _ENDINGS.get(before[-1])
+    return packed if packed in ("csv", "jsonl", "json") else None
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class SourceFiles:
     def name(self, number: int) -> str:
         """What a file is called inside the data set, wherever that lies."""
         return self.paths[number].relative_to(self.root).as_posix()
+
+    def beside(self, number: int) -> Path:
+        """The folder that paths of images in a file are relative to."""
+        return self.paths[number] if self.kind == "folder" else self.paths[number].parent
 
     def signature(self) -> list[list[str | int]]:
         """Name, size and time of change of each file, and the names of others: while it stays the
@@ -88,8 +102,8 @@ def _of_one_kind(
         if hidden is not None:
             others[hidden] = OF_DESKTOPS if is_of_a_desktop(hidden.name) else HIDDEN
         elif file.is_file():
-            kind = file.suffix[1:].lower()
-            if kind in kinds and not is_of_a_desktop(file.relative_to(place).as_posix()):
+            kind = kind_of(file)
+            if kind and not is_of_a_desktop(file.relative_to(place).as_posix()):
                 kinds[kind].append(file)
             else:
                 others[file] = _why(file)
@@ -97,6 +111,9 @@ def _of_one_kind(
     if beside := [file for file in kinds["parquet"] if file.with_suffix("") in tars]:
         others |= dict.fromkeys(beside, BESIDE_TARS)  # img2dataset's
         kinds["parquet"] = [file for file in kinds["parquet"] if file not in beside]
+    if sum(map(bool, kinds.values())) > 1:  # then it says something about the others
+        others |= dict.fromkeys(kinds["json"], OTHER_KINDS)
+        kinds["json"] = []
     present = [kind for kind in TABLES if kinds[kind]]
     if len(present) > 1:
         counts = ", ".join(f"{len(kinds[kind])} {kind}" for kind in present)
@@ -106,7 +123,7 @@ def _of_one_kind(
         folders = f", nor folders {' and '.join(image_folders)}" if image_folders else ""
         there = counted(others) or "nothing"
         raise DataError(
-            f"{where}: holds no .parquet, .tar or .csv files{folders}; there is {there}",
+            f"{where}: holds no {', '.join(_ENDINGS)} files{folders}; there is {there}",
             "prepare.source.path",
             "unsupported" if UNPACK in others.values() else "empty",
         )

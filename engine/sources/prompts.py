@@ -6,7 +6,6 @@ a JSON list of texts or of objects that have the column.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -14,168 +13,99 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import keyed
-from ..basics.errors import DataError, told_by
-from ..basics.files import LFS_REMEDY, is_lfs_pointer
+from ..basics.errors import DataError
 from ..basics.keyed import Stream, content_id
 from ..basics.prompt_identity import identity_of
 from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
-from .files import SourceFiles
+from .cells import ImageCells
+from .files import Kind, SourceFiles, kind_of
 from .left_out import LeftOut
-from .rows import describe
-from .tables import CsvReader, ParquetReader
+from .parquet import ParquetReader
+from .rows import check_columns
+from .text_tables import TextTable, text_lines
 
-MAX_LINE_BYTES = 2**20  # of a JSONL file, whose rows hold more than a prompt
-MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
+COLUMN = "prompts.column"
+COMMENT, BLANK = "comments in prompt files", "blank lines in prompt files"
+EMPTY, REPEATED = "cells without a prompt", "repeated prompts"
 
 
 def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[str]:
-    """The prompts of a file in their order, repeated ones included; tables are read in a stream.
+    """The prompts of a file in their order, each once; tables are read in a stream.
 
-    Blank lines and empty cells are no prompts. DataError names file, line or row, and column.
+    Comments, blank lines, empty cells and what comes up again are noted in ``left_out``. DataError
+    names file, line or row, and column.
     """
     path = locate(path)
-    if is_lfs_pointer(path):
-        raise _unreadable(path, LFS_REMEDY)
-    kind = Path(path).suffix.lower()
-    if kind == ".jsonl":
-        cells = _json_lines(path, column)
-    elif kind == ".json":
-        cells = _json_list(path, column)
-    elif kind in (".parquet", ".csv", ".tsv"):
-        cells = _table(path, kind, column, left_out)
-    elif kind in (".yaml", ".yml"):
+    place = Path(path)
+    kind = kind_of(place)
+    if place.suffix.lower() in (".yaml", ".yml") or kind == "tar":
         raise DataError(
-            f"prompts: {path} is YAML, whose lists are not read: give a file with a prompt a line, "
-            "or JSON, or templates in the recipe",
+            f"prompts: {path} is {'YAML' if kind is None else 'a tar'}, which prompts are not read "
+            "from: give a file with a prompt a line, a table, or templates in the recipe",
             path,
             "unsupported",
         )
-    else:
-        cells = _lines(path)
-    for where, cell in cells:
-        if cell is None:
-            continue
-        key = where.removesuffix(",")
-        if not isinstance(cell, str):
-            raise DataError(
-                f"prompts: {where} holds {type(cell).__name__}, not text", key, "wrong-type"
-            )
-        prompt = cell.strip()
-        if half := lone_surrogate(prompt):
-            raise DataError(
-                f"prompts: {where} holds half a character, {half!r}: remove it", key, "damaged"
-            )
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise DataError(
-                f"prompts: {where} has {len(prompt)} characters; at most "
-                f"{MAX_PROMPT_CHARACTERS} are taken",
-                key,
-                "too-large",
-            )
-        if prompt:
-            yield prompt
-
-
-def _lines(path: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
     try:
-        # Not `splitlines`, which cuts at U+2028 and other characters that are part of a prompt.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.lstrip().startswith("#"):
-            yield f"{path}:{number}", line
-
-
-def _table(path: str, kind: str, column: str, left_out: LeftOut) -> Iterator[tuple[str, Any]]:
-    place = Path(path)
-    reader: ParquetReader | CsvReader
-    if kind == ".parquet":
-        reader = ParquetReader(SourceFiles("parquet", place.parent, (place,)), ())
-    else:
-        delimiter = "\t" if kind == ".tsv" else ","
-        reader = CsvReader(SourceFiles("csv", place.parent, (place,)), (), delimiter)
-    try:
-        _check_column(path, column, reader.columns())
-        for rows in reader.rows(0, [column], left_out):
-            for row in rows:
-                yield (
-                    f"{describe(reader.files, 0, row.where)}, column {column},",
-                    row.values[column],
-                )
+        for where, cell in _cells(place, kind, column, left_out):
+            prompt = _prompt(cell, f"{place} {where}" + (f", column {column}" if kind else ""))
+            if not prompt and kind:
+                left_out.leave_out(path, where, EMPTY, column)
+            elif not prompt:
+                left_out.pass_over(path, where, BLANK)
+            elif prompt in seen:
+                left_out.leave_out(path, where, REPEATED, column if kind else "", prompt)
+            else:
+                seen.add(prompt)
+                yield prompt
     except DataError as error:
-        told = f"prompts: {str(error).removeprefix('prompts: ')}"
-        raise DataError(told, error.key, error.kind) from None
+        missing = (error.kind, error.key) == ("missing", column)
+        key = COLUMN if missing else error.key
+        raise DataError(f"prompts: {error}", key, error.kind) from None
 
 
-def _json_lines(path: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Rows are objects, one a line; a row without the column is an error, one with null is not."""
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if line.strip():
-                    yield _json_cell(line, f"{path}:{number}", column)
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
-
-
-def _json_cell(line: bytes, where: str, column: str) -> tuple[str, Any]:
-    return _cell(_json(line, where, MAX_LINE_BYTES), where, column)
-
-
-def _json_list(path: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Entries are texts, or objects with the column."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read: {told_by(error)}") from None
-    entries = _json(content, path, MAX_JSON_BYTES)
-    if not isinstance(entries, list):
-        raise DataError(f"prompts: {path} is no JSON list", path, "wrong-type")
-    for number, entry in enumerate(entries, start=1):
-        where = f"{path}, entry {number}"
-        yield (f"{where},", entry) if isinstance(entry, str) else _cell(entry, where, column)
-
-
-def _json(text: bytes, where: str, most: int) -> Any:
-    if len(text) > most:
-        raise DataError(f"prompts: {where} is longer than {most >> 20} MiB", where, "too-large")
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+def _prompt(cell: Any, where: str) -> str:
+    """The prompt in a line or a cell, empty if there is none."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise DataError(f"{where} holds {type(cell).__name__}, not text", where, "wrong-type")
+    prompt = cell.strip()
+    if half := lone_surrogate(prompt):
+        raise DataError(f"{where} holds half a character, {half!r}: remove it", where, "damaged")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise DataError(
-            f"prompts: {where} is not JSON: {told_by(error)}", where, "damaged"
-        ) from None
-
-
-def _cell(row: Any, where: str, column: str) -> tuple[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"prompts: {where} is not an object such as {{{column!r}: ...}}", where, "wrong-type"
+            f"{where} has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are taken",
+            where,
+            "too-large",
         )
-    _check_column(where, column, list(row))
-    return f"{where}, column {column},", row[column]
+    return prompt
 
 
-def _check_column(where: str, column: str, present: list[str]) -> None:
-    if column not in present:
-        raise DataError(
-            f"prompts: {where} has no column {column}; it has {', '.join(present) or 'none'}: set "
-            "prompts.column to the one that holds the prompts",
-            "prompts.column",
-            "missing",
-        )
-
-
-def _unreadable(path: str, why: str) -> DataError:
-    return DataError(f"prompts: {path} {why}", path, "unreadable")
+def _cells(
+    path: Path, kind: Kind | None, column: str, left_out: LeftOut
+) -> Iterator[tuple[str, Any]]:
+    """Where each line that is no comment is, or each row of a table, and what it holds."""
+    files = SourceFiles(kind or "folder", path.parent, (path,))
+    if kind is None:
+        for number, line in enumerate(text_lines(files, 0), start=1):
+            where = f"line {number}"
+            if line.lstrip().startswith("#"):
+                left_out.pass_over(str(path), where, COMMENT, detail=line.strip())
+            else:
+                yield where, line
+        return
+    no_images = ImageCells(())
+    reader: ParquetReader | TextTable
+    if kind == "parquet":
+        reader = ParquetReader(files, no_images)
+    else:
+        reader = TextTable(files, no_images, plain=column)
+    check_columns([column], reader.columns() or [column], str(path), COLUMN)
+    for rows in reader.rows(0, [column], left_out):
+        yield from ((row.where, row.values[column]) for row in rows)
 
 
 OTHER_SPELLING = "another spelling of an earlier prompt"

@@ -48,6 +48,9 @@ class RecordMaker:
         self.heldout = frozenset(map(identity_of, heldout))
         self.label, self.judged, self.best, self.ids = None, None, None, None
         self.scores: tuple[str, ...] = ()
+        self.sign = 1
+        if isinstance(spec, Paired | Ranked) and spec.order == "lower":
+            self.sign = -1
         if isinstance(spec, Paired):
             self.label = spec.label
             self.judged = spec.has_label if spec.label and spec.has_label in present else None
@@ -95,7 +98,7 @@ class RecordMaker:
         assert self.label
         if self.judged and not _truth(row.values[self.judged], where, self.judged):
             return UNLABELLED
-        label = _number(row.values[self.label], where, self.label)
+        label = _label(row.values[self.label], where, self.label)
         if math.isnan(label):
             return UNLABELLED
         if label not in (0, 0.5, 1):
@@ -116,11 +119,26 @@ class RecordMaker:
 
     def _names(self, row: Row) -> tuple[str, ...]:
         if self.ids and all(row.values[name] for name in self.ids):
-            return tuple(str(row.values[name])[:256] for name in self.ids)
-        return row.paths
+            names = (str(row.values[name])[:256] for name in self.ids)
+            return tuple(name.encode(errors="replace").decode() for name in names)
+        return row.paths if all(row.paths) else ()
 
     def _scores(self, row: Row, where: str) -> tuple[float, ...]:
-        return tuple(_number(row.values[name], where, name) for name in self.scores)
+        """Given scores, so that the higher one is better."""
+        return tuple(self.sign * _number(row.values[name], where, name) for name in self.scores)
+
+
+def _label(value: Any, where: str, column: str) -> float:
+    """How the first image did, 1, 0.5 or 0, NaN if nobody says; of a list the higher number won."""
+    if not isinstance(value, list):
+        return _number(value, where, column)
+    if len(value) != 2:
+        told = f"{where}: {column} holds {len(value)} numbers, one for each of two images is wanted"
+        raise DataError(told, column, "mismatch")
+    first, second = (_number(each, where, column) for each in value)
+    if math.isnan(first + second):
+        return math.nan
+    return 0.5 if first == second else float(first > second)
 
 
 def _number(value: Any, where: str, column: str) -> float:

@@ -119,17 +119,22 @@ def too_large(size: int) -> str:
     return f"{size} bytes, at most {MAX_IMAGE_BYTES} are taken"
 
 
-def check_columns(wanted: Sequence[str], present: Sequence[str], where: str) -> None:
-    """DataError naming the columns that a source lacks, and those that it has."""
+def check_columns(
+    wanted: Sequence[str], present: Sequence[str], where: str, key: str = "prepare.source"
+) -> None:
+    """DataError naming the columns that a source lacks, and those that it has; ``key`` of the
+    recipe says what they are called.
+    """
     missing = [name for name in wanted if name not in present]
     if not missing:
         return
     hint = ""
     if {"winner", "loser"} <= set(present):
         hint = "; for winner and loser: prepare.source.images=[winner,loser] and label=null"
+    listed = ", ".join(name[:60] for name in present[:40]) + (", ..." if len(present) > 40 else "")
     raise DataError(
-        f"{where}: has no column {' and no column '.join(missing)}; it has {', '.join(present)}"
-        f" (the recipe's prepare.source says which is which{hint})",
+        f"{where}: has no column {' and no column '.join(missing)}; it has {listed or 'none'} (the "
+        f"recipe's {key} says which is which{hint})",
         missing[0],
         "missing",
     )

@@ -237,6 +237,23 @@ def test_a_copy_of_the_data_elsewhere_is_the_same_data(plain, paired, parquet, r
     assert is_finished(paired(path=tmp_path / "copy"), ranks)
 
 
+@pytest.mark.parametrize("order", ["higher", "lower"])
+def test_a_rank_of_1_wins_where_the_recipe_says_so(tiny_recipe, ranks, tmp_path, order):
+    """Shards are those of scores whose sign was turned by hand, tiers and all."""
+    path = preferences.write_ranked(tmp_path / "a.parquet")
+    table = pq.read_table(path)
+    sign = -1 if order == "lower" else 1
+    scores = pa.array([sign * score for score in table["score"].to_pylist()])
+    (tmp_path / "b").mkdir()
+    ranked = tmp_path / "b" / path.name
+    pq.write_table(table.append_column("rank", scores), ranked, row_group_size=5)
+    expected = pairs_of(prepare(tiny_recipe(*RANKED, f"prepare.source.path={path}"), ranks))
+    mine = ("prepare.source.score=rank", f"prepare.source.order={order}")
+    asked = (*RANKED, f"prepare.source.path={ranked}", *mine)
+    found = pairs_of(prepare(tiny_recipe(*asked, run="ranks"), ranks))
+    assert [meta for meta, _ in found] == [meta for meta, _ in expected]
+
+
 def test_two_ranks_write_what_one_writes(plain, server, tiny_world, parquet, tmp_path):
     """And a rank that is killed in either pass leaves nothing that is lost or repeated."""
     mine = [f"run_dir={tmp_path / 'run'}", *PAIRED, f"prepare.source.path={parquet}"]
@@ -364,7 +381,7 @@ def test_labels_that_the_reward_all_contradicts_are_no_pairs(tiny_recipe, ranks,
         prepare(tiny_recipe(*mine), ranks)
     assert "7 rows: 2 without a score, 5 scores contradict the label" in str(caught.value)
     lines = named(tmp_path / "run")
-    assert [line["where"] for line in lines] == [f"row {n}" for n in (5, 6, 0, 1, 2, 3, 4)]
+    assert [line["where"] for line in lines] == [f"line {n + 2}" for n in (5, 6, 0, 1, 2, 3, 4)]
     assert [line["detail"] for line in lines] == ["nan 2"] * 2 + ["1 2"] * 5
 
 

@@ -67,6 +67,11 @@ def test_a_resolved_recipe_holds_the_keys_of_its_type(load, tmp_path, kind):
         ({"type": "ranked", "path": "p", "captoin": "s"}, ".captoin", "unknown"),
         ({"type": "ranked", "path": "p", "max_unreadable": -1}, ".max_unreadable", "out-of-range"),
         ({"type": "paired", "path": "p", "on_disagreement": "x"}, ".on_disagreement", "unknown"),
+        ({"type": "ranked", "path": "p", "score": "overall_rank"}, "", "contradiction"),
+        ({"type": "ranked", "path": "p", "score": "imageRank"}, "", "contradiction"),
+        ({"type": "ranked", "path": "p", "score": None, "order": "lower"}, "", "contradiction"),
+        ({"type": "paired", "path": "p", "scores": ["place_0", "b"]}, "", "contradiction"),
+        ({"type": "paired", "path": "p", "order": "lower"}, "", "contradiction"),
         ({"type": "masked", "path": "p"}, ".path", "contradiction"),
         ({"type": "masked", "fractions": [0.1, 0.9]}, "", "contradiction"),
         ({"type": "masked", "fractions": [0.5, 0.5]}, "", "contradiction"),
@@ -93,6 +98,13 @@ def test_what_is_wrong_is_told_by_its_key(problems, source, key, kind):
 def test_a_source_goes_with_the_curriculum_and_the_prompts(problems, tmp_path, source, changes):
     found = problems(**{"prepare": {"source": source}, "curriculum": BY_SCORE} | changes)
     assert found == {str(tmp_path / "r.yaml"): "contradiction"}
+
+
+def test_a_column_that_is_called_like_a_rank_is_taken_where_its_order_is_said(load):
+    for order in ("higher", "lower"):
+        ranked = {"type": "ranked", "path": "p", "score": "rank", "order": order}
+        assert from_source(load, ranked).order == order
+    from_source(load, {"type": "ranked", "path": "p", "score": "frankness"})
 
 
 def test_pairs_need_no_prompts_to_train_on(load):

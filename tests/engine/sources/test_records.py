@@ -50,6 +50,8 @@ def test_a_label_says_how_the_first_image_did(label, winner):
         ({"label_0": None}, UNLABELLED),
         ({"label_0": float("nan")}, UNLABELLED),
         ({"label_0": ""}, UNLABELLED),
+        ({"label_0": [1, 1]}, TIE),
+        ({"label_0": [1, None]}, UNLABELLED),
         ({"has_label": False}, UNLABELLED),
         ({"has_label": "False", "label_0": "0"}, UNLABELLED),
         ({"has_label": None}, UNLABELLED),
@@ -103,6 +105,24 @@ def test_optional_columns_are_read_where_they_are():
     assert RecordMaker(Paired(path="p"), ["caption", "label_0"], ()).columns == COLUMNS[:2]
     with_scores = Paired(path="p", label=None, scores=("s", "t"))
     assert RecordMaker(with_scores, ["caption"], ()).columns == ["caption", "s", "t"]
+
+
+@pytest.mark.parametrize(
+    ("label", "winner"), [([1, 0], 0), ([0.0, 1.0], 1), (["3", "2"], 0), ([-1, 0], 1)]
+)
+def test_a_label_may_be_a_list_with_a_number_for_each_image(label, winner):
+    record = make(paired(), label_0=label)
+    assert record is not None and record.winner == winner
+
+
+def test_scores_of_which_the_lower_one_is_better():
+    """So that the higher one wins, and the gap is as large as it was."""
+    names = ["a", "b"]
+    spec = Paired(path="p", label=None, scores=("rank_a", "rank_b"), order="lower")
+    maker = RecordMaker(spec, ["caption"], ())
+    values = {"caption": "x", "rank_a": 1, "rank_b": "3"}
+    record = maker.make(Row(0, 0, values, tuple(names)), "", "", LeftOut())
+    assert record is not None and record.scores == (-1, -3)
 
 
 def test_given_scores():
