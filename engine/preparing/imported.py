@@ -8,6 +8,7 @@ source alone, and so are the shards.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..recipe import Generate, Masked, Paired, Recipe
 from ..rewards import RewardModel, load_reward
 from ..shards.manifest import RewardSource
 from ..sources import open_source
-from ..sources.index import Index, open_index
+from ..sources.index import Index, images_seen, open_index
 from ..sources.left_out import NAME, KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance, load_records
 from ..sources.prompts import read_prompts
@@ -40,13 +41,13 @@ SOURCE = b"scores of"  # key of the metadata of a table of scores: which images,
 class SourceParts:
     """The images of a source, fitted to ``resolution``: those that are trained on."""
 
-    def __init__(self, index: Index, reader: RowReader, resolution: Size) -> None:
+    def __init__(self, index: Index, reader: RowReader, resolution: Size, content: str) -> None:
         self.index = index
         self.reader = reader
         self.resolution = resolution
         self.each = len(reader.images)
         self.starts = index.starts
-        self.content = index.facts.content
+        self.content = content
 
     @cached_property
     def captions(self) -> np.ndarray:
@@ -123,6 +124,8 @@ class ImportedPairs:
         )
         self.rows: int | None = self.facts.rows
         self.index = Index(self.folder, self.facts)
+        seen = ranks.on_first(lambda: images_seen(self.index, self.reader.files))
+        self.content = hashlib.sha256(f"{self.facts.content} {seen}".encode()).hexdigest()
         self.given = self._given_scores()
 
     def describe(self) -> list[tuple[str, str]]:
@@ -145,7 +148,7 @@ class ImportedPairs:
     def inputs(self) -> dict[str, Any]:
         return {
             "source": self.spec.model_dump(mode="json", exclude={"path", "max_unreadable"}),
-            "content": self.facts.content,
+            "content": self.content,
             "reward": None if self.given else self.recipe.reward.identity(),
         }
 
@@ -164,7 +167,8 @@ class ImportedPairs:
         return (caption for part in parts for caption in part.captions)
 
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
-        parts = SourceParts(self.index, self.reader, self.recipe.model.resolution)
+        resolution = self.recipe.model.resolution
+        parts = SourceParts(self.index, self.reader, resolution, self.content)
         scores = self._scores(parts, tolerance)
         made = self._pair(parts, scores)
         return Ranked(parts, scores, made)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from ..basics.files import replacing
 from ..basics.keyed import content_id
 from ..basics.prompt_identity import identity_of
 from ..recipe import Imported
+from .files import SourceFiles
 from .left_out import NAME, LeftOut, naming
 from .records import Record, RecordMaker
 from .rows import Place, RowReader, describe
@@ -79,7 +81,7 @@ class Index:
     def __init__(self, folder: Path, facts: IndexFacts) -> None:
         self.facts = facts
         self._file = pa.ipc.open_file(pa.memory_map(str(folder / "index.arrow")))
-        self._batch = lru_cache(maxsize=64)(self._file.get_batch)
+        self.batch = lru_cache(maxsize=64)(self._file.get_batch)
         sizes = [self._file.get_batch(p).num_rows for p in range(self.num_parts)]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -112,7 +114,7 @@ class Index:
     def value(self, record: int, column: str) -> Any:
         """One value of a record."""
         part = self.part_of(record)
-        return self._batch(part).column(column)[record - int(self.starts[part])].as_py()
+        return self.batch(part).column(column)[record - int(self.starts[part])].as_py()
 
     def caption(self, record: int) -> str:
         """The caption of a record."""
@@ -162,6 +164,25 @@ def open_index(
             "empty",
         )
     return facts
+
+
+def images_seen(index: Index, files: SourceFiles) -> str:
+    """Hash of what is known of images without reading them: the sizes of the files they lie in,
+    and of images that are files size and time of change.
+    """
+    sizes = [path.stat().st_size for path in files.paths if path.is_file()]
+    seen = hashlib.sha256(json.dumps(sizes).encode())
+    for number in range(index.num_parts):
+        batch = index.batch(number)
+        folder, states = files.beside(batch.column("file")[0].as_py()), []
+        for path in batch.column("paths").flatten().to_pylist():
+            try:
+                state = os.stat(os.path.join(folder, path)) if path else None
+            except (OSError, ValueError):  # a name with a zero byte is a ValueError
+                state = None
+            states.append((state.st_size, state.st_mtime_ns) if state else None)
+        seen.update(json.dumps(states).encode())
+    return seen.hexdigest()
 
 
 def load_facts(folder: Path) -> IndexFacts | None:

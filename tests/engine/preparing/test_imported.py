@@ -237,6 +237,21 @@ def test_a_copy_of_the_data_elsewhere_is_the_same_data(plain, paired, parquet, r
     assert is_finished(paired(path=tmp_path / "copy"), ranks)
 
 
+def test_a_picture_beside_a_table_that_is_replaced_is_noticed(paired, ranks, tmp_path):
+    """Its size, or its time alone; a copy that keeps the times is the same data."""
+    path = preferences.write_csv(tmp_path / "data" / "a.csv", ROWS[:15])
+    recipe = paired(*WINNERS, path=path)
+    before = contents(prepare(recipe, ranks))
+    shutil.copytree(path.parent, tmp_path / "copy")
+    assert is_finished(paired(*WINNERS, path=tmp_path / "copy" / "a.csv"), ranks)
+    picture = path.parent / "images" / "image-0.png"
+    picture.write_bytes(preferences.picture(99))
+    assert not is_finished(recipe, ranks)
+    assert contents(prepare(recipe, ranks)) != before
+    os.utime(picture, (1, 1))
+    assert not is_finished(recipe, ranks)
+
+
 @pytest.mark.parametrize("order", ["higher", "lower"])
 def test_a_rank_of_1_wins_where_the_recipe_says_so(tiny_recipe, ranks, tmp_path, order):
     """Shards are those of scores whose sign was turned by hand, tiers and all."""
