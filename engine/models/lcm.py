@@ -120,13 +120,12 @@ def lcm_lora_layers(spec: Model, pipeline: DiffusionPipeline) -> tuple[dict[str,
     place, config = str(spec.lcm_lora), pipeline.unet.config
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
+    unet.to_empty(device="cpu")  # takes no memory while nobody writes there
     with reading(f"model.lcm_lora={place}", "LoRA of this model", place) as found:
         state, alphas, metadata = type(pipeline).lora_state_dict(
             found, unet_config=config, return_lora_metadata=True
         )
-        type(pipeline).load_lora_into_unet(
-            state, alphas, unet, metadata=metadata, low_cpu_mem_usage=True
-        )
+        type(pipeline).load_lora_into_unet(state, alphas, unet, metadata=metadata)
     parts = {}
     for name, layer in unet.named_modules():
         if isinstance(layer, LoraLayer):

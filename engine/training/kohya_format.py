@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .lora import DOWN, UP, Lora
 from .tensor_files import save_tensors
@@ -39,6 +40,12 @@ MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 def save_for_kohya(lora: Lora, unet: Mapping[str, Any], about: dict[str, str], path: Path) -> None:
     """Write the file. ``unet`` is the denoiser's config, ``about`` what :func:`describe` says."""
+    ranks = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(float(lora.rank))}
+    save_tensors(kohya_tensors(lora, unet), path, about | ranks)
+
+
+def kohya_tensors(lora: Lora, unet: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the file holds of an adapter, by name."""
     renamed = {}
     for layer in lora.layers:
         name = original_name(layer, unet) if is_xl(unet) else layer
@@ -46,8 +53,7 @@ def save_for_kohya(lora: Lora, unet: Mapping[str, Any], about: dict[str, str], p
         for part, side in SIDES.items():
             renamed[f"{key}.{side}"] = lora.values[f"{layer}.{part}"]
         renamed[f"{key}.alpha"] = torch.tensor(float(lora.rank))
-    ranks = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(float(lora.rank))}
-    save_tensors(renamed, path, about | ranks)
+    return renamed
 
 
 def is_xl(unet: Mapping[str, Any]) -> bool:
