@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not a folder is an error, not a download
+# Not the user's own cache; in this process each test has a fresh one (`fresh_cache`).
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"cdpo-tests-{os.getpid()}")
 os.environ["NO_PROXY"] = "127.0.0.1"  # where tests serve shards
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import tiny
@@ -42,6 +47,17 @@ def pytest_collection_finish() -> None:
     """From here on garbage is looked for, but not among that."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test has computed is unknown to the next."""
+    folder = tmp_path_factory.getbasetemp() / "cache" / uuid4().hex
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture(scope="session")

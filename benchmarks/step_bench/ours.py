@@ -74,7 +74,7 @@ class OurStep:
             text_conditioner(pipeline) if knobs.cached_text else LiveText(pipeline),
             _noise_process(model, pipeline, device),
             device,
-            None if built.teacher is None else lambda: built.teacher,
+            None if built.teacher is None else lambda: (built.teacher, {}),
         )
         self.module = build_networks(
             recipe, self._backbone, build_objective(recipe.objective), zero_stage=2

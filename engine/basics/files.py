@@ -98,6 +98,12 @@ def refuse_pointer(path: Path | str) -> None:
         raise DataError(f"{path} {LFS_REMEDY}", str(path), "unreadable")
 
 
+def user_cache() -> Path:
+    """The folder for what all runs of a user share and can do without."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "cdpo"
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's content, or the names in a folder, down to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..basics.errors import NumericsError
-from .pretrained import fingerprint
+from .fingerprints import fingerprint
 
 # Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,
 # take gigabytes for each of the two 1024 x 1024 (eight 512 x 512) images that these are.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from torch import Tensor, nn
 
 from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
+from .fingerprint_store import Kept
+from .fingerprints import fingerprints_of
 from .masking import PromptMask
-from .pretrained import fingerprint
 from .protocol import Conditioning, Framing, NoiseProcess
 from .text import TextConditioner, seen_tokens
 
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
 GUIDANCE = "guidance"  # the extra that holds a consistency model's guidance weights, (N,)
+Teacher = tuple[ModelMixin, Mapping[str, str]]
+"""A network, and the fingerprints of its parts."""
 
 
 class LatentDiffusion:
@@ -39,8 +42,10 @@ class LatentDiffusion:
         text: TextConditioner,
         noise: NoiseProcess,
         device: torch.device,
-        load_teacher: Callable[[], ModelMixin] | None = None,
+        load_teacher: Callable[[], Teacher] | None = None,
+        own_parts: Mapping[str, str] | None = None,
     ) -> None:
+        """``own_parts`` are fingerprints that the pipeline does not tell any more."""
         self.device = device
         self.pipeline = pipeline.to(device)
         for part in pipeline.components.values():
@@ -51,6 +56,10 @@ class LatentDiffusion:
         self.noise = noise
         self._text = text
         self._load_teacher = load_teacher
+        self.files: Kept | None = None
+        self._own_parts = dict(own_parts or {})
+        self._parts: dict[str, str] | None = None
+        self._teacher_parts: Mapping[str, str] = {}
 
     @property
     def scaling_factor(self) -> float:
@@ -62,12 +71,21 @@ class LatentDiffusion:
         return self.vae.latent_shape(resolution)
 
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes of the denoiser and the VAE, whatever their files look like."""
-        return {"model": fingerprint(self.denoiser), "vae": self.vae.fingerprint}
+        """Content hashes of all parts as they were loaded, whatever their files look like."""
+        if self._parts is None:
+            self._parts = self.files.read() if self.files is not None else None
+        if self._parts is None:
+            self._parts = fingerprints_of(self.pipeline) | self._own_parts
+            if self.files is not None:
+                self.files.keep(self._parts)
+        return {**self._parts, **self._teacher_parts}
 
     def load_teacher(self) -> ModelMixin | None:
         """The frozen diffusion model a consistency model was distilled from; None for others."""
-        return None if self._load_teacher is None else self._load_teacher().to(self.device)
+        if self._load_teacher is None:
+            return None
+        teacher, self._teacher_parts = self._load_teacher()
+        return teacher.to(self.device)
 
     def load_adapter(self, folder: Path) -> None:
         """Load a LoRA in diffusers' format into the denoiser, as any user of it would."""

@@ -34,7 +34,9 @@ from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
 from .checks import check_parts, unet_key, unet_name
-from .latent_diffusion import LatentDiffusion
+from .fingerprint_store import Kept, model_files
+from .fingerprints import fingerprint, fingerprint_of_tensors, settings_of
+from .latent_diffusion import LatentDiffusion, Teacher
 from .pipelines import load_pipeline, pipeline_index
 from .pretrained import read_network, reading
 from .solver_grid import SolverGrid
@@ -59,6 +61,7 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
     options: dict[str, Any] = {}
     if found != XL:
         options = {"safety_checker": None, "requires_safety_checker": False}
+    files = model_files(spec, dtype)
     pipeline = load_pipeline(
         SAMPLED_BY[found],
         spec,
@@ -74,18 +77,21 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
     else:
         check_parts(spec, pipeline, pipeline.text_encoder.config.hidden_size)
         text = sd.StableDiffusionText(pipeline)
-    _become_consistent(spec, pipeline)
+    own_parts = _become_consistent(spec, pipeline, files)
     noise = SolverGrid(
         pipeline.scheduler,
         device,
         solver_steps=spec.solver_steps,
         guidance=spec.guidance_range,
     )
-    return LatentDiffusion(pipeline, text, noise, device, _teacher_loader(spec, dtype))
+    return LatentDiffusion(pipeline, text, noise, device, _teacher_loader(spec, dtype), own_parts)
 
 
-def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
-    """Merge the LCM-LoRA, if the recipe names one; OutsideError if there is no LCM then."""
+def _become_consistent(spec: Model, pipeline: DiffusionPipeline, files: Kept) -> dict[str, str]:
+    """Merge the LCM-LoRA, if the recipe names one; OutsideError if there is no LCM then.
+
+    Returns the fingerprints of what is merged: the sum is rounded otherwise on another processor.
+    """
     told_guidance = pipeline.unet.config["time_cond_proj_dim"] is not None
     if spec.lcm_lora is None:
         if not told_guidance:
@@ -95,7 +101,7 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
                 unet_key(spec),
                 "unsupported",
             )
-        return
+        return {}
     if told_guidance:
         raise OutsideError(
             f"{unet_name(spec)} is a latent consistency model already: model.lcm_lora="
@@ -104,11 +110,15 @@ def _become_consistent(spec: Model, pipeline: DiffusionPipeline) -> None:
             "contradiction",
         )
     with reading(f"model.lcm_lora={spec.lcm_lora}", "LoRA of this model", spec.lcm_lora) as place:
+        parts = files.read() or {"model": fingerprint(pipeline.unet)}
         pipeline.load_lora_weights(place)
         if not pipeline.get_list_adapters().get("unet"):
             raise ValueError("it adapts no layer of the UNet")
+        if "lcm_lora" not in parts:
+            parts["lcm_lora"] = _of_lora(pipeline.unet)
         pipeline.fuse_lora(components=["unet"])
         pipeline.unload_lora_weights()
+    return parts
 
 
 def lcm_lora_layers(spec: Model, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], int]:
@@ -147,7 +157,15 @@ def _padded(value: Tensor, axis: int, missing: int) -> Tensor:
     return torch.cat([value, value.new_zeros(shape)], dim=axis)
 
 
-def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DConditionModel]:
+def _of_lora(unet: UNet2DConditionModel) -> str:
+    """Fingerprint of the only adapter in a UNet: its tensors and scales."""
+    tensors = {name: value for name, value in unet.state_dict().items() if "lora_" in name}
+    [config] = unet.peft_config.values()
+    scales = {key: getattr(config, key) for key in ("r", "lora_alpha", "alpha_pattern")}
+    return fingerprint([fingerprint_of_tensors(tensors), scales])
+
+
+def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], Teacher]:
     """Reads the teacher when it is asked for: `prepare` and `compare` have no use for it."""
     own = spec.path if spec.unet or spec.lcm_lora else None
     path, key = (spec.teacher, "model.teacher") if spec.teacher else (own, "model.path")
@@ -156,7 +174,7 @@ def _teacher_loader(spec: Model, dtype: torch.dtype) -> Callable[[], UNet2DCondi
     return partial(_load_teacher, path, key, dtype, spec.variant)
 
 
-def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
+def _refuse_without_teacher(spec: Model) -> Teacher:
     raise RecipeError(
         f"model.teacher is not given: training needs the diffusion model that "
         f"model.path={spec.path} was distilled from",
@@ -165,10 +183,9 @@ def _refuse_without_teacher(spec: Model) -> UNet2DConditionModel:
     )
 
 
-def _load_teacher(
-    path: str, key: str, dtype: torch.dtype, variant: str | None
-) -> UNet2DConditionModel:
+def _load_teacher(path: str, key: str, dtype: torch.dtype, variant: str | None) -> Teacher:
     """The UNet of a pipeline folder or hub id, or of one that holds a UNet alone."""
+    files = Kept(["teacher", str(dtype)], [(path, None)])
     teacher = read_network(
         UNet2DConditionModel,
         path,
@@ -184,4 +201,9 @@ def _load_teacher(
             key,
             "unsupported",
         )
-    return teacher.requires_grad_(False).eval()
+    parts = files.read()
+    if parts is None:
+        settings = fingerprint(settings_of(teacher))
+        parts = {"teacher": fingerprint(teacher), "teacher_config": settings}
+        files.keep(parts)
+    return teacher.requires_grad_(False).eval(), parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -204,12 +203,3 @@ def refuse_missing_weights(module: nn.Module, name: str) -> None:
     missing = [key for key, parameter in module.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"the weights of its {name} lack {missing[0]}")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """sha256 over names and float32 values of a module's state: the same for any file format."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

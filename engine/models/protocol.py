@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...kernels import SchedulePoint
+from .fingerprint_store import Kept
 from .masking import PromptMask
 
 
@@ -124,6 +125,8 @@ class Backbone(Protocol):
     """The stock pipeline, its denoiser being :attr:`denoiser`: what exports are written with."""
     denoiser: ModelMixin
     device: torch.device
+    files: Kept | None
+    """What knows the fingerprints of the files it was loaded from; None if that is not known."""
 
     @property
     def noise(self) -> NoiseProcess:
@@ -135,7 +138,9 @@ class Backbone(Protocol):
         ...
 
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes of the denoiser (`model`) and the VAE (`vae`)."""
+        """Content hashes of all parts as they were loaded, by the names of `fingerprints.PARTS`:
+        to be asked before anything is trained or tuned. The teacher is there once it is loaded.
+        """
         ...
 
     def load_teacher(self) -> ModelMixin | None:

@@ -13,6 +13,7 @@ from threading import Lock
 
 from ...basics.errors import RecipeError, ShardError
 from ...basics.failpoints import failpoint
+from ...basics.files import user_cache
 from ...recipe import Data
 from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
 from ..store import LocalStore, ShardStore, check_against
@@ -35,8 +36,7 @@ def open_store(location: str, data: Data, processes: int = 1) -> ShardStore:
 
 def default_cache() -> Path:
     """Where shards are kept when a recipe does not say."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "cdpo" / "shards"
+    return user_cache() / "shards"
 
 
 class RemoteStore:

@@ -8,7 +8,8 @@ import tiny
 import torch
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.basics.keyed import content_id
-from cdpo.engine.models import load_backbone
+from cdpo.engine.models import fingerprint, load_backbone
+from cdpo.engine.models.fingerprints import changed_parts
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, guidance_embedding
 from cdpo.engine.recipe import Model
 from diffusers import (
@@ -22,6 +23,7 @@ from peft import LoraConfig
 from pictures import noise, pixels
 from pydantic import ValidationError
 from refusals import refused
+from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "house", "tree"]
@@ -178,6 +180,21 @@ def test_an_lcm_lora_is_merged_once(folder):
         expected = stock.unet(noise(3), 500, encoder_hidden_states=told.text).sample
         found = backbone.predict(backbone.denoiser, noise(3), torch.full((3,), 500), told)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_lcm_lora_is_a_part_of_its_own(folder, tmp_path):
+    """Merged, the two are rounded otherwise on another processor."""
+    parts = load(folder, lcm_lora="lora").fingerprints()
+    plain = StableDiffusionPipeline.from_pretrained(folder / "sd")
+    assert parts["model"] == fingerprint(plain.unet)
+    other = {name: 2 * value for name, value in _lora_of_file(folder / "lora").items()}
+    plain.save_lora_weights(tmp_path, unet_lora_layers=other)
+    assert changed_parts(parts, load(folder, lcm_lora=tmp_path).fingerprints()) == ["lcm_lora"]
+
+
+def _lora_of_file(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    return {name.removeprefix("unet."): value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize(
