@@ -46,7 +46,7 @@ class SideScoring:
 
     def scores(self, spec: Reward, reward: RewardModel) -> Tables:
         """(prompts, images) of each side. DataError if not one image of all could be scored."""
-        identity = json.dumps(spec.identity(), sort_keys=True)
+        knobs = json.dumps(spec.knobs(), sort_keys=True)
 
         def score(prompt: str, images: Images) -> NDArray[np.float64]:
             found = score_together(reward, images, prompt)
@@ -57,23 +57,25 @@ class SideScoring:
             whole = self._of_prompts(score)
             if not np.isfinite(whole).any():
                 raise DataError(
-                    f"the reward {identity} could score none of {whole.size} images, for the "
+                    f"the reward {spec.label} could score none of {whole.size} images, for the "
                     "reasons above",
                     spec.type,
                     "non-finite",
                 )
             return whole
 
-        made_of = {"reward": identity, "weights": reward.fingerprint}
+        made_of = {"reward": knobs, "weights": reward.fingerprint}
         return self._kept_or("scores", made_of, score_all)
 
-    def distances(self, clip: ClipModel, batch_size: int) -> Tables:
-        """(prompts,) of each side: the mean cosine distance of two images of a prompt."""
+    def distances(self, clip: ClipModel, batch_size: int, fingerprint: str) -> Tables:
+        """(prompts,) of each side: the mean cosine distance of two images of a prompt, by the CLIP
+        of a reward with this ``fingerprint``.
+        """
 
         def measure(_: str, images: Images) -> NDArray[np.float64]:
             return np.array([mean_distance(_embedded(clip, side, batch_size)) for side in images])
 
-        made_of = {"weights": clip.fingerprint, "precision": clip.precision}
+        made_of = {"weights": fingerprint, "precision": clip.precision}
         return self._kept_or("distances", made_of, lambda: self._of_prompts(measure))
 
     def _kept_or(

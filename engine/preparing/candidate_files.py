@@ -24,6 +24,7 @@ from ..shards.tar_index import SampleIndex, index_samples, read_span
 from ..shards.writer import tar_writer
 
 IMAGE, RECORD = "png", "json"
+PARTS = "parts"  # key of the settings that holds the fingerprints of all that draws
 MAX_PIXELS = 4096 * 4096
 MAX_IMAGE_BYTES = 4 * MAX_PIXELS
 MAX_RECORD_BYTES = 64 * 1024
@@ -82,6 +83,22 @@ def has_candidates(folder: str | Path, prompt: str, expected_meta: Mapping[str, 
         return stored is not None
 
 
+def differing_settings(
+    folder: str | Path, prompt: str, expected_meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings of the stored candidates that are not the expected ones, as they are there; empty
+    where nothing is stored or its first record cannot be read.
+    """
+    try:
+        with candidates_path(folder, prompt).open("rb", buffering=0) as file:
+            index = index_samples(file.fileno(), file.name, (IMAGE, RECORD))
+            found = _Stored(file.fileno(), file.name, index).records[0].get("meta") or {}
+    except (OSError, ShardError, IndexError):
+        return {}
+    wanted = _as_json(expected_meta)
+    return {key: found[key] for key in found if found[key] != wanted.get(key)}
+
+
 @contextmanager
 def _opened(
     folder: str | Path, prompt: str, expected_meta: Mapping[str, Any]
@@ -121,8 +138,12 @@ class _Stored:
         self.records = [self._record(row) for row in range(len(index))]
 
     def made_with(self, prompt: str, meta: Any) -> bool:
-        """Whether all were made with these settings; if so they must be complete, in order."""
-        if any(record.get("meta") != meta for record in self.records):
+        """Whether all were made with these settings; if so they must be complete, in order.
+
+        Images that are too old to tell the parts that made them are held to the rest.
+        """
+        old = {key: value for key, value in meta.items() if key != PARTS}
+        if any(record.get("meta") not in (meta, old) for record in self.records):
             return False
         for row, record in enumerate(self.records):
             if self._key(row) != image_id(prompt, row) or record.get("prompt") != prompt:

@@ -19,10 +19,17 @@ from ..basics.failpoints import failpoint
 from ..basics.keyed import Stream, content_id
 from ..display.terminal import Terminal
 from ..models import Backbone
+from ..models.fingerprints import changed_parts, named
 from ..models.masking import PromptMask
 from ..ranks import Ranks
 from ..recipe import Model, Sampler
-from .candidate_files import has_candidates, read_candidates, write_candidates
+from .candidate_files import (
+    PARTS,
+    differing_settings,
+    has_candidates,
+    read_candidates,
+    write_candidates,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +49,13 @@ def whole_prompts(count: int) -> list[Start]:
     return [Start(str(number)) for number in range(count)]
 
 
-def drawn_by(model: Model, backbone: Backbone) -> dict[str, str]:
-    """Content hashes of what draws: the denoiser, and the VAE if it is another than its own."""
+def drawn_by(model: Model, backbone: Backbone) -> dict[str, Any]:
+    """Content hashes of what draws. Images drawn before there were ``parts`` know the denoiser, and
+    the VAE if the recipe names one.
+    """
     found = backbone.fingerprints()
-    return {"model": found["model"]} | ({"vae": found["vae"]} if model.vae is not None else {})
+    old = {"model": found["model"]} | ({"vae": found["vae"]} if model.vae is not None else {})
+    return old | {PARTS: found}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,14 @@ class CandidateSet:
     def has(self, prompt: str) -> bool:
         """Whether this prompt's images are there, whole and made with these settings."""
         return has_candidates(self.folder, prompt, self.meta)
+
+    def differs_in(self, prompt: str) -> list[str]:
+        """What made the images that lie there and is another now: parts, then settings."""
+        found = differing_settings(self.folder, prompt, self.meta)
+        parts = []
+        if PARTS in found:
+            parts = changed_parts(found.pop(PARTS), self.meta.get(PARTS, {}))
+        return list(dict.fromkeys([*parts, *found]))
 
     def read(self, prompt: str) -> list[Image.Image]:
         """The images of a prompt; DataError if they have gone since they were sampled."""
@@ -116,6 +134,8 @@ class CandidateSampler:
     def run(self, prompts: Sequence[str], ranks: Ranks, terminal: Terminal, label: str) -> None:
         """Sample what is missing, a share on each rank; a prompt is on disk whole or not at all."""
         missing = ranks.on_first(lambda: [p for p in prompts if not self.images.has(p)])
+        if others := ranks.on_first(lambda: self._why_again(missing)):
+            terminal.warn(f"{label}: images are drawn again that were made with {others}")
         total = len(prompts) * self.count
         done = total - len(missing) * self.count
         mine = list(ranks.share(missing))
@@ -133,6 +153,11 @@ class CandidateSampler:
 
     def _starts(self, prompt: str) -> Sequence[Start]:
         return self.starts(prompt) if self.starts else whole_prompts(self.count)
+
+    def _why_again(self, missing: Sequence[str]) -> str:
+        """What the images that lie there, of the first prompt that has some, differ in."""
+        found = next(filter(None, map(self.images.differs_in, missing)), [])
+        return f"another {named(found)}" if found else ""
 
     def _draw(self, wanted: list[tuple[str, Start]]) -> list[Image.Image]:
         images: list[Image.Image] = []

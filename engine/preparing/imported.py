@@ -22,7 +22,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Generate, Masked, Paired, Recipe
-from ..rewards import RewardModel, load_reward
+from ..rewards import Identity, RewardModel, known_identity, load_reward
 from ..shards.manifest import RewardSource
 from ..sources import open_source
 from ..sources.index import Index, images_seen, open_index
@@ -155,8 +155,14 @@ class ImportedPairs:
     def ranked_by(self) -> RewardSource:
         if self.given:
             return RewardSource(type="given", path=self.given, fingerprint=self.facts.content)
-        spec = self.recipe.reward
-        return RewardSource(type=spec.type, path=spec.source, fingerprint=self._reward.fingerprint)
+        spec, weights = self.recipe.reward, self._reward.identity["weights"]
+        return RewardSource(type=spec.type, path=spec.source, fingerprint=weights)
+
+    def reward(self) -> Identity | None:
+        if self.given:
+            return None
+        known = None if "_reward" in vars(self) else known_identity(self.recipe.reward)
+        return known or self._reward.identity
 
     @cached_property
     def _reward(self) -> RewardModel:

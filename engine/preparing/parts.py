@@ -17,6 +17,7 @@ from ..curriculum.labelled import PairsMade
 from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
+from ..rewards import Identity
 from ..shards.manifest import RewardSource
 from ..sources.left_out import KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Size, Tolerance
@@ -140,6 +141,11 @@ class PairSource(Protocol):
 
     def prompts_used(self) -> Iterable[str]:
         """The prompts or captions of its images, which may repeat."""
+
+    def reward(self) -> Identity | None:
+        """What the reward that scores is by content, loaded only if that is not known; None where
+        none does.
+        """
 
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         """Images scored and paired, the same on every rank. DataError if they give no pair."""

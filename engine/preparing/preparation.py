@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from PIL import Image
 from ..basics.errors import DataError
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
-from ..models import Backbone, load_backbone
+from ..models import Backbone, known_fingerprints, load_backbone
+from ..models.fingerprints import changed_parts, named
 from ..models.text import told_of_long
 from ..models.tuning import tune_for_sampling
 from ..ranks import Ranks
+from ..ranks.launch import run_lock
 from ..recipe import Generate, Masked, Recipe
-from ..recipe.identity import save_resolved
+from ..recipe.identity import MODEL_FILES, save_resolved
 from ..shards.contents import contents_of
 from ..shards.manifest import Manifest, ShardEntry, Statistics, save_manifest
 from ..shards.sample import PairMeta
@@ -39,10 +42,10 @@ from .shard_set import (
     SHARD_KEYS,
     TierShards,
     fill_tiers,
-    finished_set,
     folder_of_set,
-    is_of_these_weights,
     manifest_of,
+    refuse_to_replace,
+    set_in,
     write_tiers,
 )
 
@@ -63,8 +66,10 @@ class Preparation:
         self.inputs = self._inputs_hash()
         self.is_finished = ranks.on_first(self._already_done)
 
-    def _inputs_hash(self) -> str:
-        """Of every choice the shards are a function of; another hash means other shards."""
+    def _inputs_hash(self, *, by_name: bool = False) -> str:
+        """Of every choice the shards are a function of; another hash means other shards. Which
+        files the recipe names does not count, but what they hold, unless it is to be ``by_name``.
+        """
         recipe = self.recipe
         inputs: dict[str, Any] = {
             "seed": recipe.seed,
@@ -73,29 +78,73 @@ class Preparation:
             "data": recipe.data.model_dump(include=SHARD_KEYS),
             **self.source.inputs(),
         }
+        if not by_name:
+            inputs["model"] = {k: v for k, v in inputs["model"].items() if k not in MODEL_FILES}
+            if inputs.get("reward"):
+                inputs["reward"] = recipe.reward.knobs()
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _already_done(self) -> bool:
-        manifest = finished_set(self.shards_dir, self.inputs, self.terminal)
+        manifest = set_in(self.shards_dir, self.terminal)
         if manifest is None:
             return False
-        now = {**self._load_backbone().fingerprints()}
-        now["reward"] = self.source.ranked_by().fingerprint
-        if not self.is_sampled:
-            del now["model"]  # it drew nothing
-        return is_of_these_weights(manifest, now, self.terminal)
+        if others := self._made_with_others(manifest):
+            refuse_to_replace(manifest, self.recipe, others)
+            self.terminal.warn(
+                f"the shards in {self.shards_dir} are written again: they were made with {others}"
+            )
+        return not others
+
+    def _made_with_others(self, manifest: Manifest) -> str:
+        """What made the set and is another now; empty if the set is the one that is wanted.
+
+        A set that is too old to tell its parts is known by the names that the recipe gives and by
+        the weights of denoiser, VAE and reward.
+        """
+        if manifest.fingerprint != self._inputs_hash(by_name=manifest.parts is None):
+            is_of_seed = manifest.seed == self.recipe.seed
+            return "another recipe" if is_of_seed else f"another recipe (seed={manifest.seed})"
+        then = manifest.parts
+        if then is None:
+            sources = {name: getattr(manifest, name) for name in ("model", "vae", "reward")}
+            then = {name: source.fingerprint for name, source in sources.items()}
+        made_by = known_fingerprints(self.recipe.model, self.recipe.prepare.precision)
+        now = self._parts(made_by or self._load_backbone().fingerprints())
+        if manifest.parts is None:
+            reward = self.source.reward()
+            now = {name: now[name] for name in then if name in now}
+            now["reward"] = reward["weights"] if reward else self.source.ranked_by().fingerprint
+            then = {name: then[name] for name in now}
+        changed = changed_parts(then, now)
+        return f"another {named(changed)}" if changed else ""
+
+    def _parts(self, made_by: Mapping[str, str]) -> dict[str, str]:
+        """What decides the shards, of a backbone's parts and the reward: of pairs that are read the
+        model's VAE alone.
+        """
+        kinds = made_by if self.is_sampled else ("vae", "vae_config")
+        reward = self.source.reward()
+        return {name: made_by[name] for name in kinds} | (
+            {"reward": reward["whole"]} if reward else {}
+        )
 
     def _load_backbone(self) -> Backbone:
         recipe = self.recipe
         return load_backbone(recipe.model, self.ranks.device, recipe.prepare.precision)
 
     def run(self) -> None:
-        """Do what is not done yet. DataError if no shards can be made of these images."""
+        """Do what is not done yet. DataError if no shards can be made of these images; RecipeError
+        while another process prepares the same set.
+        """
+        with run_lock(self.ranks, self.shards_dir, "data.path"):
+            self._run()
+
+    def _run(self) -> None:
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
         ranked_by = self.source.ranked_by()  # what is wrong with a reward is said before all else
         backbone = self._load_backbone()
-        fingerprints = backbone.fingerprints()
+        made_by = backbone.fingerprints()
         tune_for_sampling(self.recipe.speed, backbone)
         if self.ranks.is_first and (told := told_of_long(backbone, self.source.prompts_used())):
             self.terminal.warn(told)
@@ -111,7 +160,7 @@ class Preparation:
                 "empty",
             )
         self._fill(ranked.made.pairs)  # too few for the lanes: said before hours of encoding
-        images, pairs = self._encode(backbone, fingerprints["vae"], ranked, tolerance)
+        images, pairs = self._encode(backbone, made_by, ranked, tolerance)
         fills = self._fill(pairs)
         written = pairs[np.concatenate([fill.written for fill in fills])]
         counts = self._name_left_out(Outcome(ranked, tolerance.problems, written, images.remarks))
@@ -119,7 +168,13 @@ class Preparation:
         shards = self._write(pairs, fills, images, backbone)
         statistics = _statistics(ranked, fills, self.source.rows, counts)
         manifest = manifest_of(
-            self.recipe, self.inputs, backbone, fingerprints, ranked_by, statistics, shards
+            self.recipe,
+            self.inputs,
+            backbone,
+            self._parts(made_by),
+            ranked_by,
+            statistics,
+            shards,
         )
         self.ranks.on_first(lambda: self._finish(manifest, ranked, pairs, fills))
 
@@ -147,12 +202,17 @@ class Preparation:
         return dict(self.ranks.on_first(write))
 
     def _encode(
-        self, backbone: Backbone, vae: str, ranked: Ranked, tolerance: Tolerance
+        self,
+        backbone: Backbone,
+        made_by: Mapping[str, str],
+        ranked: Ranked,
+        tolerance: Tolerance,
     ) -> tuple[Latents | Pixels, np.ndarray]:
         """What the shards will hold of the pairs' images; those pairs whose images are readable."""
         pairs, kind, parts = ranked.made.pairs, self.recipe.data.format, ranked.parts
         if kind == "raw" and self.is_sampled:
             return Pixels(parts), pairs
+        vae = f"{made_by['vae']} {made_by['vae_config']}"
         latents = Latents(self.run_dir / "latents", parts, vae, kind)
         wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
         batch_size = self.recipe.prepare.batch_size

@@ -16,6 +16,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
+from ..rewards import Identity
 from ..shards.manifest import RewardSource
 from ..sources.left_out import KeptLeftOut, LeftOut
 from ..sources.pictures import Loaded, Picture, Size, Tolerance
@@ -137,6 +138,9 @@ class SampledPairs:
 
     def prompts_used(self) -> Sequence[str]:
         return self.prompts
+
+    def reward(self) -> Identity | None:
+        return self.ranker.reward()
 
     def rank(self, backbone: Backbone, tolerance: Tolerance) -> Ranked:
         images = self._sample(backbone)

@@ -4,6 +4,7 @@ manifest says, and whether a set is still the one that is wanted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..shards.manifest import (
     Statistics,
     VaeSource,
     load_manifest,
+    manifest_hash,
 )
 from ..shards.reader import ShardReaders
 from ..shards.remote.fetch import is_remote, redact
@@ -79,14 +81,12 @@ def folder_of_set(recipe: Recipe) -> Path:
     return recipe.shards_dir
 
 
-def finished_set(folder: Path, inputs: str, terminal: Terminal) -> Manifest | None:
-    """The manifest of a set that was made of these inputs and is all there, else None."""
+def set_in(folder: Path, terminal: Terminal) -> Manifest | None:
+    """The manifest of a set that is all there, else None."""
     if not (folder / "manifest.json").exists():
         return None
     try:
         manifest = load_manifest(folder)
-        if manifest.fingerprint != inputs:
-            return None
         ShardReaders(folder, manifest).check_present(manifest.shards)
     except DataError as error:  # its remedy is to prepare again, which is what we are here for
         terminal.warn(f"the shards are written again: {error}")
@@ -94,29 +94,39 @@ def finished_set(folder: Path, inputs: str, terminal: Terminal) -> Manifest | No
     return manifest
 
 
-def is_of_these_weights(manifest: Manifest, now: Mapping[str, str], terminal: Terminal) -> bool:
-    """Whether `model`, `vae`, `reward`, as many as have a hash ``now``, hold what made the shards:
-    paths may stay the same while somebody trains on.
+def refuse_to_replace(manifest: Manifest, recipe: Recipe, others: str) -> None:
+    """RecipeError if checkpoints in the run folder were trained on a set that was made with
+    ``others``: they could not be resumed on another.
     """
-    changed = [name for name in now if getattr(manifest, name).fingerprint != now[name]]
-    if changed:
-        terminal.warn(
-            f"the shards are written again: the weights of {', '.join(changed)} have changed"
-        )
-    return not changed
+    folder = Path(recipe.run_dir) / "checkpoints"
+    for path in sorted(folder.glob("step-*/MANIFEST.json")):
+        try:
+            trained_on = json.loads(path.read_bytes()).get("data")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if trained_on == manifest_hash(manifest):
+            raise RecipeError(
+                f"the shards in {recipe.shards_dir} were made with {others}, and {path.parent} was "
+                "trained on them: give another run_dir, or remove that folder of checkpoints to "
+                "prepare here again",
+                "run_dir",
+                "in-use",
+            )
 
 
 def manifest_of(
     recipe: Recipe,
     inputs: str,
     backbone: Backbone,
-    fingerprints: Mapping[str, str],
+    parts: Mapping[str, str],
     ranked_by: RewardSource,
     statistics: Statistics,
     shards: Sequence[ShardEntry],
 ) -> Manifest:
-    """The manifest of a recipe's set; ``inputs`` is the hash of what decided its content."""
-    model = recipe.model
+    """The manifest of a recipe's set; ``inputs`` is the hash of the choices that decided its
+    content, ``parts`` are the fingerprints of what it was made with.
+    """
+    model, made_by = recipe.model, backbone.fingerprints()
     return Manifest(
         kind=recipe.data.format,
         created_by=__version__,
@@ -126,13 +136,14 @@ def manifest_of(
         tiers=recipe.curriculum.tiers,
         resolution=model.resolution,
         latent_shape=backbone.latent_shape(model.resolution),
-        model=ModelSource(path=model.path, fingerprint=fingerprints["model"]),
+        model=ModelSource(path=model.path, fingerprint=made_by["model"]),
         vae=VaeSource(
             path=model.vae or model.path,
-            fingerprint=fingerprints["vae"],
+            fingerprint=made_by["vae"],
             scaling_factor=backbone.scaling_factor,
         ),
         reward=ranked_by,
+        parts=dict(parts),
         statistics=statistics,
         shards=tuple(shards),
     )

@@ -235,8 +235,8 @@ def _group_of_one() -> dict[str, str]:
 
 
 @contextmanager
-def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for the life of the process: two runs in it would destroy each other.
+def run_lock(ranks: Ranks, folder: Path, key: str = "run_dir") -> Iterator[None]:
+    """Hold a folder, the recipe's ``key``: two runs in it would destroy each other.
 
     RecipeError, on all ranks, if another holds it or if some rank sees another folder by that name.
     """
@@ -244,11 +244,11 @@ def run_lock(ranks: Ranks, run_dir: Path) -> Iterator[None]:
 
     def take() -> str:
         nonlocal lock
-        lock = RunLock(run_dir)
+        lock = RunLock(folder, key)
         return lock.owner
 
     owner = ranks.on_first(take)
-    ranks.together(lambda: refuse_other_folder(run_dir, owner))
+    ranks.together(lambda: refuse_other_folder(folder, owner, key))
     try:
         yield
     finally:

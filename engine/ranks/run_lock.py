@@ -24,14 +24,17 @@ class RunLock:
     nothing.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        path = run_dir / LOCK
+    def __init__(self, folder: Path, key: str = "run_dir") -> None:
+        """``key`` is the recipe's for the folder; that of shards, `data.path`, has its lock beside
+        it, since it is copied as it is.
+        """
+        path = lock_of(folder, key)
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+")  # noqa: SIM115 (held, not scoped)
         except OSError as error:
             raise RecipeError(
-                f"run_dir {run_dir} cannot be written: {told_by(error)}", "run_dir", "unwritable"
+                f"{key} {folder} cannot be written: {told_by(error)}", key, "unwritable"
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,15 +42,15 @@ class RunLock:
             self._file.close()
             if error.errno in TAKEN:
                 raise RecipeError(
-                    f"run_dir {run_dir} is in use by another process{_holder(path)}: wait for it, "
+                    f"{key} {folder} is in use by another process{_holder(path)}: wait for it, "
                     "or give another",
-                    "run_dir",
+                    key,
                     "in-use",
                 ) from None
             raise RecipeError(
-                f"run_dir {run_dir} cannot be locked ({told_by(error)}), and two runs in it would "
+                f"{key} {folder} cannot be locked ({told_by(error)}), and two runs in it would "
                 "destroy each other: mount its file system with locks, or give a folder elsewhere",
-                "run_dir",
+                key,
                 "unsupported",
             ) from None
         self.owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
@@ -58,12 +61,20 @@ class RunLock:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RecipeError(
-                f"run_dir {run_dir} cannot be written: {told_by(error)}", "run_dir", "unwritable"
+                f"{key} {folder} cannot be written: {told_by(error)}", key, "unwritable"
             ) from None
 
     def release(self) -> None:
         """Let the next run in."""
         self._file.close()
+
+
+def lock_of(folder: Path, key: str) -> Path:
+    """The file that is locked."""
+    if key == "run_dir":
+        return folder / LOCK
+    real = folder.resolve()
+    return real.with_name(f".{real.name}{LOCK}")
 
 
 def _holder(path: Path) -> str:
@@ -75,23 +86,23 @@ def _holder(path: Path) -> str:
     return f" ({pid} on {host})"
 
 
-def refuse_other_folder(run_dir: Path, owner: str) -> None:
+def refuse_other_folder(folder: Path, owner: str, key: str = "run_dir") -> None:
     """RecipeError if the folder of this rank is not the one that ``owner`` has locked: a run keeps
     the parts of all ranks in one folder.
     """
     deadline = time.monotonic() + SECONDS_TO_APPEAR
     while True:
         try:
-            if (run_dir / LOCK).read_text() == owner:
+            if lock_of(folder, key).read_text() == owner:
                 return
         except (OSError, ValueError):
             pass
         if time.monotonic() > deadline:
             raise RecipeError(
-                f"run_dir {run_dir} on {socket.gethostname()} is another folder than on "
+                f"{key} {folder} on {socket.gethostname()} is another folder than on "
                 f"{owner.split()[0]}, where rank 0 runs: give one on a file system that all "
                 "machines share",
-                "run_dir",
+                key,
                 "mismatch",
             )
         time.sleep(0.1)

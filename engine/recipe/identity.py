@@ -25,6 +25,9 @@ IDENTITY = re.compile(
     r"|train\.(global_batch|warmup_steps|gradient_clip|precision|caption_dropout)"
 )
 
+# Keys of a recipe's model that name files: what these hold decides, not where they lie.
+MODEL_FILES = ("path", "revision", "variant", "vae", "unet", "lcm_lora", "teacher")
+
 RESOLVED_HEADER = """\
 # The recipe of this run as it was resolved: file, overrides and defaults in one. It is a record; to
 # repeat the run elsewhere give it to --recipe with another run_dir.
@@ -58,8 +61,11 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def diff_identity(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``.
+def diff_identity(
+    old: Mapping[str, object], new: Mapping[str, object], *, by_name: bool = True
+) -> list[str]:
+    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``; the names
+    of the model's files only ``by_name``.
 
     A knob that is younger than the checkpoint counts as its default there: defaults of new knobs
     are what was done before.
@@ -73,9 +79,10 @@ def diff_identity(old: Mapping[str, object], new: Mapping[str, object]) -> list[
     def show(value: object) -> str:
         return "not set" if value is absent else shown(value)
 
+    names = () if by_name else {f"model.{key}" for key in MODEL_FILES}
     pairs = {key: (value_of(old, key), value_of(new, key)) for key in (*new, *old)}
     return [
         f"{key}: checkpoint {show(before)}, recipe {show(now)}"
         for key, (before, now) in pairs.items()
-        if before != now
+        if before != now and key not in names
     ]

@@ -24,6 +24,9 @@ class RewardSection(Section):
     made_by: ClassVar[str]
     """Module and class in :mod:`cdpo.engine.rewards` that score so, imported when they are used."""
     memory_only: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    names: ClassVar[frozenset[str]] = frozenset({"path", "revision"})
+    """Fields that name files: what these hold counts, not where they lie. A field that is not among
+    them counts by its spelling."""
 
     @property
     def label(self) -> str:
@@ -46,6 +49,10 @@ class RewardSection(Section):
         """
         chosen = self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.memory_only))
         return {"type": self.type} | chosen
+
+    def knobs(self) -> dict[str, Any]:
+        """:meth:`identity` without the names of files."""
+        return {key: value for key, value in self.identity().items() if key not in self.names}
 
     def settings(self) -> str:
         """Short hash of the knobs of :meth:`identity` that are no names of files; empty where all
@@ -97,6 +104,7 @@ class PickScoreSpec(ModelReward):
     """A preference model of the CLIP family."""
 
     made_by = "clip:PickScore"
+    names = RewardSection.names | {"processor"}
     type: Literal["pick_score"] = "pick_score"
     """`pick_score`: cosine times the model's temperature, of any CLIP-family preference model."""
     processor: str | None = None
@@ -108,6 +116,7 @@ class HpsSpec(NetworkReward):
     """Human preference score v2 and v2.1."""
 
     made_by = "hps:Hps"
+    names = RewardSection.names | {"tokenizer"}
     type: Literal["hps"] = "hps"
     """`hps`: cosine of HPS v2.1, from its published checkpoint."""
     path: str
@@ -121,6 +130,7 @@ class AestheticSpec(ModelReward):
     """LAION's aesthetic predictor."""
 
     made_by = "aesthetic:Aesthetic"
+    names = RewardSection.names | {"head"}
     type: Literal["aesthetic"] = "aesthetic"
     """`aesthetic`: LAION's predictor of a rating from 1 to 10; the prompt does not count."""
     path: str = "openai/clip-vit-large-patch14"
@@ -134,6 +144,7 @@ class ImageRewardSpec(NetworkReward):
     """ImageReward v1."""
 
     made_by = "image_reward:ImageReward"
+    names = RewardSection.names | {"tokenizer"}
     type: Literal["image_reward"] = "image_reward"
     """`image_reward`: ImageReward v1.0, a BLIP trained on rankings, from its published file."""
     path: str
@@ -146,6 +157,7 @@ class CaptionSimilaritySpec(ModelReward):
     """Text alignment as in the papers: what a captioner sees, compared with the prompt."""
 
     made_by = "caption_similarity:CaptionSimilarity"
+    names = RewardSection.names | {"sentence_model"}
     type: Literal["caption_similarity"] = "caption_similarity"
     """`caption_similarity`: a vision-language model says what it sees, a sentence model compares
     that with the prompt."""
@@ -258,6 +270,10 @@ class CombinedReward(RewardSection):
 
     def identity(self) -> dict[str, Any]:
         parts = [part.reward.identity() | {"weight": part.weight} for part in self.rewards]
+        return {"type": self.type, "rewards": parts}
+
+    def knobs(self) -> dict[str, Any]:
+        parts = [part.reward.knobs() | {"weight": part.weight} for part in self.rewards]
         return {"type": self.type, "rewards": parts}
 
     @model_validator(mode="after")

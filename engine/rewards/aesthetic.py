@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,8 +39,11 @@ class Aesthetic:
                     f"{spec.path} have {width}"
                 )
         self.head.to(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
         both = self.clip.fingerprint + fingerprint(self.head)
-        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @torch.no_grad()
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,11 @@ class CaptionSimilarity:
         self.model.requires_grad_(False).eval().to(device)
         self.device = device
         self.max_new_tokens = spec.max_new_tokens
+
+    @cached_property
+    def fingerprint(self) -> str:
         both = fingerprint(self.model) + self.sentences.fingerprint
-        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         captions = self.sentences.embed(self.captions(images))

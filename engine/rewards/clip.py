@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,12 @@ class ClipModel:
         self.processor = processor
         self.device = device
         self.precision = precision
-        self.fingerprint = fingerprint(self.model)
         self._embed_text = lru_cache(maxsize=PROMPTS_KEPT)(self._embed_text_anew)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint(self.model)
 
     @torch.no_grad()
     def cosines(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
@@ -117,7 +121,10 @@ class ClipScore:
 
     def __init__(self, spec: ClipScoreSpec, device: torch.device) -> None:
         self.clip = read_clip(spec, device)
-        self.fingerprint = self.clip.fingerprint
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.clip.fingerprint
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return self.clip.cosines(images, prompts).cpu().numpy()
@@ -128,9 +135,12 @@ class PickScore:
 
     def __init__(self, spec: PickScoreSpec, device: torch.device) -> None:
         self.clip = read_clip(spec, device, spec.processor)
+
+    @cached_property
+    def fingerprint(self) -> str:
         # Not the weights' alone: a clip_score of the same folder has other scores.
         own = f"pick_score {self.clip.fingerprint}"
-        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+        return hashlib.sha256(own.encode()).hexdigest()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         scale = self.clip.model.logit_scale.exp()

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..recipe.reward import CombinedReward, Reward
-from .protocol import RewardModel
+from .protocol import Identity, RewardModel
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
@@ -46,6 +46,16 @@ def borda_shares(scores: np.ndarray) -> np.ndarray:
     return result
 
 
+def combined_identity(kind: str, parts: Sequence[Identity], weights: Sequence[float]) -> Identity:
+    """Of a sum or vote, by those of its parts."""
+
+    def of(what: str) -> str:
+        named = [f"{part[what]} {weight!r}" for part, weight in zip(parts, weights, strict=True)]
+        return hashlib.sha256("\n".join([kind, *named]).encode()).hexdigest()
+
+    return {what: of(what) for what in ("weights", "whole")}
+
+
 class Combined:
     """Parts and weights."""
 
@@ -58,8 +68,8 @@ class Combined:
     def __init__(self, parts: Sequence[RewardModel], weights: Sequence[float]) -> None:
         self.parts = parts
         self.weights = np.asarray(weights, np.float64)
-        named = [f"{p.fingerprint} {w!r}" for p, w in zip(parts, weights, strict=True)]
-        self.fingerprint = hashlib.sha256("\n".join([self.kind, *named]).encode()).hexdigest()
+        self.identity = combined_identity(self.kind, [part.identity for part in parts], weights)
+        self.fingerprint = self.identity["whole"]
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """float32 (N,); images under the same prompt are compared with each other."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,8 +43,11 @@ class Hps:
         square = {"height": self.size, "width": self.size}
         processor = CLIPImageProcessorPil(size=square, crop_size=square)
         self.clip = ClipModel(model, tokenizer, processor, device, spec.precision)
+
+    @cached_property
+    def fingerprint(self) -> str:
         # Not the weights' alone: a clip_score of them sees other pixels.
-        self.fingerprint = hashlib.sha256(f"hps {self.clip.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"hps {self.clip.fingerprint}".encode()).hexdigest()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return self.clip.cosines([self._fitted(i) for i in images], prompts).cpu().numpy()

@@ -12,6 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,13 +62,16 @@ class ImageReward:
         parts: list[nn.Module] = [self.vision, self.text, self.head]
         for part in parts:
             part.requires_grad_(False).eval().to(device)
-        together = "".join(fingerprint(part) for part in parts)
-        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
         size = self.vision.config.image_size
         crop = {"height": size, "width": size}
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop)
         self.device = device
         self.precision = spec.precision
+
+    @cached_property
+    def fingerprint(self) -> str:
+        together = "".join(fingerprint(part) for part in (self.vision, self.text, self.head))
+        return hashlib.sha256(together.encode()).hexdigest()
 
     @torch.no_grad()
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

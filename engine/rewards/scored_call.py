@@ -28,7 +28,8 @@ from PIL import Image
 
 from ..basics.errors import CdpoError, DataError, OutsideError, told_by
 from ..display.terminal import Terminal
-from .protocol import Scorer
+from .identity import identity_of
+from .protocol import Identity, Scorer
 
 KEPT = 1 << 20  # scores in memory, some 200 bytes each; an imported data set may have more
 RECORD = struct.Struct("<32sfI")
@@ -113,15 +114,17 @@ class ScoredCall:
         batch_size: int,
         settings: str = "",
         cache: Path | None = None,
+        *,
         precision: str | None = None,
+        identity: Identity | None = None,
     ) -> None:
+        """``identity`` is of the scorer with its settings; left out, it is worked out."""
         self.scorer = scorer
         self.precision = precision
         self.label = label
         self.batch_size = batch_size
-        self.fingerprint = scorer.fingerprint
-        if settings:
-            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {settings}".encode()).hexdigest()
+        self.identity = identity or identity_of(scorer, settings, {})
+        self.fingerprint = self.identity["whole"]
         self.cache = ScoreCache(cache / self.fingerprint[:16] if cache else None)
         self.succeeded = 0
         self.failed = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -49,8 +49,12 @@ class SentenceModel:
         self.max_length = settings.get("max_seq_length") or longest
         self.model.requires_grad_(False).eval().to(device)
         self.device = device
-        self.fingerprint = f"{self.pooling} {self.max_length} {fingerprint(self.model)}"
         self.embed_kept = lru_cache(maxsize=PROMPTS_KEPT)(lambda text: self.embed([text])[0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, and of how a sentence is made of its tokens."""
+        return f"{self.pooling} {self.max_length} {fingerprint(self.model)}"
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str]) -> torch.Tensor:

@@ -112,6 +112,9 @@ class Manifest(Record):
     model: ModelSource
     vae: VaeSource
     reward: RewardSource
+    parts: dict[str, str] | None = None
+    """Content hashes of all that made the set, by the names of `PARTS` in models/fingerprints.py.
+    Sets made before there were any are known by those of `model`, `vae` and `reward` alone."""
     statistics: Statistics = Statistics()
     shards: tuple[ShardEntry, ...]
 
@@ -213,8 +216,14 @@ def save_manifest(folder: str | Path, manifest: Manifest) -> Path:
 
 
 def manifest_hash(manifest: Manifest) -> str:
-    """sha256 of the content, whatever the layout of the file: what checkpoints remember."""
-    return hashlib.sha256(_canonical(manifest)).hexdigest()
+    """sha256 of the content, whatever the layout of the file: what checkpoints remember. Where the
+    set says which parts made it, the folders they lay in do not count.
+    """
+    if manifest.parts is None:
+        return hashlib.sha256(_canonical(manifest)).hexdigest()
+    sources = ("model", "vae", "reward")
+    paths = {name: getattr(manifest, name).model_copy(update={"path": ""}) for name in sources}
+    return hashlib.sha256(_canonical(manifest.model_copy(update=paths))).hexdigest()
 
 
 def _canonical(manifest: Manifest, indent: int | None = None) -> bytes:

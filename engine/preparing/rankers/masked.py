@@ -62,6 +62,9 @@ class MaskedRanker:
             type="masked", path="prompts", fingerprint=hashlib.sha256(chosen).hexdigest()
         )
 
+    def reward(self) -> None:
+        return None
+
     def starts(self, prompt: str) -> list[Start]:
         return whole_prompts(self.num_winners) + [
             self._loser(winner, share)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...curriculum.labelled import PairsMade
+from ...rewards import Identity
 from ...shards.manifest import RewardSource
 from ..candidates import Start
 from ..parts import Parts
@@ -29,6 +30,11 @@ class Ranker(Protocol):
 
     def source(self) -> RewardSource:
         """What the manifest says of it, with a hash of the weights that it holds now."""
+
+    def reward(self) -> Identity | None:
+        """What the reward that ranks is by content, loaded only if that is not known; None where
+        none does.
+        """
 
     def starts(self, prompt: str) -> list[Start]:
         """What each of a prompt's images starts from."""

@@ -13,7 +13,7 @@ from ...curriculum.labelled import PairsMade, ranked_pairs
 from ...display.terminal import Terminal
 from ...ranks import Ranks
 from ...recipe import Recipe
-from ...rewards import RewardModel, load_reward
+from ...rewards import Identity, RewardModel, known_identity, load_reward
 from ...shards.manifest import RewardSource
 from ...sources.pictures import Tolerance
 from ..candidates import Start, whole_prompts
@@ -38,8 +38,12 @@ class RewardRanker:
         return {"reward": self.recipe.reward.identity()}
 
     def source(self) -> RewardSource:
-        spec = self.recipe.reward
-        return RewardSource(type=spec.type, path=spec.source, fingerprint=self._reward.fingerprint)
+        spec, weights = self.recipe.reward, self._reward.identity["weights"]
+        return RewardSource(type=spec.type, path=spec.source, fingerprint=weights)
+
+    def reward(self) -> Identity:
+        known = None if "_reward" in vars(self) else known_identity(self.recipe.reward)
+        return known or self._reward.identity
 
     def starts(self, prompt: str) -> list[Start]:
         return whole_prompts(self.count)

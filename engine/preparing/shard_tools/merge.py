@@ -23,6 +23,7 @@ from ... import __version__
 from ...basics.errors import DataError, RecipeError, told_by
 from ...basics.failpoints import failpoint
 from ...basics.files import sync_path
+from ...models.fingerprints import changed_parts, named
 from ...shards.manifest import (
     FILE_NAME,
     Manifest,
@@ -127,6 +128,7 @@ def merge_sets(
                 "created_by": __version__,
                 "fingerprint": inputs,
                 "seed": seed,
+                "parts": _parts_of(sets),
                 "statistics": sum_statistics([s.manifest.statistics for s in sets], plans),
                 "shards": tuple(entries),
             }
@@ -164,6 +166,20 @@ def _check_alike(first: _Set, other: _Set) -> None:
                 key,
                 "mismatch",
             )
+    our_parts, their_parts = first.manifest.parts, other.manifest.parts
+    if our_parts and their_parts and (changed := changed_parts(our_parts, their_parts)):
+        raise DataError(
+            f"{first.folder} and {other.folder} cannot be merged: they were made by another "
+            f"{named(changed)}; prepare one of them again as the other",
+            f"parts.{changed[0]}",
+            "mismatch",
+        )
+
+
+def _parts_of(sets: Sequence[_Set]) -> dict[str, str] | None:
+    """What all of the sets, which are alike, say; None if one of them is too old to say it."""
+    parts = [one.manifest.parts for one in sets]
+    return None if None in parts else parts[0]
 
 
 def _inputs_hash(sets: Sequence[_Set], pairs_per_shard: int) -> str:

@@ -48,7 +48,7 @@ class Rank:
         return np.argsort(np.argsort(brightness)).astype(np.float32)
 
 
-SPEC: Any = SimpleNamespace(identity=lambda: {"type": "rank"})
+SPEC: Any = SimpleNamespace(knobs=lambda: {"type": "rank"}, label="rank")
 
 
 def test_all_sides_of_a_prompt_are_scored_in_one_call_and_once(sides, tmp_path, ranks):
@@ -72,7 +72,7 @@ def test_distances_equal_an_independent_computation(sides, tmp_path, ranks, tiny
     spec = load_recipe(tiny_world / "recipe.yaml").reward
     clip = clip_of(load_reward(spec, torch.device("cpu")))
     assert clip is not None
-    found = SideScoring(tmp_path / "s", ranks, sides, PROMPTS).distances(clip, batch_size=2)
+    found = SideScoring(tmp_path / "s", ranks, sides, PROMPTS).distances(clip, 2, "f")
     model = CLIPModel.from_pretrained(tiny_world / "reward").double()
     processor = CLIPImageProcessorPil.from_pretrained(tiny_world / "reward")
     for name, side in sides.items():

@@ -11,7 +11,7 @@ from cdpo.engine.basics.keyed import Stream
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import sd
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.preparing.candidates import CandidateSampler, drawn_by
+from cdpo.engine.preparing.candidates import CandidateSampler, CandidateSet, drawn_by
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Model, Sampler
 from PIL import Image
@@ -187,16 +187,17 @@ def test_images_that_have_gone_are_an_error(sampler, tmp_path):
         one.images.read("house")
 
 
-def test_images_of_another_vae_are_other_images(tiny_world, tmp_path):
-    """Of one denoiser: they are not to be taken for those that are already there."""
+def test_images_that_do_not_tell_their_parts_are_held_to_the_rest(tiny_world, tmp_path, picture):
+    """The denoiser, and the VAE if the recipe names one: as before there were parts."""
     spec = Model(path=str(tiny_world / "sd"), resolution=(16, 16))
     backbone = sd.load(spec, torch.device("cpu"), torch.float32)
-    vae = backbone.pipeline.vae
-    with torch.no_grad():
-        vae.decoder.conv_out.bias += 0.1
-    vae.save_pretrained(tmp_path / "vae")
-    other_spec = spec.model_copy(update={"vae": str(tmp_path / "vae")})
-    other = sd.load(other_spec, torch.device("cpu"), torch.float32)
-    ours, theirs = drawn_by(spec, backbone), drawn_by(other_spec, other)
-    assert ours == {"model": backbone.fingerprints()["model"]}
-    assert theirs["model"] == ours["model"] and theirs != ours
+    for vae in (None, str(tiny_world / "sd" / "vae")):
+        meta = {**drawn_by(spec.model_copy(update={"vae": vae}), backbone), "seed": 3}
+        parts = meta.pop("parts")
+        assert set(meta) == ({"model", "seed"} if vae is None else {"model", "vae", "seed"})
+        folder = tmp_path / f"of {vae is None}"
+        CandidateSet(folder, meta).write("house", [picture(16)])
+        assert CandidateSet(folder, meta | {"parts": parts}).has("house")
+        for changed in ({"seed": 4}, {"model": "another"}):
+            other = CandidateSet(folder, meta | changed | {"parts": parts})
+            assert not other.has("house") and other.differs_in("house") == list(changed)

@@ -122,7 +122,7 @@ def test_what_is_left_behind(plain):
     names = {path.name for path in plain.parent.iterdir()}
     assert names == {
         *("contact_sheet.png", "left_out.csv", "recipe.yaml", "scores.parquet", "shards"),
-        "source",
+        *("source", ".shards.lock"),
     }
     assert not list(plain.parent.rglob("*.tmp"))
     table = pq.read_table(plain.parent / "scores.parquet").to_pylist()

@@ -23,7 +23,7 @@ LOADED = {
     [
         ("sampled", "seed=3", True),  # as it is
         ("sampled", "seed=4", False),
-        ("sampled", "reward.path=elsewhere", False),
+        ("sampled", "reward.path=JUDGE", False),
         ("sampled", "curriculum.tiers=2", False),
         ("sampled", "curriculum.min_score_gap=0.1", False),
         ("sampled", "prepare.sampler.steps=3", False),
@@ -40,7 +40,7 @@ LOADED = {
         ("masked", "reward.path=elsewhere", True),
         ("masked", "curriculum.order=random", True),
         ("paired", "seed=4", False),
-        ("paired", "reward.path=elsewhere", False),
+        ("paired", "reward.path=JUDGE", False),
         ("paired", "curriculum.tiers=2", False),
         ("paired", "prepare.source.on_disagreement=drop", False),
         ("paired", "prepare.source.limit=50", False),
@@ -50,7 +50,10 @@ LOADED = {
         ("paired", "prompts.train=null", True),
     ],
 )
-def test_only_what_decides_the_shards_makes_them_stale(made, load, ranks, kind, override, finished):
+def test_only_what_decides_the_shards_makes_them_stale(
+    made, load, ranks, tiny_world, kind, override, finished
+):
+    override = override.replace("JUDGE", str(tiny_world / "judge"))
     run_dir = made(kind)
     before = contents(run_dir / "source") if kind == "paired" else {}
     assert is_finished(load(kind, run_dir, override), ranks) == finished

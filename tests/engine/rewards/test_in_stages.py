@@ -55,7 +55,7 @@ def test_captions_rank_candidates(prepare, tmp_path):
     recipe, source = prepare(reward, "prompts.limit=2")
     assert (source.type, source.path) == ("caption_similarity", reward["path"])
     again = load_reward(recipe.reward, torch.device("cpu"))
-    assert again.fingerprint == source.fingerprint
+    assert again.identity["weights"] == source.fingerprint
     found, images = scores_of(recipe.run_dir), candidates_of(recipe.run_dir)
     assert list(found) == tiny.PROMPTS[:2]
     for prompt in found:

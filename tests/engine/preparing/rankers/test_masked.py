@@ -75,7 +75,7 @@ def test_the_manifest_says_what_ranked_them(plain, capsys):
     shown = capsys.readouterr().out
     assert "masked prompts" in shown and "-0.9" in shown
     names = {path.name for path in plain.iterdir()}
-    assert names == {"candidates", "contact_sheet.png", "recipe.yaml", "shards"}
+    assert names == {"candidates", "contact_sheet.png", "recipe.yaml", "shards", ".shards.lock"}
 
 
 def test_images_are_drawn_from_the_noise_and_the_mask_of_their_winner(
