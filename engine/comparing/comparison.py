@@ -11,31 +11,37 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import ModelMixin
 from numpy.typing import NDArray
 
 from ..basics.failpoints import failpoint
+from ..basics.files import replacing
 from ..basics.keyed import Stream
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.adapters import twin_of
+from ..models.fingerprints import changed_parts, named
 from ..models.text import told_of_long
 from ..models.tuning import tune_denoiser, tune_for_sampling
 from ..preparing.candidates import CandidateSampler, CandidateSet, drawn_by
 from ..ranks import Ranks
 from ..recipe import Recipe, Reward
-from ..rewards import clip_of, load_reward
+from ..recipe.identity import MODEL_FILES
+from ..rewards import clip_of, known_identity, load_reward
 from ..sources.left_out import LeftOut
 from ..sources.prompts import OTHER_SPELLING, read_prompts
 from .divergence import Divergence
 from .report.build import Measured, write_comparison
 from .result_cache import KeptTables
-from .runs import ComparedRun, load_tuned, read_runs
+from .runs import ComparedRun, load_tuned, parts_of, read_runs
 from .scores import SideScoring
 
 BASE = "base"
+MADE_OF = "made_of.json"  # beside the report: what it is a function of
+NO_INPUTS = {"batch_size", "judge", "rewards", "runs"}  # of `compare`; the last three stand beside
 
 
 class Comparison:
@@ -55,8 +61,9 @@ class Comparison:
         self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
         self.scorers = scorers_of(recipe)
-        self.runs: list[ComparedRun] = ranks.on_first(lambda: read_runs(recipe))
+        self.runs: list[ComparedRun] = ranks.on_first(lambda: read_runs(recipe, ranks.device))
         self.inputs = self._inputs_hash()
+        self.made_by: dict[str, str] = {}  # fingerprints of what draws and what scores
         self.is_finished = ranks.on_first(self._already_done)
 
     def describe(self) -> list[tuple[str, str]]:
@@ -79,16 +86,36 @@ class Comparison:
         inputs = {
             "runs": [(run.name, run.weights) for run in self.runs],
             "seed": self.recipe.seed,
-            "model": self.recipe.model.model_dump(mode="json"),
+            "model": self.recipe.model.model_dump(mode="json", exclude=set(MODEL_FILES)),
             "prompts": self.prompt_sets,
-            "reward": self.recipe.reward.model_dump(mode="json"),
-            "compare": self.recipe.compare.model_dump(mode="json", exclude={"batch_size"}),
+            "scorers": {name: scorer.knobs() for name, scorer in self.scorers.items()},
+            "compare": self.recipe.compare.model_dump(mode="json", exclude=NO_INPUTS),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _already_done(self) -> bool:
-        stamp = self.folder / "inputs.sha256"
-        return self.report_path.exists() and stamp.exists() and stamp.read_text() == self.inputs
+        """Whether there is a report of these inputs, models and scorers. One that does not tell its
+        parts is made anew, of what is kept of it.
+        """
+        try:
+            made_of = json.loads((self.folder / MADE_OF).read_bytes())
+            then, inputs = made_of["parts"], made_of["inputs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if not self.report_path.exists() or inputs != self.inputs:
+            return False
+        changed = changed_parts(then, self._parts())
+        if changed:
+            self.terminal.warn(f"the report is made again, with another {named(changed)}")
+        return not changed
+
+    def _parts(self) -> dict[str, str]:
+        """What draws and what scores, by content; loaded only if that is not known."""
+        device = self.ranks.device
+        scorers = {}
+        for name, spec in self.scorers.items():
+            scorers[name] = (known_identity(spec) or load_reward(spec, device).identity)["whole"]
+        return parts_of(self.recipe.model, device, "fp32") | scorers
 
     def run(self) -> None:
         """Sample, score, and write results.json and report.html."""
@@ -100,7 +127,9 @@ class Comparison:
             write_comparison(
                 self.recipe, self.runs, measured, self.folder, self.ranks.device, self.terminal
             )
-            (self.folder / "inputs.sha256").write_text(self.inputs)
+            made_of = {"inputs": self.inputs, "parts": self.made_by}
+            with replacing(self.folder / MADE_OF) as file:
+                file.write(json.dumps(made_of, indent=1).encode())
 
         self.ranks.on_first(write)
 
@@ -110,6 +139,7 @@ class Comparison:
         if self.ranks.is_first and (told := told_of_long(backbone, self.prompts)):
             self.terminal.warn(told)
         made_by = drawn_by(self.recipe.model, backbone)
+        self.made_by |= backbone.fingerprints()
         tune_for_sampling(self.recipe.speed, backbone)
         reference = backbone.denoiser
         measured.images[BASE] = self._draw(backbone, BASE, made_by)
@@ -122,7 +152,7 @@ class Comparison:
                     found = self._diverge(backbone, reference, run, base)
                     measured.divergence[run.name] = found
 
-    def _draw(self, backbone: Backbone, name: str, made_by: dict[str, str]) -> CandidateSet:
+    def _draw(self, backbone: Backbone, name: str, made_by: dict[str, Any]) -> CandidateSet:
         spec = self.recipe.compare
         sampler = CandidateSampler(
             backbone,
@@ -184,12 +214,15 @@ class Comparison:
         scoring = SideScoring(folder, self.ranks, measured.images, self.prompts)
         for name, spec in self.scorers.items():
             reward = load_reward(spec, self.ranks.device, folder)
+            self.made_by[name] = reward.fingerprint
             measured.scores[name] = scoring.scores(spec, reward)
             clip = clip_of(reward)
             if measured.embedder is None and clip is not None:
                 measured.embedder = name
                 if self.recipe.compare.images_per_prompt > 1:
-                    measured.distances = scoring.distances(clip, spec.images_per_call)
+                    measured.distances = scoring.distances(
+                        clip, spec.images_per_call, reward.fingerprint
+                    )
 
 
 def scorers_of(recipe: Recipe) -> dict[str, Reward]:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+import torch
+
 from ..basics.errors import DataError, RecipeError
-from ..models import Backbone
+from ..models import Backbone, known_fingerprints, load_backbone
+from ..models.fingerprints import changed_parts, named
 from ..recipe import Model, Recipe
 from ..recipe.reading import load_recipe
 from ..training.export_formats import FOLDERS
-from ..training.exports import AVERAGES
+from ..training.exports import AVERAGES, STAMP
 from ..training.log import MetricsFile, both_errors_rise
 from .report.content import TUNED, RunFacts
 
 # What decides the images of an untuned model; teachers and solvers belong to training.
-SAME_MODEL = ("backbone", "path", "revision", "variant", "vae", "unet", "lcm_lora", "resolution")
+SAME_MODEL = ("backbone", "resolution")
+# And of a run that does not tell the parts it was tuned from.
+SAME_NAMES = ("path", "revision", "variant", "vae", "unet", "lcm_lora")
+# Parts that have no share in the images, and that has none in training.
+OF_ONE_SIDE = ("teacher", "teacher_config", "sampler")
 # What tells methods apart.
 METHOD = (
     "objective.type",
@@ -54,15 +63,24 @@ class ComparedRun:
         return RunFacts(self.name, self.recipe.run_dir, method_of(self.recipe), rose)
 
 
-def read_runs(recipe: Recipe) -> list[ComparedRun]:
-    """All runs of a comparison, in their order.
+def read_runs(recipe: Recipe, device: torch.device) -> list[ComparedRun]:
+    """All runs of a comparison, in their order; models whose content is not known are read on
+    ``device``.
 
     DataError or RecipeError, in one line, for a folder that is no finished run, and for a run of
     another model.
     """
     if not recipe.compare.runs:
-        return [ComparedRun(TUNED, recipe, tuned_hash(recipe))]
-    return [_read_run(recipe, name, folder) for name, folder in recipe.compare.runs.items()]
+        own = ComparedRun(TUNED, recipe, tuned_hash(recipe))
+        _refuse_other_parts("run_dir", recipe, own.folder, device)
+        return [own]
+    return [_read_run(recipe, *run, device) for run in recipe.compare.runs.items()]
+
+
+def parts_of(model: Model, device: torch.device, precision: str) -> dict[str, str]:
+    """Fingerprints of a recipe's model in a precision; it is read only if they are not known."""
+    known = known_fingerprints(model, precision)
+    return known or load_backbone(model, device, precision).fingerprints()
 
 
 def method_of(recipe: Recipe) -> dict[str, str | int | float | None]:
@@ -70,7 +88,7 @@ def method_of(recipe: Recipe) -> dict[str, str | int | float | None]:
     return {key: attrgetter(key)(recipe) for key in METHOD}
 
 
-def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:
+def _read_run(recipe: Recipe, name: str, folder: str, device: torch.device) -> ComparedRun:
     key = f"compare.runs.{name}"
     run = f"{key}={folder}"
     resolved = Path(folder) / "recipe.yaml"
@@ -84,7 +102,9 @@ def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:
         more = f" (and {len(others)} more)" if others else ""
         message = f"{run}: its recipe.yaml cannot be taken: {first}{more}"
         raise RecipeError(message, key, "damaged") from None
-    _refuse_other_model(key, folder, recipe.model, own.model)
+    _refuse_other_model(key, folder, recipe.model, own.model, SAME_MODEL)
+    if not _refuse_other_parts(key, recipe, Path(folder), device):
+        _refuse_other_model(key, folder, recipe.model, own.model, SAME_NAMES)
     if recipe.compare.weights == "ema" and own.adapter.ema is None:
         raise DataError(
             f"{run} keeps no moving average (its adapter.ema is null): use compare.weights=last",
@@ -95,8 +115,32 @@ def _read_run(recipe: Recipe, name: str, folder: str) -> ComparedRun:
     return ComparedRun(name, moved, tuned_hash(moved))
 
 
-def _refuse_other_model(key: str, folder: str, here: Model, there: Model) -> None:
-    for name in SAME_MODEL:
+def _refuse_other_parts(key: str, recipe: Recipe, run: Path, device: torch.device) -> bool:
+    """DataError if a run was tuned from other parts than the recipe's model has; whether it tells
+    them, as runs do since there are parts.
+    """
+    try:
+        exported = json.loads((run / STAMP).read_bytes())
+        then, precision = exported["parts"], exported["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    now = parts_of(recipe.model, device, precision)
+    others = [part for part in changed_parts(then, now) if part not in OF_ONE_SIDE]
+    if others:
+        raise DataError(
+            f"{key}={run} was tuned from another {named(others)} than the recipe's model has: "
+            "bring back the files, or compare with a recipe of that model; runs are compared with "
+            "one base",
+            key,
+            "mismatch",
+        )
+    return True
+
+
+def _refuse_other_model(
+    key: str, folder: str, here: Model, there: Model, names: Sequence[str]
+) -> None:
+    for name in names:
         ours, theirs = getattr(here, name), getattr(there, name)
         if _located(ours) != _located(theirs):
             raise DataError(

@@ -13,6 +13,7 @@ from ..basics.errors import DataError
 from ..basics.keyed import Stream
 from ..basics.phases import phase
 from ..models import DTYPES, Backbone, Framing
+from ..models.fingerprints import changed_parts, named
 from ..objectives import TrainingBatch, min_snr_weights
 from ..recipe import Recipe
 from ..shards.batch import PairBatch
@@ -91,6 +92,13 @@ class BatchMaker:
         return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
 
 
+def trained_parts(backbone: Backbone) -> dict[str, str]:
+    """Fingerprints of what decides a run's steps: of all parts but how images are sampled, the
+    teacher's among them if there is one.
+    """
+    return {name: own for name, own in backbone.fingerprints().items() if name != "sampler"}
+
+
 def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone) -> None:
     """DataError where a run cannot train on what the shards hold."""
     if manifest.kind == "latents" and recipe.data.posterior == "sampled":
@@ -100,11 +108,15 @@ def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone
             "data.posterior",
             "contradiction",
         )
-    own, made_with = backbone.fingerprints()["vae"], manifest.vae
-    if manifest.kind != "raw" and made_with.fingerprint != own:
+    parts, made_with = backbone.fingerprints(), manifest.vae
+    # Sets that are too old to tell the config are held to the weights.
+    config = (manifest.parts or parts)["vae_config"]
+    own = {name: parts[name] for name in ("vae", "vae_config")}
+    others = changed_parts({"vae": made_with.fingerprint, "vae_config": config}, own)
+    if manifest.kind != "raw" and others:
         raise DataError(
-            f"the shards were made with another VAE ({made_with.path}, "
-            f"{made_with.fingerprint[:12]}) than the model's own ({own[:12]}): run prepare "
+            f"the shards were made with another {named(others)} ({made_with.path}, "
+            f"{made_with.fingerprint[:12]}) than the model's own ({own['vae'][:12]}): run prepare "
             "again with this model, or name that VAE as model.vae",
             "model.vae",
             "mismatch",

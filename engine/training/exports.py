@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -58,12 +59,15 @@ class Exports:
         engine: deepspeed.DeepSpeedEngine,
         policy: ModelMixin,
         ranks: Ranks,
+        parts: Mapping[str, str] | None = None,
     ) -> None:
+        """``parts`` are the fingerprints of what the run was trained from."""
         self.recipe = recipe
         self.backbone = backbone
         self.policy = policy
         self.weights = TrainedWeights(engine, policy)
         self.ranks = ranks
+        self.parts = dict(parts or {})
         self.run_dir = Path(recipe.run_dir)
         self.formats = tuple(dict.fromkeys(recipe.export.formats))
         self._shard_bytes = int(recipe.export.shard_gib * 2**30)
@@ -218,7 +222,9 @@ class Exports:
         shutil.rmtree(made)
 
     def _put_stamp(self, checkpoint: Path) -> None:
-        stamp = json.dumps(self._stamp(checkpoint)).encode()
+        precision = self.recipe.train.precision
+        made_from = {"parts": self.parts, "precision": precision}
+        stamp = json.dumps(self._stamp(checkpoint) | made_from).encode()
         with replacing(self.run_dir / STAMP, error=None) as file:
             file.write(stamp)
 
@@ -227,8 +233,9 @@ class Exports:
 
         def look() -> bool:
             path = self.run_dir / STAMP
-            known = json.loads(path.read_text()) if path.exists() else None
-            return known == self._stamp(checkpoint) and all(f.is_dir() for f in self.folders)
+            known = json.loads(path.read_text()) if path.exists() else {}
+            is_same = known.items() >= self._stamp(checkpoint).items()
+            return is_same and all(f.is_dir() for f in self.folders)
 
         return bool(self.ranks.on_first(look))
 

@@ -35,7 +35,7 @@ from ..shards.reader import ShardReaders
 from ..shards.remote.store import open_store
 from ..shards.store import ShardStore
 from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
-from .batch import BatchMaker, refuse_foreign_shards
+from .batch import BatchMaker, refuse_foreign_shards, trained_parts
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
 from .deepspeed_config import build_deepspeed_config, plan_batches
@@ -103,6 +103,7 @@ class Trainer:
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
+        self.checkpoints.parts = trained_parts(self.backbone)
         self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(networks.tuning, networks.policy, *networks.frozen)
@@ -118,7 +119,9 @@ class Trainer:
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
-        self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks)
+        self.exports = Exports(
+            recipe, self.backbone, self.engine, networks.policy, ranks, self.checkpoints.parts
+        )
 
     def _open_shards(self) -> None:
         """Find all shards, and start to read the pairs of this rank.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ...basics.failpoints import failpoint
 from ...basics.files import replacing, sync_path
 from ...basics.versions import code_version
 from ...curriculum.pacing import Cursor
+from ...models.fingerprints import changed_parts, named
 from ...ranks import Ranks
 from ...recipe import Recipe
 from ...recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
@@ -48,6 +49,9 @@ class CheckpointStore:
         self.keep = keep
         self.data_hash: str | None = None
         """Of the shards that are trained on; None while nobody has looked at them."""
+        self.parts: Mapping[str, str] | None = None
+        """Fingerprints of what is trained and what teaches it, once they are known: a resume is
+        held to them instead of the names of files, which a checkpoint without any is held to."""
         self.passed_over: list[str] = []
         """The newer checkpoints that `load_newest` found damaged, and how."""
 
@@ -128,6 +132,7 @@ class CheckpointStore:
                 "recipe": recipe_hash(self.recipe),
                 "identity": training_identity(self.recipe),
                 "data": self.data_hash,
+                **({} if self.parts is None else {"parts": dict(self.parts)}),
                 "files": files,
             }
             write_manifest(temporary, manifest)
@@ -204,7 +209,8 @@ class CheckpointStore:
         folder, manifest = self._newest()
         if folder is None:
             return None
-        self._refuse_strangers(folder, manifest)
+        # The files of a model may be others on one machine alone.
+        self.ranks.together(lambda: self._refuse_strangers(folder, manifest))
         error: Exception | None = None
         try:
             read(folder, manifest["world_size"])
@@ -234,12 +240,21 @@ class CheckpointStore:
         return None, {}
 
     def _refuse_strangers(self, folder: Path, manifest: dict[str, Any]) -> None:
-        changed = diff_identity(manifest["identity"], training_identity(self.recipe))
+        parts = manifest.get("parts") if self.parts is not None else None
+        identity = training_identity(self.recipe)
+        changed = diff_identity(manifest["identity"], identity, by_name=parts is None)
         if changed:
             raise CheckpointError(
                 f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore "
                 "these values, or give another run_dir",
                 changed[0].partition(":")[0],
+                "changed",
+            )
+        if parts is not None and (others := changed_parts(parts, self.parts or {})):
+            raise CheckpointError(
+                f"checkpoint {folder} was trained with another {named(others)}: bring back the "
+                "files that the recipe names, or give another run_dir",
+                others[0],
                 "changed",
             )
         if self.data_hash is not None and manifest["data"] != self.data_hash:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from launching import KILLED, Outcome, World, losses, metrics
+from part_changes import CHANGES
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,15 @@ def test_a_checkpoint_of_other_shards_is_refused(world: World, run: Path, tmp_pa
     manifest["seed"] += 1
     (shards / "manifest.json").write_text(json.dumps(manifest))
     train(world, run, f"data.path={shards}").refused(5, str(run / "checkpoints"), "manifest")
+
+
+def test_a_model_is_known_by_its_content(world: World, run: Path, tmp_path: Path) -> None:
+    """One that has moved is the same; one that changes in place is another, and named."""
+    moved = Path(shutil.copytree(world.folder / "sd", tmp_path / "sd"))
+    resumed = train(world, run, f"model.path={moved}", "train.steps=4").succeeded()
+    assert "nothing to do" in resumed.text
+    CHANGES["unet"][1](moved)
+    train(world, run, f"model.path={moved}").refused(5, "another denoiser", "run_dir")
 
 
 def test_a_finished_run_can_be_extended(

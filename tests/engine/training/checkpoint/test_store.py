@@ -13,6 +13,7 @@ import damage
 import pytest
 from cdpo.engine.basics.errors import CheckpointError, RecipeError
 from cdpo.engine.curriculum.pacing import Cursor
+from cdpo.engine.models.fingerprints import PARTS
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.checkpoint import store as checkpoint
@@ -20,36 +21,38 @@ from cdpo.engine.training.checkpoint.store import CheckpointStore
 from refusals import refused
 from together import on_ranks
 
+Parts = dict[str, str] | None
+
 
 @pytest.fixture
 def recipe(tiny_recipe: Callable[..., Recipe]) -> Recipe:
     return tiny_recipe()
 
 
-def store(ranks: Ranks, recipe: Recipe) -> CheckpointStore:
+def store(ranks: Ranks, recipe: Recipe, parts: Parts = None) -> CheckpointStore:
     folder = Path(recipe.run_dir) / "checkpoints"
     found = CheckpointStore(folder, ranks, recipe, keep=2)
-    found.data_hash = "d" * 64
+    found.data_hash, found.parts = "d" * 64, parts
     return found
 
 
-def save(recipe: Recipe, *steps: int, ranks: int = 2) -> list[object]:
+def save(recipe: Recipe, *steps: int, ranks: int = 2, parts: Parts = None) -> list[object]:
     def work(each: Ranks) -> None:
         def write(folder: Path) -> None:
             name = f"zero_pp_rank_{each.rank}_mp_rank_00_optim_states.pt"
             (folder / name).write_bytes(bytes(64 + each.rank))
 
         for step in steps:
-            store(each, recipe).save(Cursor(step, ()), write)
+            store(each, recipe, parts).save(Cursor(step, ()), write)
 
     return on_ranks(ranks, work)
 
 
-def load(recipe: Recipe, ranks: int = 2) -> list[object]:
+def load(recipe: Recipe, ranks: int = 2, parts: Parts = None) -> list[object]:
     """The step that each rank goes on from, or its error."""
 
     def work(each: Ranks) -> int | None:
-        cursor = store(each, recipe).load_newest(lambda folder, ranks: None)
+        cursor = store(each, recipe, parts).load_newest(lambda folder, ranks: None)
         return cursor and cursor.step
 
     return on_ranks(ranks, work)
@@ -243,3 +246,40 @@ def test_what_the_manifest_names(recipe) -> None:
     save(recipe, 2)
     path = Path(recipe.run_dir) / "checkpoints" / "step-00000002" / "MANIFEST.json"
     assert len(json.loads(path.read_text())["files"]) == 3
+
+
+# Whose it is
+
+MOVED = [f"model.{key}=elsewhere" for key in ("path", "revision", "variant", "vae", "unet")]
+
+
+def test_a_checkpoint_is_of_parts_wherever_they_lie(recipe, tiny_recipe) -> None:
+    parts = {"model": "a", "text": "b"}
+    save(recipe, 2, parts=parts)
+    for moved in (recipe, *map(tiny_recipe, MOVED)):
+        assert load(moved, parts=parts) == [2, 2]
+    for other in ({"model": "a", "text": "c"}, {"model": "a"}, {**parts, "teacher": "d"}):
+        outcomes = load(recipe, parts=other)
+        agreed(outcomes, "changed")
+        assert outcomes[0].key in ("text", "teacher")
+        assert f"another {PARTS[outcomes[0].key]}" in str(outcomes[0])
+    agreed(load(tiny_recipe("objective.beta=7"), parts=parts), "changed", "objective.beta")
+
+
+def test_files_that_are_others_on_one_machine_are_told_to_all(recipe) -> None:
+    save(recipe, 2, parts={"model": "a"})
+
+    def work(each: Ranks) -> None:
+        own = {"model": "a" if each.rank == 0 else "b"}
+        store(each, recipe, own).load_newest(lambda folder, ranks: None)
+
+    agreed(on_ranks(2, work), "changed", "model")
+
+
+@pytest.mark.parametrize("parts", [None, {"model": "a"}])
+def test_a_checkpoint_that_does_not_tell_its_parts_is_known_by_names(
+    recipe, tiny_recipe, parts
+) -> None:
+    save(recipe, 2)
+    assert load(recipe, parts=parts) == [2, 2]
+    agreed(load(tiny_recipe(MOVED[0]), parts=parts), "changed", "model.path")
