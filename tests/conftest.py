@@ -50,6 +50,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extensions complain of what was never collected
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
