@@ -43,6 +43,15 @@ def save_resolved(recipe: Recipe, path: str | Path) -> None:
         file.write(text.encode())
 
 
+def is_resolved(path: Path) -> bool:
+    """Whether a file was written by :func:`save_resolved`: its folder is a run's."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(RESOLVED_HEADER)) == RESOLVED_HEADER.encode()
+    except OSError:
+        return False
+
+
 def training_identity(recipe: Recipe) -> dict[str, object]:
     """The dotted keys, and their values, that a resumed run must share with its checkpoint."""
     found: dict[str, object] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..basics.errors import DataError
+from ..recipe.identity import is_resolved
 
 Kind = Literal["parquet", "tar", "csv", "jsonl", "json", "folder"]
 TABLES: tuple[Kind, ...] = ("parquet", "tar", "csv", "jsonl", "json")
@@ -97,7 +98,10 @@ def _of_one_kind(
 ) -> SourceFiles:
     kinds: dict[str, list[Path]] = {kind: [] for kind in TABLES}
     others: dict[Path, str] = {}
+    ours = {file.parent for file in found if file.name == "recipe.yaml" and is_resolved(file)}
     for file in found:
+        if not ours.isdisjoint(file.parents):
+            continue  # tables of a run, whose folder somebody put beside the data
         hidden = _hidden_part(file, place)
         if hidden is not None:
             others[hidden] = OF_DESKTOPS if is_of_a_desktop(hidden.name) else HIDDEN

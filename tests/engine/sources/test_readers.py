@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.recipe import Imported, Paired, Ranked
+from cdpo.engine.recipe.identity import RESOLVED_HEADER
 from cdpo.engine.sources import open_source
 from cdpo.engine.sources.files import BESIDE_TARS, HIDDEN, OF_DESKTOPS, OTHER_KINDS, UNPACK
 from cdpo.engine.sources.folders import LONE_TEXT, TWO_TEXTS
@@ -381,6 +382,22 @@ def test_files_beside_the_source_are_named(tmp_path):
     (data / "new.txt").write_bytes(b"")  # is noticed
     read(tmp_path / "index", spec)
     assert by_reason(tmp_path / "index", "file")[OTHER_KINDS] == ["00000_stats.json", "new.txt"]
+
+
+def test_a_run_folder_beside_the_data_is_no_data(tmp_path):
+    """What a first `prepare` leaves there changes nothing for the second."""
+    preferences.write_tar(tmp_path / "data" / "0.tar", ROWS[:5])
+    spec = Paired(path=str(tmp_path / "data"))
+    before = open_source(spec).files
+    run = tmp_path / "data" / "runs" / "a"
+    (run / "source").mkdir(parents=True)
+    for name in ("left_out.csv", "scores.parquet", "source/left_out.csv"):
+        (run / name).write_bytes(b"caption\n")
+    (run / "recipe.yaml").write_text(f"{RESOLVED_HEADER}seed: 1\n")
+    assert open_source(spec).files == before
+    (run / "recipe.yaml").write_text("seed: 1\n")  # somebody's own file
+    with refused(DataError, "ambiguous", "prepare.source.path"):
+        open_source(spec)
 
 
 def test_an_empty_folder_is_told_with_what_there_is(tmp_path):
