@@ -75,6 +75,8 @@ class LatentDiffusion:
         if self._parts is None:
             self._parts = self.files.read() if self.files is not None else None
         if self._parts is None:
+            trained = any(parameter.requires_grad for parameter in self.denoiser.parameters())
+            assert not trained, "fingerprints are taken before a policy is made of the denoiser"
             self._parts = fingerprints_of(self.pipeline) | self._own_parts
             if self.files is not None:
                 self.files.keep(self._parts)

@@ -95,6 +95,7 @@ class Trainer:
 
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
+        self.backbone.fingerprints()  # as it was loaded: a policy is made of it next
         if has_steps_left:
             self._match_shards()
         objective = build_objective(recipe.objective)

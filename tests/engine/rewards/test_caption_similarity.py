@@ -261,4 +261,4 @@ def test_a_processor_that_needs_a_package_is_one_line_that_says_so(
     spec = CaptionSimilaritySpec(path=str(captioner), sentence_model=str(sentences))
     with refused(OutsideError, "unreadable") as told:
         load_reward(spec, CPU)
-    assert str(told.value).endswith(": SmolVLMProcessor requires num2words.")
+    assert str(told.value).endswith(": SmolVLMProcessor requires num2words")

@@ -16,7 +16,7 @@ from cdpo.engine.recipe import Prompts
 from cdpo.engine.recipe.prompts import MAX_PROMPT_CHARACTERS
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.sources.left_out import LeftOut
-from cdpo.engine.sources.prompts import OTHER_SPELLING, read_prompts
+from cdpo.engine.sources.prompts import OTHER_SPELLING, REPEATED, read_prompts
 from cdpo.engine.sources.text_tables import MAX_LINE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -406,7 +406,7 @@ def test_of_several_spellings_the_first_is_trained_on_and_the_others_are_named(t
     left_out = LeftOut(file)
     train, _ = read_prompts(Prompts(train=path), 0, left_out)
     assert train == ["Red Apple", "a dog"]
-    assert left_out.rows == {OTHER_SPELLING: len(SPELLINGS) - 1}
+    assert left_out.rows == {OTHER_SPELLING: len(SPELLINGS) - 1, REPEATED: 2}
     assert "'red apple.', earlier 'Red Apple'" in file.getvalue().decode()
 
 
