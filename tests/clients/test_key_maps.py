@@ -204,7 +204,16 @@ def sd_scripts(key: str, layers: dict[str, str], unet: UNet2DConditionModel) -> 
 
 
 READERS = {"ComfyUI": comfyui, "AUTOMATIC1111": a1111}
-TARGETS = [*PRESETS, "all-linear", ("conv_in", "conv_out", "to_q")]
+MOST, OUTSIDE = "lcm", ("conv_in", "conv_out", "to_q")
+TARGETS = [
+    MOST,
+    OUTSIDE,
+    *(
+        pytest.param(name, marks=pytest.mark.long)
+        for name in [*PRESETS, "all-linear"]
+        if name != MOST
+    ),
+]
 
 
 @functools.cache
