@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, SupportsIndex
 
 import deepspeed
 import torch
@@ -28,6 +29,14 @@ from .layout import COUNTERS, Fragment, Layout, flat_tensors, load_layout
 
 # The classes in DeepSpeed's files, which are pickles: these may come out of them, others not.
 SAFE = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _by_value(member: Enum, _: SupportsIndex) -> tuple[type[Enum], tuple[Any]]:
+    return type(member), (member.value,)
+
+
+# Python before 3.11.4 pickles a member of an enumeration as a call of getattr, which is no data.
+ZeroStageEnum.__reduce_ex__ = _by_value  # type: ignore[method-assign]
 
 
 @dataclass

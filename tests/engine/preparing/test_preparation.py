@@ -80,6 +80,7 @@ def test_killed_at_a_fail_point_and_started_again(
     made, load, ranks, tmp_path, monkeypatch, kind, module, place, passage
 ):
     """The same bytes, and nothing is scored or encoded twice."""
+    whole = contents(made(kind) / "shards")
     passages: Counter[str] = Counter()
     loaded: list[int] = []
 
@@ -102,5 +103,5 @@ def test_killed_at_a_fail_point_and_started_again(
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe, ranks)
     assert not (tmp_path / "run" / "shards" / "manifest.json").exists()
-    assert contents(prepare(recipe, ranks)) == contents(made(kind) / "shards")
+    assert contents(prepare(recipe, ranks)) == whole
     assert sum(loaded) == LOADED[kind]

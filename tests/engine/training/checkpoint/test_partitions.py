@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.training.checkpoint import partitions
 from cdpo.engine.training.checkpoint.layout import Fragment, Layout
 from cdpo.engine.training.checkpoint.partitions import TAG, read_partitions
+from cdpo.engine.training.checkpoint.resharding import load_data
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from together import on_ranks
 
 TABLE = Layout(1, {"weight": Fragment(0, 0, 0, 4)}, {})
@@ -72,3 +78,16 @@ def test_a_file_that_one_rank_cannot_read_is_refused_by_both(folder, monkeypatch
     outcomes = on_ranks(2, work)
     assert len({str(outcome) for outcome in outcomes}) == 1
     assert all(isinstance(outcome, partitions.UNREADABLE) for outcome in outcomes)
+
+
+def test_a_stage_of_zero_is_saved_as_data_by_any_python():
+    """Python before 3.11.4 pickled a call of getattr, and no checkpoint of its could be resumed."""
+    file = io.BytesIO()
+    torch.save({"zero_stage": ZeroStageEnum(2)}, file)
+    with zipfile.ZipFile(file) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        codes = pickletools.genops(archive.read(name))
+    called = {argument for code, argument, _ in codes if code.name == "GLOBAL"}
+    assert called == {"deepspeed.runtime.zero.config ZeroStageEnum"}
+    file.seek(0)
+    assert load_data(file) == {"zero_stage": ZeroStageEnum(2)}
