@@ -25,7 +25,6 @@ OVERRIDES = {
         "prepare.source.type=masked",
         "prepare.source.fractions=[0.9, 0.5, 0.1]",
         "prepare.candidates_per_prompt=4",
-        "prepare.batch_size=4",  # a prompt's images alone: others beside them may change a rounding
         "curriculum.pairs_per_prompt_per_tier=3",
         "reward.path=nowhere",  # it is not loaded
     ),
