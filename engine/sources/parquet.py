@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,13 +19,13 @@ from .files import SourceFiles
 from .left_out import LeftOut
 from .rows import (
     MAX_IMAGE_BYTES,
-    ROWS_AT_ONCE,
     Images,
     Place,
     Row,
     UnreadableImage,
     check_columns,
     describe,
+    in_lists,
     load_file,
     too_large,
 )
@@ -61,28 +62,32 @@ class ParquetReader:
                 [*columns, *self.cells.columns], schema.names, str(self.files.paths[file])
             )
             self._check_types(file, schema)
-            number, found = 0, list[Row]()
+            numbers = count()
             for group in range(table.num_row_groups):
-                named = self._paths_of(table, group)
-                for batch in table.iter_batches(AT_ONCE, [group], [*columns, *named]):
-                    where = f"row {number}"
-                    if batch.nbytes > MAX_ROW_BYTES:
-                        raise DataError(
-                            f"{describe(self.files, file, where)}: holds {batch.nbytes} bytes "
-                            f"beside its images, at most {MAX_ROW_BYTES} are taken",
-                            str(self.files.paths[file]),
-                            "too-large",
-                        )
-                    [values] = batch.to_pylist()
-                    paths = self.cells.paths(values, self.files, file, where) if named else ()
-                    found.append(Row(group, number, values, paths, where=where))
-                    number += 1
-                    if len(found) == ROWS_AT_ONCE:
-                        yield found
-                        found = []
-                if found:
-                    yield found
-                    found = []
+                yield from in_lists(self._rows(table, file, group, columns, numbers))
+
+    def _rows(
+        self,
+        table: pq.ParquetFile,
+        file: int,
+        group: int,
+        columns: Sequence[str],
+        numbers: Iterator[int],
+    ) -> Iterator[Row]:
+        named = self._paths_of(table, group)
+        for batch in table.iter_batches(AT_ONCE, [group], [*columns, *named]):
+            number = next(numbers)
+            where = f"row {number}"
+            if batch.nbytes > MAX_ROW_BYTES:
+                raise DataError(
+                    f"{describe(self.files, file, where)}: holds {batch.nbytes} bytes "
+                    f"beside its images, at most {MAX_ROW_BYTES} are taken",
+                    str(self.files.paths[file]),
+                    "too-large",
+                )
+            [values] = batch.to_pylist()
+            paths = self.cells.paths(values, self.files, file, where) if named else ()
+            yield Row(group, number, values, paths, where=where)
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         """A group is read on from where the last call left it: another one reads from its start."""

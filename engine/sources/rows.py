@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +77,13 @@ class RowReader(Protocol):
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         """The encoded images of some rows of a group, which are given in their order."""
         ...
+
+
+def in_lists(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in their order, :data:`ROWS_AT_ONCE` together and in the end the rest."""
+    left = iter(rows)
+    while found := list(islice(left, ROWS_AT_ONCE)):
+        yield found
 
 
 def describe(files: SourceFiles, file: int, where: str) -> str:

@@ -22,13 +22,13 @@ from .files import IMAGE_ENDINGS, SourceFiles, is_of_a_desktop
 from .left_out import LeftOut
 from .rows import (
     MAX_IMAGE_BYTES,
-    ROWS_AT_ONCE,
     Images,
     Place,
     Row,
     UnreadableImage,
     check_columns,
     decoded_caption,
+    in_lists,
     too_large,
 )
 
@@ -71,19 +71,16 @@ class TarReader:
         raise DataError(f"{path}: holds no samples", str(path), "empty")
 
     def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
-        found: list[Row] = []
+        yield from in_lists(self._rows(file, columns, left_out))
+
+    def _rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[Row]:
         for number, sample in enumerate(self._samples(file, left_out)):
             record = self._record(file, sample)
             where = f"key {sample.key}"
             check_columns(columns, list(record), f"{self.files.paths[file]} {where}")
             spans = tuple(part for name in self.images for part in sample.members[name])
             values = {name: record[name] for name in columns}
-            found.append(Row(0, number, values, spans=spans, where=where))
-            if len(found) == ROWS_AT_ONCE:
-                yield found
-                found = []
-        if found:
-            yield found
+            yield Row(0, number, values, spans=spans, where=where)
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         path = self.files.paths[file]

@@ -23,7 +23,7 @@ from ..basics.files import refuse_pointer
 from .cells import ImageCells, load_beside
 from .files import SourceFiles
 from .left_out import LeftOut
-from .rows import ROWS_AT_ONCE, Images, Place, Row, check_columns, describe
+from .rows import Images, Place, Row, check_columns, describe, in_lists
 
 MAX_LINE = 2**20  # bytes of a line, characters of an entry of a JSON list
 CHUNK = 2**16  # characters of a JSON list that are read at once
@@ -51,8 +51,10 @@ class TextTable:
 
     def rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[list[Row]]:
         """With the values of all columns, these or others."""
+        yield from in_lists(self._rows(file, columns, left_out))
+
+    def _rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[Row]:
         wanted = dict.fromkeys([*columns, *self.cells.columns])
-        found: list[Row] = []
         for number, (where, values) in enumerate(self._parsed(file, left_out)):
             if not wanted.keys() <= values.keys():
                 at = "" if self.files.kind == "csv" else where
@@ -61,12 +63,7 @@ class TextTable:
                     list(wanted), list(values), describe(self.files, file, at).strip(), key
                 )
             paths = self.cells.paths(values, self.files, file, where)
-            found.append(Row(0, number, values, paths, where=where))
-            if len(found) == ROWS_AT_ONCE:
-                yield found
-                found = []
-        if found:
-            yield found
+            yield Row(0, number, values, paths, where=where)
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         yield from load_beside(self.files, file, places)
@@ -80,7 +77,7 @@ class TextTable:
                 yield where, dict(zip(header, cells, strict=True))
             return
         read = _json_lines if self.files.kind == "jsonl" else _json_list
-        for where, entry in read(self.files, file, left_out):
+        for where, entry in read(self.files, file):
             if self.plain and isinstance(entry, str):
                 entry = {self.plain: entry}
             if not isinstance(entry, dict):
@@ -209,7 +206,7 @@ def _broken(files: SourceFiles, file: int, where: str, last: int, error: csv.Err
 # JSON
 
 
-def _json_lines(files: SourceFiles, file: int, left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+def _json_lines(files: SourceFiles, file: int) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text_lines(files, file), start=1):
         if line.strip():
             where = f"line {number}"
@@ -219,7 +216,7 @@ def _json_lines(files: SourceFiles, file: int, left_out: LeftOut) -> Iterator[tu
                 raise _no_json(files, file, where, error) from None
 
 
-def _json_list(files: SourceFiles, file: int, left_out: LeftOut) -> Iterator[tuple[str, Any]]:
+def _json_list(files: SourceFiles, file: int) -> Iterator[tuple[str, Any]]:
     """The entries of a list, of which only some are in memory."""
     with _opened(files.paths[file]) as binary:
         text = _Stream(io.TextIOWrapper(binary, "utf-8-sig", newline="\n"))
