@@ -14,7 +14,7 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..basics.errors import RecipeError
 from ..recipe import Adapter
@@ -114,3 +114,12 @@ def _ends(name: str, suffix: str) -> bool:
 def _suffix(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def padded(value: Tensor, axis: int, rank: int) -> Tensor:
+    """One side of a low-rank product, with zeros that make its rank, along ``axis``, that of
+    others; the product is the same.
+    """
+    shape = list(value.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([value, value.new_zeros(shape)], dim=axis)

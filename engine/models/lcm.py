@@ -33,6 +33,7 @@ from torch import Tensor
 from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
+from .adapters import padded
 from .checks import check_parts, unet_key, unet_name
 from .fingerprint_store import Kept, model_files
 from .fingerprints import fingerprint, fingerprint_of_tensors, settings_of
@@ -145,16 +146,9 @@ def lcm_lora_layers(spec: Model, pipeline: DiffusionPipeline) -> tuple[dict[str,
     rank = max(down.shape[0] for down, _ in parts.values())
     values = {}
     for name, (down, up) in parts.items():
-        missing = rank - down.shape[0]
-        values[f"{name}.lora_A.weight"] = _padded(down, 0, missing)
-        values[f"{name}.lora_B.weight"] = _padded(up, 1, missing)
+        values[f"{name}.lora_A.weight"] = padded(down, 0, rank)
+        values[f"{name}.lora_B.weight"] = padded(up, 1, rank)
     return values, rank
-
-
-def _padded(value: Tensor, axis: int, missing: int) -> Tensor:
-    shape = list(value.shape)
-    shape[axis] = missing
-    return torch.cat([value, value.new_zeros(shape)], dim=axis)
 
 
 def _of_lora(unet: UNet2DConditionModel) -> str:

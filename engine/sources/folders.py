@@ -17,7 +17,7 @@ from .files import (
     is_of_a_desktop,
 )
 from .left_out import LeftOut
-from .rows import ROWS_AT_ONCE, Images, Place, Row, UnreadableImage, decoded_caption, load_file
+from .rows import Images, Place, Row, UnreadableImage, decoded_caption, in_lists, load_file
 
 TEXT = ".txt"
 LONE_TEXT, TWO_TEXTS = "captions without an image", "another caption beside another image"
@@ -53,18 +53,10 @@ class FolderReader:
             )
         names = self._names()
         self._note_others({name for name, _ in names}, left_out)
-        for start in range(0, len(names), ROWS_AT_ONCE):
-            chunk = names[start : start + ROWS_AT_ONCE]
-            yield [
-                Row(
-                    0,
-                    start + index,
-                    {self.caption: self._caption(name, left_out)},
-                    paths,
-                    where=name,
-                )
-                for index, (name, paths) in enumerate(chunk)
-            ]
+        yield from in_lists(
+            Row(0, number, {self.caption: self._caption(name, left_out)}, paths, where=name)
+            for number, (name, paths) in enumerate(names)
+        )
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         for place in places:

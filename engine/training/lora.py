@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.adapters import padded
 from ..recipe import Adapter
 
 DOWN, UP, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -77,8 +78,5 @@ def both(one: Lora, other: Lora) -> Lora:
         for part, axis in ((DOWN, 0), (UP, 1)):
             name = f"{layer}.{part}"
             found = [lora.values[name] for lora in (one, other) if name in lora.values]
-            joined = torch.cat(found, dim=axis)
-            missing = list(joined.shape)
-            missing[axis] = rank - joined.shape[axis]
-            values[name] = torch.cat([joined, joined.new_zeros(missing)], dim=axis)
+            values[name] = padded(torch.cat(found, dim=axis), axis, rank)
     return Lora(values, rank)
