@@ -24,7 +24,7 @@ from cdpo.engine.sources.index import Index, open_index
 from cdpo.engine.sources.left_out import NAME, LeftOut
 from cdpo.engine.sources.pictures import load_records
 from cdpo.engine.sources.records import NO_CAPTION
-from cdpo.engine.sources.rows import Place, RowReader, UnreadableImage
+from cdpo.engine.sources.rows import Place, Row, RowReader, UnreadableImage, in_lists
 from cdpo.engine.sources.tars import NO_END, OF_A_DESKTOP, OTHERS
 from refusals import refused
 
@@ -528,3 +528,11 @@ def test_a_value_that_all_rows_share_is_not_read_once_a_row(tmp_path):
     finally:
         pa.set_memory_pool(before)
     assert 0 < pool.max_memory() < 5 * large
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(0, []), (256, [256]), (513, [256, 256, 1])])
+def test_rows_come_in_lists_of_bounded_length(count, lengths):
+    rows = [Row(0, number, {}) for number in range(count)]
+    lists = list(in_lists(rows))
+    assert [len(one) for one in lists] == lengths
+    assert [row for one in lists for row in one] == rows
