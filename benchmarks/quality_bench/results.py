@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cdpo.engine.comparing.report.stats import mean_estimate, paired_difference, win_rate
+from cdpo.engine.basics.estimates import mean_estimate, paired_difference, win_rate
 from numpy.typing import NDArray
 from quality_bench.plan import DEFAULT, METHODS, PLAIN, Group
 from quality_bench.runs import results_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cdpo.engine.comparing.report.stats import Estimate
+from cdpo.engine.basics.estimates import Estimate
 from cdpo.engine.comparing.report.wording import signed_interval
 from quality_bench.plan import METHODS, PLAIN
 from rich.console import Console

@@ -23,6 +23,7 @@ from ..basics.keyed import Stream
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.adapters import twin_of
+from ..models.divergence import Divergence
 from ..models.fingerprints import changed_parts, named
 from ..models.text import told_of_long
 from ..models.tuning import tune_denoiser, tune_for_sampling
@@ -33,7 +34,6 @@ from ..recipe.identity import MODEL_FILES
 from ..rewards import clip_of, known_identity, load_reward
 from ..sources.left_out import LeftOut
 from ..sources.prompts import OTHER_SPELLING, read_prompts
-from .divergence import Divergence
 from .report.build import Measured, write_comparison
 from .result_cache import KeptTables
 from .runs import ComparedRun, load_tuned, parts_of, read_runs
@@ -188,7 +188,6 @@ class Comparison:
         divergence = Divergence(
             backbone,
             reference,
-            base,
             seed=self.recipe.seed,
             draws=spec.divergence_draws,
             resolution=model.resolution,
@@ -199,7 +198,8 @@ class Comparison:
         ) as progress:
 
             def measure(prompt: str) -> NDArray[np.float64]:
-                found = divergence.of(backbone.denoiser, prompt)
+                latents = backbone.encode_images(base.read(prompt))
+                found = divergence.of(backbone.denoiser, prompt, latents)
                 failpoint("compare.diverged")
                 progress.advance(min(ranks.world_size, progress.total - progress.done))
                 return found

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 
+from ...basics.estimates import mean_estimate, worst_pairs
 from ...display.drawing import write_png
 from ...display.grids import image_grid
 from ...display.terminal import Terminal
@@ -35,7 +36,6 @@ from .content import (
 from .findings import findings
 from .page import write_report
 from .results import save_results
-from .stats import mean_estimate, worst_pairs
 
 WORST_SHOWN = 8
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model

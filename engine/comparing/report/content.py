@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from .stats import (
+from ...basics.estimates import (
     Estimate,
     PairedSummary,
     mean_estimate,
@@ -160,7 +160,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class WorstLoss:
-    """An image pair that the tuned model lost; see `stats.worst_pairs`."""
+    """An image pair that the tuned model lost; see `estimates.worst_pairs`."""
 
     prompt: str
     prompt_set: str

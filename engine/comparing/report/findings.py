@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ...basics.estimates import Estimate
 from .content import PromptSet, ReportData, ScorerResult
-from .stats import Estimate
 
 LOST = 0.2  # share of base's diversity
 

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ...basics.estimates import Estimate
 from . import wording
 from .content import Diversity, PromptSet, ReportData, ScorerResult
 from .figures import COLORS, embed, render
-from .stats import Estimate
 from .wording import outcome
 
 _OUTCOMES = {"better": "winner", "worse": "loser", "unclear": "muted"}

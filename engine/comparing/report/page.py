@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ...basics.estimates import Estimate
 from ...basics.files import replacing
 from . import wording
 from .content import PromptSample, PromptSet, ReportData, WorstLoss
@@ -22,7 +23,6 @@ from .curves import spans, tier_timeline, training_panels
 from .figures import Embedded, embed
 from .findings import findings
 from .methods import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
-from .stats import Estimate
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PIXEL_ART_BELOW = 128

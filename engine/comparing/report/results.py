@@ -54,10 +54,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...basics.estimates import Estimate
 from ...basics.files import replacing
 from .content import Diversity, PromptSet, ReportData, ScorerResult
 from .findings import findings
-from .stats import Estimate
 from .wording import outcome, verdict
 
 

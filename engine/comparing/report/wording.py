@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from ...basics.estimates import Estimate
 from .content import PromptSet, ReportData, ScorerResult
-from .stats import Estimate
 
 Outcome = Literal["better", "worse", "unclear"]
 

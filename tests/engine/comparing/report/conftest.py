@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.estimates import mean_estimate, worst_pairs
 from cdpo.engine.comparing.report.content import (
     Diversity,
     PromptSample,
@@ -16,7 +17,6 @@ from cdpo.engine.comparing.report.content import (
     SharedSeed,
     WorstLoss,
 )
-from cdpo.engine.comparing.report.stats import mean_estimate, worst_pairs
 from pictures import draw_picture
 
 HOSTILE = (

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.estimates import Estimate
 from cdpo.engine.comparing.report import wording
 from cdpo.engine.comparing.report.content import ReportData, ScorerResult
 from cdpo.engine.comparing.report.findings import findings
@@ -19,7 +20,6 @@ from cdpo.engine.comparing.report.methods import (
 )
 from cdpo.engine.comparing.report.page import render_report
 from cdpo.engine.comparing.report.results import save_results
-from cdpo.engine.comparing.report.stats import Estimate
 
 Methods = Callable[..., ReportData]
 

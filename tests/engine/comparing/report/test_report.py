@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.estimates import Estimate
 from cdpo.engine.comparing.report import wording
 from cdpo.engine.comparing.report.content import PromptSet, ReportData, ScorerResult
 from cdpo.engine.comparing.report.figures import embed
 from cdpo.engine.comparing.report.page import render_report, write_report
 from cdpo.engine.comparing.report.results import save_results
-from cdpo.engine.comparing.report.stats import Estimate
 from PIL import Image
 
 Report = Callable[..., ReportData]

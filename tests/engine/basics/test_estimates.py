@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from cdpo.engine.comparing.report.stats import (
+from cdpo.engine.basics.estimates import (
     mean_estimate,
     paired_difference,
     paired_summary,
@@ -118,5 +118,5 @@ def test_kept_draws_are_those_of_blocks(monkeypatch):
     """Large comparisons draw in blocks, small ones once for all estimates: the same numbers."""
     values = np.random.default_rng(2).normal(size=(30, 2))
     kept = mean_estimate(values, resamples=500, seed=7)
-    monkeypatch.setattr("cdpo.engine.comparing.report.stats._CHUNK_ELEMENTS", 30 * 100)
+    monkeypatch.setattr("cdpo.engine.basics.estimates._CHUNK_ELEMENTS", 30 * 100)
     assert mean_estimate(values, resamples=500, seed=7) == kept

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_STREAM = 12  # keyed.Stream.BOOTSTRAP; not imported, so that reporting works without the kernels
+_STREAM = 12  # keyed.Stream.BOOTSTRAP; not imported, so that this works without the kernels
 _LEVEL = (2.5, 97.5)
 _CHUNK_ELEMENTS = 4_000_000  # bounds the memory of a block of resamples to about 60 MB
 

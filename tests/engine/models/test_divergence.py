@@ -8,8 +8,8 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from cdpo.engine.comparing.divergence import Divergence
 from cdpo.engine.models import lcm, sd, sdxl
+from cdpo.engine.models.divergence import Divergence
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.preparing.candidates import CandidateSet
 from cdpo.engine.recipe.reading import load_recipe
@@ -49,16 +49,18 @@ def other_unet(backbone: LatentDiffusion, size: float) -> UNet2DConditionModel:
     return other.eval()
 
 
-def make(backbone: LatentDiffusion, base: CandidateSet, batch_size: int = 4) -> Divergence:
-    return Divergence(
+def measure(
+    backbone: LatentDiffusion, base: CandidateSet, policy: torch.nn.Module, batch_size: int = 4
+) -> np.ndarray:
+    divergence = Divergence(
         backbone,
         backbone.denoiser,
-        base,
         seed=SEED,
         draws=DRAWS,
         resolution=(16, 16),
         batch_size=batch_size,
     )
+    return divergence.of(policy, PROMPT, backbone.encode_images(base.read(PROMPT)))
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def told(backbone: LatentDiffusion) -> dict:
 
 def test_equals_the_stock_computation(backbone, base):
     policy = other_unet(backbone, 0.02)
-    found = make(backbone, base).of(policy, PROMPT)
+    found = measure(backbone, base, policy)
     try:
         expected = stock(backbone, base, policy)
     finally:
@@ -121,12 +123,12 @@ def test_equals_the_stock_computation(backbone, base):
 
 
 def test_base_is_at_zero_and_batches_do_not_matter(backbone, base):
-    assert make(backbone, base).of(backbone.denoiser, PROMPT).tolist() == [0.0, 0.0]
+    assert measure(backbone, base, backbone.denoiser).tolist() == [0.0, 0.0]
     policy = other_unet(backbone, 0.02)
-    whole, single = (make(backbone, base, size).of(policy, PROMPT) for size in (16, 1))
+    whole, single = (measure(backbone, base, policy, size) for size in (16, 1))
     assert whole == pytest.approx(single, rel=1e-3)
 
 
 def test_grows_with_the_distance(backbone, base):
-    near, far = (make(backbone, base).of(other_unet(backbone, s), PROMPT) for s in (0.01, 0.04))
+    near, far = (measure(backbone, base, other_unet(backbone, s)) for s in (0.01, 0.04))
     assert (far > 4 * near).all()

@@ -29,9 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..basics.keyed import content_id
-from ..models import Backbone, Framing
-from ..models.protocol import Conditioning
-from ..preparing.candidates import CandidateSet
+from .protocol import Backbone, Conditioning, Framing
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,16 @@ class Divergence:
 
     backbone: Backbone
     reference: nn.Module
-    base: CandidateSet
     seed: int
     draws: int
     resolution: tuple[int, int]
     batch_size: int
 
     @torch.no_grad()
-    def of(self, policy: nn.Module, prompt: str) -> NDArray[np.float64]:
-        """(images,): for each image of the base the mean over its draws."""
-        latents = self.backbone.encode_images(self.base.read(prompt))
+    def of(self, policy: nn.Module, prompt: str, latents: Tensor) -> NDArray[np.float64]:
+        """(images,): for each image of the base, of which there are ``latents`` (images, C, H, W),
+        the mean over its draws.
+        """
         rows = torch.arange(len(latents)).repeat_interleave(self.draws)
         visits = torch.arange(self.draws).repeat(len(latents))
         # Ids that no pair of a shard has: these draws are none that training has met.
