@@ -28,9 +28,9 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     trainer = Trainer(ranks, recipe, terminal)
     terminal.header(f"train  {recipe.run_dir}", trainer.describe())
     if trainer.resume() and trainer.is_finished:
-        terminal.line(
-            f"nothing to do: all {recipe.train.steps} steps are taken; see {recipe.run_dir}"
-        )
+        taken = f"{trainer.cursor.step} of {recipe.train.steps} steps are taken"
+        ended = ", where evaluation ended the run" if trainer.evaluation.is_over else ""
+        terminal.line(f"nothing to do: {taken}{ended}; see {recipe.run_dir}")
     else:
         trainer.run()
     terminal.line(f"exported: {', '.join(map(str, trainer.exports.folders))}")

@@ -34,6 +34,8 @@ NAMES = (
     "train.sample",
     "train.step",
     "train.loss",
+    "evaluate.draw",
+    "evaluate.measured",
     "export.published",
     "prepare.candidates",
     "prepare.part",

@@ -38,6 +38,8 @@ class Stream(IntEnum):
     POSTERIOR = 14
     PROMPT_MASK = 15
     PROMPT_SPLIT = 16
+    VALIDATION_SPLIT = 17
+    VALIDATION_NOISE = 18
 
 
 def content_id(*parts: str) -> int:

@@ -54,7 +54,7 @@ class Comparison:
         self.folder = Path(recipe.run_dir) / "compare"
         self.report_path = self.folder / "report.html"
         left_out = LeftOut()
-        train, heldout = read_prompts(recipe.prompts, recipe.seed, left_out)
+        train, heldout, _ = read_prompts(recipe.prompts, recipe.seed, left_out)
         if repeated := left_out.rows[OTHER_SPELLING]:
             terminal.warn(f"{repeated} prompts are other spellings of earlier ones: left out")
         sets = {"training": train, "held-out": heldout}

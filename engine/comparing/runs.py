@@ -56,6 +56,15 @@ class ComparedRun:
         """Where the run lies."""
         return Path(self.recipe.run_dir)
 
+    @property
+    def chosen(self) -> tuple[str | None, int | None]:
+        """Who chose the step whose weights it exported, None where that is the last; which step."""
+        try:
+            exported = json.loads((self.folder / STAMP).read_bytes())
+        except (OSError, ValueError):
+            return None, None
+        return exported.get("chosen_by"), exported.get("step")
+
     def facts(self) -> RunFacts:
         """What made it, and whether its training warned."""
         metrics = MetricsFile(self.folder / "metrics.jsonl").read()

@@ -116,11 +116,12 @@ class ImportedPairs:
         self.terminal = terminal
         self.spec = recipe.prepare.source
         self.prompts_left_out = KeptLeftOut()
-        _, heldout = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out)
+        sets = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out)
+        not_trained_on = [*sets.heldout, *sets.validation]
         self.reader = ranks.on_first(lambda: open_source(self.spec))
         self.folder = Path(recipe.run_dir) / "source"
         self.facts = ranks.on_first(
-            lambda: open_index(self.folder, self.reader, self.spec, heldout)
+            lambda: open_index(self.folder, self.reader, self.spec, not_trained_on)
         )
         self.rows: int | None = self.facts.rows
         self.index = Index(self.folder, self.facts)

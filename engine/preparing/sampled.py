@@ -110,7 +110,7 @@ class SampledPairs:
         self.terminal = terminal
         self.rows: int | None = None
         self.prompts_left_out = KeptLeftOut()
-        self.prompts, _ = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out)
+        self.prompts = read_prompts(recipe.prompts, recipe.seed, self.prompts_left_out).train
         self.ranker = make_ranker(recipe, ranks, terminal)
 
     def describe(self) -> list[tuple[str, str]]:

@@ -78,6 +78,10 @@ class Export(Section):
     `lora_with_lcm/`, both in one. `kohya`: `kohya/lora.safetensors`, that file alone. `merged`:
     `merged/`, a copy of the base around a denoiser in float32; all that full fine-tuning can give.
     Adapters are small and lie in each checkpoint as well; merged is written once, at the end."""
+    of: Literal["last", "best"] = "last"
+    """Whose weights: those of the last step, or of the step that `evaluate` found best, which may
+    be the first, the base's own. The adapter of the last step lies in its checkpoint in any case.
+    """
     shard_gib: PositiveFloat = 5.0
     """Largest weights file of a merged pipeline: what one rank gathers at a time under ZeRO-3."""
 

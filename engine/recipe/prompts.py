@@ -116,6 +116,10 @@ class Prompts(Section):
     heldout: Annotated[_File | _Templates | _Split, Discriminator(_form)] | None = None
     """Prompts never trained on; `compare` reports them apart: a file, `templates` and `lists`, or
     a part of `train` that is split off by key, `{fraction: 0.2}` or `{count: 20}`."""
+    validation: Annotated[_File | _Templates | _Split, Discriminator(_form)] | None = None
+    """Prompts that `evaluate` draws while training goes on, neither trained on nor reported by
+    `compare`: what chooses a checkpoint says nothing about it. Given like `heldout`; a part of
+    `train` is split off after that."""
     column: str = "prompt"
     """Column of tables that holds the prompts."""
     limit: PositiveInt | None = None
@@ -123,8 +127,9 @@ class Prompts(Section):
 
     @model_validator(mode="after")
     def _a_split_has_something_to_split(self) -> Prompts:
-        if isinstance(self.heldout, Split) and self.train is None:
-            raise ValueError("heldout is split off train, which is not given: give it a file")
+        for side in ("heldout", "validation"):
+            if isinstance(getattr(self, side), Split) and self.train is None:
+                raise ValueError(f"{side} is split off train, which is not given: give it a file")
         return self
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from .adapter import Adapter, Export, check_exports, check_growth
 from .compare import Compare
 from .data import Curriculum, Data
+from .evaluate import Evaluate
 from .model import Model
 from .prepare import Prepare, check_source
 from .prompts import Prompts
@@ -55,6 +56,8 @@ class Recipe(Section):
     name, such as `zero3_offload`; your own by its path, with a slash or `.json`."""
     checkpoint: Checkpoint = Checkpoint()
     """Snapshots."""
+    evaluate: Evaluate = Evaluate()
+    """Validation while training."""
     cluster: Cluster = Cluster()
     """Waiting and leaving."""
     monitor: Monitor = Monitor()
@@ -112,7 +115,20 @@ class Recipe(Section):
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
         check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
+        self._check_evaluation()
         own = not self.compare.runs
         if own and self.compare.weights == "ema" and self.adapter.ema is None:
             raise ValueError("compare.weights=ema needs an average: set adapter.ema, e.g. 0.999")
         return self
+
+    def _check_evaluation(self) -> None:
+        if not self.evaluate.every:
+            if self.evaluate.stop or self.export.of == "best":
+                key = "evaluate.stop" if self.evaluate.stop else "export.of=best"
+                raise ValueError(f"{key} needs evaluations: set evaluate.every, e.g. 100")
+        elif self.prompts.validation is None:
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every} needs prompts to evaluate on, apart from "
+                "those that are trained on and those that compare reports: set "
+                "prompts.validation, e.g. to {fraction: 0.1}"
+            )

@@ -1,4 +1,5 @@
-"""The prompts of a recipe: read or filled in, each once, and divided into training and held-out.
+"""The prompts of a recipe: read or filled in, each once, and divided into those that are trained
+on, those that are held out, and those that training is validated on.
 
 A file of prompts has one a line, or is a table (parquet, CSV, TSV, JSONL) with a column of them, or
 a JSON list of texts or of objects that have the column.
@@ -8,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..basics import keyed
 from ..basics.errors import DataError
@@ -109,39 +110,61 @@ def _cells(
 
 
 OTHER_SPELLING = "another spelling of an earlier prompt"
+# Splits in their order, each with a draw of its own: the second moves no prompt of the first.
+SPLIT_OFF = {"heldout": Stream.PROMPT_SPLIT, "validation": Stream.VALIDATION_SPLIT}
+WHY_APART = {
+    ("train", "heldout"): "held-out prompts must not be trained on",
+    ("train", "validation"): "prompts that training is validated on must not be trained on",
+    ("heldout", "validation"): "what chooses a checkpoint must not report on it",
+}
 MAX_FILLED_IN = 1_000_000  # prompts of templates: lists multiply, and a slip is soon a billion
 
 
-def read_prompts(
-    spec: Prompts, seed: int, left_out: LeftOut | None = None
-) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts of a recipe, none where it names none.
+class PromptSets(NamedTuple):
+    """The prompts of a recipe, no two of them alike; empty what it does not name."""
+
+    train: list[str]
+    heldout: list[str]
+    validation: list[str]
+
+
+def read_prompts(spec: Prompts, seed: int, left_out: LeftOut | None = None) -> PromptSets:
+    """The prompts of a recipe.
 
     What of their files is no prompt is noted in ``left_out``.
 
     DataError names the file and line, or row and column, at fault.
     """
     left_out = left_out or LeftOut()
-    train, heldout = _read(spec, "train", left_out), _read(spec, "heldout", left_out)
-    if isinstance(spec.heldout, Split):
-        train, heldout = _divided(train, spec.heldout, seed)
-    train, heldout = train[: spec.limit], heldout[: spec.limit]
-    trained = {identity_of(prompt): prompt for prompt in train}
-    both = sorted(prompt for prompt in heldout if identity_of(prompt) in trained)
+    sets = {side: _read(spec, side, left_out) for side in PromptSets._fields}
+    for side, stream in SPLIT_OFF.items():
+        if isinstance(split := getattr(spec, side), Split):
+            key = f"prompts.{side}"
+            sets["train"], sets[side] = _divided(sets["train"], split, key, stream, seed)
+    sets = {side: prompts[: spec.limit] for side, prompts in sets.items()}
+    for one, other in combinations(sets, 2):
+        _refuse_shared(spec, one, sets[one], other, sets[other])
+    return PromptSets(**sets)
+
+
+def _refuse_shared(
+    spec: Prompts, one: str, known: Sequence[str], other: str, prompts: Sequence[str]
+) -> None:
+    there = {identity_of(prompt): prompt for prompt in known}
+    both = sorted(prompt for prompt in prompts if identity_of(prompt) in there)
     if both:
-        first, other = both[0], trained[identity_of(both[0])]
-        shown = repr(first) if first == other else f"{first!r}, there {other!r}"
+        first, same = both[0], there[identity_of(both[0])]
+        shown = repr(first) if first == same else f"{first!r}, there {same!r}"
         raise DataError(
-            f"{_named(spec, 'heldout')} shares {len(both)} prompts with "
-            f"{_named(spec, 'train')}, e.g. {shown}: held-out prompts must not be trained on",
-            "prompts.heldout",
+            f"{_named(spec, other)} shares {len(both)} prompts with {_named(spec, one)}, e.g. "
+            f"{shown}: {WHY_APART[one, other]}",
+            f"prompts.{other}",
             "duplicate",
         )
-    return train, heldout
 
 
 def _read(spec: Prompts, side: str, left_out: LeftOut) -> list[str]:
-    """The prompts of `train` or `heldout` in their order, each once: as it is spelled first."""
+    """The prompts of one side in their order, each once: as it is spelled first."""
     value, key = getattr(spec, side), f"prompts.{side}"
     if isinstance(value, str):
         place, texts = value, prompts_in(value, spec.column, left_out)
@@ -214,34 +237,28 @@ def _products(template: str, lists: dict[str, list[str]], key: str) -> Iterator[
         yield prompt
 
 
-def _divided(prompts: list[str], split: Split, seed: int) -> tuple[list[str], list[str]]:
+def _divided(
+    prompts: list[str], split: Split, key: str, stream: Stream, seed: int
+) -> tuple[list[str], list[str]]:
     """Both sides in the order of the prompts, whose draws have nothing to do with one another."""
-    keys = keyed.make_keys(seed, Stream.PROMPT_SPLIT, [content_id(prompt) for prompt in prompts])
+    keys = keyed.make_keys(seed, stream, [content_id(prompt) for prompt in prompts])
     draws = dict(zip(prompts, keyed.uniform(keys).tolist(), strict=True))
     if split.count is not None:
         lowest = sorted(prompts, key=lambda prompt: (draws[prompt], prompt))
-        out = set(lowest[: split.count])
+        out, key, shown = set(lowest[: split.count]), f"{key}.count", str(split.count)
     else:
         assert split.fraction is not None
         out = {prompt for prompt in prompts if draws[prompt] < split.fraction}
+        key, shown = f"{key}.fraction", f"{split.fraction:g}"
     if not 0 < len(out) < len(prompts):
         raise DataError(
-            f"{_shown(split)} holds out {len(out)} of {len(prompts)} prompts; both sides need "
+            f"{key}={shown} holds out {len(out)} of {len(prompts)} prompts; both sides need "
             "one: change it, or the seed",
-            _key_of(split),
+            key,
             "empty",
         )
     trained = [prompt for prompt in prompts if prompt not in out]
     return trained, [prompt for prompt in prompts if prompt in out]
-
-
-def _shown(split: Split) -> str:
-    value = f"{split.fraction:g}" if split.fraction is not None else str(split.count)
-    return f"{_key_of(split)}={value}"
-
-
-def _key_of(split: Split) -> str:
-    return f"prompts.heldout.{'count' if split.fraction is None else 'fraction'}"
 
 
 def _named(spec: Prompts, side: str) -> str:

@@ -108,8 +108,9 @@ class Exports:
             save_for_diffusers(lora, self.backbone.pipeline, folder / kind / FOLDERS["diffusers"])
             self._save_for_kohya(lora, folder / kind)
 
-    def publish(self, checkpoint: Path) -> None:
-        """Write all formats of the last checkpoint, whose state this is, into the run folder.
+    def publish(self, checkpoint: Path, chosen_by: str | None = None) -> None:
+        """Write all formats of a checkpoint, whose state this is, into the run folder, and who
+        chose it, if it is not simply the last.
 
         They appear there when they are whole. Raises OSError on every rank if rank 0 cannot write.
         """
@@ -122,7 +123,7 @@ class Exports:
                 self._save_merged(made / kind, averaged)
         self.ranks.on_first(lambda: self._put_in_place(made))
         failpoint("export.published")
-        self.ranks.on_first(lambda: self._put_stamp(checkpoint))
+        self.ranks.on_first(lambda: self._put_stamp(checkpoint, chosen_by))
 
     def _adapters(self) -> dict[str, Lora]:
         """The adapter of each kind of weights, on rank 0; none elsewhere."""
@@ -221,9 +222,13 @@ class Exports:
             sync_path(target.parent)
         shutil.rmtree(made)
 
-    def _put_stamp(self, checkpoint: Path) -> None:
-        precision = self.recipe.train.precision
-        made_from = {"parts": self.parts, "precision": precision}
+    def _put_stamp(self, checkpoint: Path, chosen_by: str | None) -> None:
+        made_from = {
+            "parts": self.parts,
+            "precision": self.recipe.train.precision,
+            "step": int(checkpoint.name.removeprefix("step-")),
+            "chosen_by": chosen_by,
+        }
         stamp = json.dumps(self._stamp(checkpoint) | made_from).encode()
         with replacing(self.run_dir / STAMP, error=None) as file:
             file.write(stamp)

@@ -118,9 +118,13 @@ class MetricsFile:
 
     def rewind(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of ``step``, a torn last line too."""
+        self.keep(lambda row: row["step"] <= step)
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop all other rows."""
         if not self.path.exists():
             return
-        kept = [line for line in self._lines() if line["step"] <= step]
+        kept = [line for line in self._lines() if wanted(line)]
         with replacing(self.path, error=None) as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in kept)
 
@@ -223,6 +227,13 @@ class RunLog:
         self._ring.close_row(host, gradient_norm)
         if self._ring.is_full:
             self.flush()
+
+    def tell_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Pass on what an evaluation found to the monitors."""
+        if self._write_events is not None and self._terminal.enabled:
+            names = ("gain", "low", "high", "divergence", "seconds")
+            found = [(f"evaluate/{name}", row[name], row["step"]) for name in names]
+            self._write_events([event for event in found if event[1] is not None])
 
     def flush(self) -> None:
         """Pass on all closed steps: one all-reduce, one transfer from the device."""

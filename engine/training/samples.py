@@ -30,7 +30,7 @@ class TrainingSamples:
         self.ranks = ranks
         self.prompts: list[str] = []
         if self.every:
-            train, heldout = read_prompts(recipe.prompts, recipe.seed)
+            train, heldout, _ = read_prompts(recipe.prompts, recipe.seed)
             count = recipe.train.sample_prompts
             self.prompts = [*train[:count], *heldout[:count]]
 

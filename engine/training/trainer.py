@@ -7,12 +7,14 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
+from torch import nn
 
 from ..basics import keyed
 from ..basics.errors import CdpoError, NumericsError, StopRequested
@@ -40,6 +42,7 @@ from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
 from .deepspeed_config import build_deepspeed_config, plan_batches
 from .deepspeed_engine import start_engine
+from .evaluation import Evaluation
 from .exports import Exports
 from .growth import Growth
 from .log import RunLog
@@ -72,6 +75,7 @@ class Trainer:
     checkpoints: CheckpointStore
     log: RunLog
     samples: TrainingSamples
+    evaluation: Evaluation
     exports: Exports
 
     def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
@@ -120,6 +124,7 @@ class Trainer:
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
+        self.evaluation = Evaluation(recipe, self.backbone, networks.reference, ranks, terminal)
         self.exports = Exports(
             recipe, self.backbone, self.engine, networks.policy, ranks, self.checkpoints.parts
         )
@@ -181,6 +186,7 @@ class Trainer:
                 f"{self.ranks.world_size} x {self.ranks.device.type}",
             ),
             ("speed", str(self.engine.module.tuning)),
+            *self.evaluation.describe(),
         ]
         if self.shards is not None:
             manifest = self.manifest
@@ -204,6 +210,7 @@ class Trainer:
             self.terminal.warn(f"checkpoint {problem}; it is passed over")
         if cursor is not None:
             self.cursor = self.came_from = cursor
+            self.evaluation.start_after(cursor.step)
         return cursor is not None
 
     def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
@@ -213,11 +220,22 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every step is taken and the result is exported."""
-        if self.cursor.step < self.recipe.train.steps:
+        """Whether the run has come to its end and the result is exported."""
+        if not self._is_at_end:
             return False
         # The run may have been extended and killed before its last export.
-        return self.exports.is_published(self.checkpoints.folder_of(self.cursor.step))
+        return self.exports.is_published(self.checkpoints.folder_of(self._exported_step))
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether every step is taken, or evaluation has ended the run."""
+        return self.cursor.step >= self.recipe.train.steps or self.evaluation.is_over
+
+    @property
+    def _exported_step(self) -> int:
+        """Whose weights are exported: those of the last step, or of the best."""
+        of_best = self.recipe.export.of == "best" or self.evaluation.is_over
+        return self.evaluation.best if of_best and self.evaluation.rows else self.cursor.step
 
     def run(self, after_step: Callable[[], object] = lambda: None) -> None:
         """Train to the last step; NumericsError and StopRequested end it early, checkpoint made.
@@ -228,20 +246,26 @@ class Trainer:
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
             self.samples.start_after(self.cursor.step)
+        self.evaluation.start_after(self.cursor.step)
+        if self.evaluation.chooses_weights and self.evaluation.rows:
+            self.checkpoints.best = self.evaluation.best
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
         with progress as self.progress:
-            while self.cursor.step < steps:
+            while not self._is_at_end:
                 self._sample_if_due()
+                if self._evaluate_if_due():
+                    continue  # it may have been the end
                 pairs = self._next_pairs()
                 if self._take_step(pairs):
                     after_step()
                     self._checkpoint_if_due()
-        self._sample_if_due()
+            self._sample_if_due()
+            self._evaluate_if_due()
         if self.ranks.asked_to_stop():
             self._stop()
-        self.exports.publish(self.checkpoints.folder_of(self.cursor.step))
+        self._export()
         if self.shards is not None:
             self.stream.close()
 
@@ -340,6 +364,7 @@ class Trainer:
             "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
             **{name: str(count) for name, count in self.growth.row.items()},
             **self.log.latest,
+            **self.evaluation.shown,
         }
         self.progress.advance(1, **shown)
 
@@ -368,14 +393,52 @@ class Trainer:
 
     def _sample_if_due(self) -> None:
         if self.samples.is_due(self.cursor.step):
-            policy = self.engine.module.policy
-            policy.eval()
-            with self.log.clock_stopped(), uncompiled(policy):
+            with self._drawing() as policy:
                 try:
                     self.samples.draw(policy, self.cursor.step)
                 except NumericsError as error:  # a missing picture is no reason to stop training
                     self.terminal.warn(f"no sample picture of step {self.cursor.step}: {error}")
-            policy.train()
+
+    def _evaluate_if_due(self) -> bool:
+        """Whether there was an evaluation; the best so far, and the last, get a checkpoint."""
+        step, evaluation = self.cursor.step, self.evaluation
+        if not evaluation.is_due(step):
+            return False
+        with self._drawing() as policy:
+            try:
+                row = evaluation.run(policy, step)
+            except NumericsError as error:
+                self.terminal.warn(f"no evaluation of step {step}: {error}")
+                return False
+        if row is None:  # asked to stop: where pairs are fetched all ranks do
+            return False
+        self.log.tell_evaluation(row)
+        if evaluation.chooses_weights and (step == evaluation.best or evaluation.is_over):
+            self.checkpoints.best = evaluation.best
+            self._save()
+        if evaluation.is_over:
+            self.terminal.line(
+                f"the score on validation prompts has fallen for {evaluation.spec.stop} "
+                f"evaluations since step {evaluation.best}: the run ends, and that step is exported"
+            )
+        return True
+
+    @contextmanager
+    def _drawing(self) -> Iterator[nn.Module]:
+        """The policy as it draws images; what that takes is no time of training."""
+        policy = self.engine.module.policy
+        policy.eval()
+        with self.log.clock_stopped(), uncompiled(policy):
+            yield policy
+        policy.train()
+
+    def _export(self) -> None:
+        step = self._exported_step
+        chosen_by = self.evaluation.chooses if self.evaluation.chooses_weights else None
+        folder = self.checkpoints.folder_of(step)
+        if step != self.cursor.step:
+            self.checkpoints.load(step, self._read_checkpoint)
+        self.exports.publish(folder, chosen_by)
 
     def _checkpoint_if_due(self) -> None:
         step = self.cursor.step

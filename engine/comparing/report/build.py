@@ -19,6 +19,7 @@ from ...display.terminal import Terminal
 from ...preparing.candidates import CandidateSet
 from ...recipe import Recipe, Reward
 from ...recipe.identity import save_resolved
+from ...training.evaluation import FILE as EVALUATIONS
 from ...training.log import MetricsFile
 from ...training.samples import progression
 from ..result_cache import Tables
@@ -110,6 +111,7 @@ class ComparisonReport:
             prompt_sets=sets,
             worst=self._worst(sets),
             metrics=MetricsFile(trained_in / "metrics.jsonl").read() if alone else (),
+            evaluations=MetricsFile(trained_in / EVALUATIONS).read() if alone else (),
             num_tiers=trained.curriculum.tiers,
             progression=progression(trained_in / "samples", trained.model.resolution)
             if alone
@@ -127,7 +129,7 @@ class ComparisonReport:
         )
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [note for run in self.runs if (note := self._who_chose(run))]
         if self.measured.embedder is None:
             notes.append(
                 "Diversity was left out: neither judge nor reward embeds images; a CLIP model "
@@ -136,6 +138,19 @@ class ComparisonReport:
         elif not self.measured.distances:
             notes.append("Diversity was left out: it needs two images a prompt or more.")
         return notes
+
+    def _who_chose(self, run: ComparedRun) -> str | None:
+        """What chose the weights that are compared, if they are not simply the last."""
+        chosen_by, step = run.chosen
+        if chosen_by is None:
+            return None
+        own = run.recipe.evaluate
+        text = f"The weights of {run.name} are those of step {step} of {run.recipe.train.steps}, "
+        text += f"chosen by {chosen_by} on validation prompts, which are not among these."
+        judge = self.recipe.compare.judge
+        if judge is not None and judge in (own.scorers[:1] or (run.recipe.reward,)):
+            text += " It is the judge, too, so this is no independent judgement."
+        return text
 
     def _prompt_set(self, name: str, prompts: Sequence[str], rows: slice) -> PromptSet:
         measured = self.measured

@@ -195,6 +195,8 @@ class ReportData:
     """Shown worst first."""
     metrics: Sequence[Mapping[str, Any]] = ()
     """Rows of metrics.jsonl; none if the run folder has none."""
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    """Rows of evaluations.jsonl; none if the run made none."""
     num_tiers: int | None = None
     progression: Image.Image | None = None
     """Samples during training, e.g. an `image_grid` with a column a step."""

@@ -151,13 +151,27 @@ PANELS = (
     ),
     Panel("Gradient norm", (Line("grad_norm", "accent"),)),
 )
+EVALUATION_PANELS = (
+    Panel(
+        "Score on validation prompts",
+        (Line("gain", "accent", "mean"), Line("low", "muted", "95 %"), Line("high", "muted")),
+        0.0,
+        "base",
+        "minus the base's from the same noise",
+    ),
+    Panel("KL proxy on validation prompts", (Line("divergence", "accent"),), 0.0, "base"),
+)
 
 
-def training_panels(metrics: Sequence[Row]) -> list[tuple[Panel, Markup]]:
+def training_panels(
+    metrics: Sequence[Row], evaluations: Sequence[Row] = ()
+) -> list[tuple[Panel, Markup]]:
     """Each panel that has data as a figure of its own, so that a page can lay them out."""
-    rows = sorted_rows(metrics)
-    present = [panel for panel in PANELS if _has_data(rows, panel)]
-    return [(panel, render(partial(_draw_panel, rows, panel), (3.8, 2.2))) for panel in present]
+    found = []
+    for panels, rows in ((PANELS, metrics), (EVALUATION_PANELS, evaluations)):
+        in_order = sorted_rows(rows)
+        found += [(panel, in_order) for panel in panels if _has_data(in_order, panel)]
+    return [(panel, render(partial(_draw_panel, rows, panel), (3.8, 2.2))) for panel, rows in found]
 
 
 def tier_timeline(metrics: Sequence[Row], num_tiers: int | None = None) -> Markup:

@@ -215,7 +215,7 @@ def _worst(loss: WorstLoss) -> dict[str, Any]:
 def _panels(data: ReportData) -> list[dict[str, Any]]:
     return [
         {"title": panel.title, "note": panel.note, "svg": svg}
-        for panel, svg in training_panels(data.metrics)
+        for panel, svg in training_panels(data.metrics, data.evaluations)
     ]
 
 

@@ -52,6 +52,8 @@ class CheckpointStore:
         self.parts: Mapping[str, str] | None = None
         """Fingerprints of what is trained and what teaches it, once they are known: a resume is
         held to them instead of the names of files, which a checkpoint without any is held to."""
+        self.best: int | None = None
+        """A step whose checkpoint is kept however old it is."""
         self.passed_over: list[str] = []
         """The newer checkpoints that `load_newest` found damaged, and how."""
 
@@ -167,7 +169,8 @@ class CheckpointStore:
             raise self._cannot_write(self.folder / "latest", exc) from None
         failpoint("checkpoint.before_prune")
         newer = [old for number, old in self._committed() if number > step]
-        older = [old for number, old in self._committed() if number <= step][self.keep :]
+        until = [number for number, _ in self._committed() if number <= step]
+        older = [self.folder_of(number) for number in until[self.keep :] if number != self.best]
         # Newer ones did not verify, or we would stand there.
         for old in [*newer, *older, *self.folder.glob("step-*.tmp"), *self.folder.glob("*.old")]:
             # The new one is committed: what cannot be removed now may go with the next.
@@ -211,6 +214,28 @@ class CheckpointStore:
             return None
         # The files of a model may be others on one machine alone.
         self.ranks.together(lambda: self._refuse_strangers(folder, manifest))
+        return self._read(folder, manifest, read)
+
+    def load(self, step: int, read: Callable[[Path, int], object]) -> Path:
+        """The checkpoint of ``step``, read as :meth:`load_newest` does. CheckpointError if it is
+        gone, or not whole.
+        """
+        folder = self.folder_of(step)
+        try:
+            manifest = self._verify(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder}, the best of the run, is not whole: {told_by(error)}; "
+                "export.of=last exports the last",
+                str(folder),
+                "damaged",
+            ) from None
+        self._read(folder, manifest, read)
+        return folder
+
+    def _read(
+        self, folder: Path, manifest: dict[str, Any], read: Callable[[Path, int], object]
+    ) -> Cursor:
         error: Exception | None = None
         try:
             read(folder, manifest["world_size"])

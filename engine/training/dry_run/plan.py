@@ -23,6 +23,7 @@ from ...models.tuning import choose_tuning
 from ...objectives import build_objective
 from ...recipe import Recipe
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
+from ..evaluation import DRAWS
 from ..growth import growth_rows
 from .memory import Row, Sizes, Zero, memory_rows, total
 from .networks import MetaModel, activation_bytes, forward_flops, read_meta_model, training_flops
@@ -178,7 +179,7 @@ def print_plan(recipe: Recipe, world_size: int, terminal: Terminal) -> None:
     plan = make_plan(recipe, world_size, device)
     _print_header(plan, recipe, world_size, device, terminal)
     _print_networks(plan, terminal)
-    _print_operations(plan, recipe.train.global_batch, terminal)
+    _print_operations(plan, recipe, terminal)
     _print_memory(plan.memory, terminal)
 
 
@@ -214,19 +215,29 @@ def _print_networks(plan: Plan, terminal: Terminal) -> None:
     terminal.table("networks", ["network", "parameters", "trained"], cells)
 
 
-def _print_operations(plan: Plan, pairs_per_step: int, terminal: Terminal) -> None:
-    counts = (
+def _print_operations(plan: Plan, recipe: Recipe, terminal: Terminal) -> None:
+    pairs_per_step = recipe.train.global_batch
+    counts = [
         ("forward, one image", 1.0),
         ("forward and backward, one image", plan.training_units),
         ("frozen passes, one pair", plan.frozen_passes),
         ("all passes, one pair", plan.units_per_pair),
         ("all passes, one step", plan.units_per_pair * pairs_per_step),
-    )
+    ]
+    if recipe.evaluate.every:
+        counts.append(("one evaluation, without scorers", evaluation_units(recipe)))
     cells = [
         [name, f"{units:.2f}", flops_text(units * plan.forward_flops)] for name, units in counts
     ]
     terminal.line()
     terminal.table("operations (a unit: one denoiser forward, one image)", HEADS, cells)
+
+
+def evaluation_units(recipe: Recipe) -> float:
+    """Denoiser forwards over one image in an evaluation: the policy's samples, and the KL proxy."""
+    spec, sampler = recipe.evaluate, recipe.evaluate.sampler or recipe.compare.sampler
+    guided = sampler.guidance > 1 and recipe.model.backbone != "lcm"
+    return spec.prompts * spec.images * (sampler.steps * (1 + guided) + 2 * DRAWS)
 
 
 def _print_memory(rows: list[Row], terminal: Terminal) -> None:

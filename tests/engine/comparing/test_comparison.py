@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cdpo.engine.comparing.report.build import ComparisonReport, Measured
+from cdpo.engine.comparing.runs import ComparedRun
 from launching import World
 from PIL import Image
 
@@ -15,7 +17,8 @@ from PIL import Image
 def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run folder; a large step, so that tuned images differ visibly from base."""
     run = tmp_path_factory.mktemp("compare") / "run"
-    world.train(run, "train.optimizer.lr=0.02").succeeded()
+    validated = ("prompts.validation={templates: [a moon]}", "evaluate.every=3")
+    world.train(run, "train.optimizer.lr=0.02", *validated, "evaluate.images=1").succeeded()
     return run
 
 
@@ -55,6 +58,7 @@ def test_a_report_on_all_prompts_and_scorers(world, trained):
     }
     assert pixels(trained, "base").tobytes() != pixels(trained, "tuned").tobytes()
     assert results["format"] == 2 and [run["name"] for run in results["runs"]] == ["tuned"]
+    assert "Score on validation prompts" in (trained / "compare" / "report.html").read_text()
     training = results["prompt_sets"][0]
     assert training["diversity"]["embedder"] == "judge"
     assert training["divergence"]["runs"][0]["mean"]["low"] > 0
@@ -190,3 +194,22 @@ def test_a_run_of_another_model_is_refused(world, runs):
     outcome = compare(world, runs["dpo"], listed(runs, "lora"), "model.resolution=[32, 32]")
     assert outcome.code != 0
     assert "compare.runs.lora=" in outcome.text and "model.resolution is [16, 16]" in outcome.text
+
+
+def test_the_report_says_who_chose_the_weights_and_whether_it_judges_too(tiny_recipe):
+    def notes(chosen_by: str | None, *settings: str) -> list[str]:
+        recipe = tiny_recipe(*settings)
+        folder = Path(recipe.run_dir)
+        folder.mkdir(exist_ok=True)
+        (folder / "exported.json").write_text(json.dumps({"chosen_by": chosen_by, "step": 40}))
+        run = ComparedRun("tuned", recipe, "")
+        measured = Measured((), {}, images=dict.fromkeys(("base", "tuned")), embedder="judge")
+        measured.distances = {"base": np.zeros(1)}
+        return ComparisonReport(recipe, [run], measured)._notes()
+
+    assert notes(None) == []
+    (note,) = notes("clip_score")
+    assert "step 40" in note and "clip_score" in note and "judge" not in note
+    judge = tiny_recipe().compare.judge
+    (note,) = notes("clip_score", f"evaluate.scorers=[{{path: {judge.path}}}]")
+    assert "judge" in note

@@ -342,9 +342,12 @@ def test_targets_are_a_preset_or_a_list(write, targets):
         ["adapter.dora=true", "export.formats=[diffusers, kohya]"],
         ["export.formats=[]"],
         ["compare.weights=ema"],
+        ["evaluate.stop=2"],
+        ["export.of=best"],
+        ["evaluate.every=100"],  # on which prompts?
     ],
 )
-def test_exports_and_averages_that_cannot_be_are_refused(write, overrides):
+def test_exports_averages_and_evaluations_that_cannot_be_are_refused(write, overrides):
     path = write()
     assert problems(path, tuple(overrides)) == {str(path): "contradiction"}
 
@@ -459,7 +462,7 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path, text, lr):
 
 
 def test_a_resolved_recipe_shows_every_knob_and_leaves_nothing_else_behind(tmp_path, write):
-    recipe = load_recipe(write(), ["compare.judge.path=j"])
+    recipe = load_recipe(write(), ["compare.judge.path=j", "evaluate.sampler.steps=4"])
     path = tmp_path / "deep" / "run" / "recipe.yaml"
     save_resolved(recipe, path)
     save_resolved(recipe, path)
@@ -510,7 +513,7 @@ RUNTIME = {
 def test_identity_holds_what_decides_the_result_and_nothing_else(write):
     """Every new knob must be sorted in here: does a resumed run have to share it?"""
     watched = ("prompts.", "reward.", "prepare.", "speed.", "checkpoint.", "monitor.", "export.")
-    watched += ("cluster.", "compare.")
+    watched += ("cluster.", "compare.", "evaluate.")
     expected = {key for key in KNOBS if not key.startswith(watched)} - RUNTIME
     identity = training_identity(load_recipe(write()))
     assert set(identity) == expected

@@ -34,7 +34,7 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 
 def read_train(folder: Path, content: str | bytes, limit: int | None = None) -> list[str]:
     spec = Prompts(train=write(folder, "train.txt", content), limit=limit)
-    train, heldout = read_prompts(spec, seed=0)
+    train, heldout, _ = read_prompts(spec, seed=0)
     assert heldout == []
     return train
 
@@ -122,7 +122,7 @@ SETS = ROOT.parent / "shared" / "data"
 )
 @pytest.mark.parametrize("name", ["hpsv2.json", "papv2.json", "partiprompts.json", "geneval.jsonl"])
 def test_prompt_sets_of_the_field(name):
-    found, _ = read_prompts(Prompts(train=str(SETS / name)), seed=0)
+    found, *_ = read_prompts(Prompts(train=str(SETS / name)), seed=0)
     assert len(found) > 100 and all(text == text.strip() for text in found)
 
 
@@ -132,7 +132,7 @@ def test_limit_takes_the_first_distinct_ones_of_each_set(tmp_path):
     spec = Prompts(
         train=write(tmp_path, "t", "a\nb"), heldout=write(tmp_path, "h", "c\nd"), limit=1
     )
-    assert read_prompts(spec, 0) == (["a"], ["c"])
+    assert read_prompts(spec, 0) == (["a"], ["c"], [])
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path):
@@ -183,7 +183,7 @@ def test_a_column_of_a_table(tmp_path, kind):
     """Repeated and blank cells as in text; `#` is no comment there, and a cell may hold commas."""
     cells = ["a dog", "  a cat ", "a dog", "", None, "# one, two", "\t"]
     path = table(tmp_path, kind, {"id": list(range(7)), "text": cells})
-    found, _ = read_prompts(Prompts(train=path, column="text"), 0)
+    found, *_ = read_prompts(Prompts(train=path, column="text"), 0)
     assert found == ["a dog", "a cat", "# one, two"]
 
 
@@ -299,14 +299,14 @@ def test_the_sets_of_the_papers(monkeypatch):
     """D1 is 45 animals x 3 activities, 45 photos for aesthetics; other ones are held out."""
     monkeypatch.chdir(ROOT)
     recipe = load_recipe("recipes/sd15_cdpo.yaml")
-    train, heldout = read_prompts(recipe.prompts, recipe.seed)
+    train, heldout, _ = read_prompts(recipe.prompts, recipe.seed)
     assert (len(train), len(heldout)) == (135, 36)
     assert {"a dog riding a bike", "an ant washing the dishes"} < set(train)
     assert not any(" a ant" in f" {prompt}" for prompt in train + heldout)
     photos = ["prompts.train.templates=['a photo of {animal}']"]
     photos += ["prompts.train.lists={animal: recipes/prompts/animals.txt}"]
     recipe = load_recipe("recipes/sd15_cdpo.yaml", photos)
-    train, _ = read_prompts(recipe.prompts, recipe.seed)
+    train = read_prompts(recipe.prompts, recipe.seed).train
     assert len(train) == 45 and train[1] == "a photo of a dog"
 
 
@@ -318,7 +318,7 @@ def split(
     folder: Path, prompts: list[str], seed: int = 0, **by: float
 ) -> tuple[set[str], set[str]]:
     spec = {"train": write(folder, "all.txt", "\n".join(prompts)), "heldout": by}
-    train, heldout = read_prompts(Prompts.model_validate(spec), seed)
+    train, heldout, _ = read_prompts(Prompts.model_validate(spec), seed)
     assert [p for p in prompts if p in set(train)] == train, "the order is that of the file"
     assert sorted(train + heldout) == sorted(prompts)
     return set(train), set(heldout)
@@ -349,7 +349,7 @@ def test_limit_comes_after_the_split(tmp_path):
     spec = Prompts.model_validate(
         {"train": str(tmp_path / "all.txt"), "heldout": {"fraction": 0.2}, "limit": 5}
     )
-    few, out = read_prompts(spec, 0)
+    few, out, _ = read_prompts(spec, 0)
     assert (len(few), len(out)) == (5, 5)
     assert set(few) < train and set(out) < heldout
 
@@ -363,11 +363,31 @@ def test_both_sides_need_a_prompt(tmp_path, by):
 def test_templates_can_be_split_and_held_out(tmp_path):
     animals = {"templates": ["a {x}"], "lists": {"x": ("dog", "cat", "cow", "pig")}}
     spec = Prompts.model_validate({"train": animals, "heldout": {"count": 1}})
-    train, heldout = read_prompts(spec, 0)
+    train, heldout, _ = read_prompts(spec, 0)
     assert len(train) == 3 and len(heldout) == 1
     spec = Prompts.model_validate({"train": animals, "heldout": animals})
     with refused(DataError, "duplicate", "prompts.heldout"):
         read_prompts(spec, 0)
+
+
+def test_validation_is_split_off_what_is_left_and_moves_nothing_else(tmp_path):
+    train, heldout = split(tmp_path, TEXTS, fraction=0.2)
+    spec = {"train": str(tmp_path / "all.txt"), "heldout": {"fraction": 0.2}}
+    sets = read_prompts(Prompts.model_validate(spec | {"validation": {"count": 30}}), 0)
+    assert set(sets.heldout) == heldout and len(sets.validation) == 30
+    assert set(sets.train) == train - set(sets.validation)
+    # Draws of its own: those with the lowest draws of the first split are gone.
+    alone = read_prompts(Prompts.model_validate(spec | {"validation": {"fraction": 0.2}}), 0)
+    assert len(alone.validation) > 20
+
+
+@pytest.mark.parametrize("shared", ["train", "heldout"])
+def test_what_validates_is_neither_trained_on_nor_reported(tmp_path, shared):
+    files = {"train": "a dog", "heldout": "a cat", "validation": "a cow"}
+    files[shared] += "\nA  cow."
+    spec = {name: write(tmp_path, name, text) for name, text in files.items()}
+    with refused(DataError, "duplicate", "prompts.validation"):
+        read_prompts(Prompts.model_validate(spec), 0)
 
 
 @given(st.lists(st.text("ab{}:!.[]0_", max_size=6), min_size=1, max_size=3))
@@ -404,7 +424,7 @@ def test_of_several_spellings_the_first_is_trained_on_and_the_others_are_named(t
     path = write(tmp_path, "t", "\n".join(["Red Apple", "a dog", *SPELLINGS, "Red Apple"]))
     file = io.BytesIO()
     left_out = LeftOut(file)
-    train, _ = read_prompts(Prompts(train=path), 0, left_out)
+    train = read_prompts(Prompts(train=path), 0, left_out).train
     assert train == ["Red Apple", "a dog"]
     assert left_out.rows == {OTHER_SPELLING: len(SPELLINGS) - 1, REPEATED: 2}
     assert "'red apple.', earlier 'Red Apple'" in file.getvalue().decode()

@@ -234,7 +234,7 @@ def test_what_of_prompt_files_is_no_prompt_is_counted_and_named(tmp_path):
     table.write_text('prompt,n\n# one,1\n"",2\n  ,3\n# one,4\n')
     spec = Prompts(train=str(text), heldout=str(table))
     left_out = LeftOut(names)
-    assert read_prompts(spec, 0, left_out) == (["a cat"], ["# one"])
+    assert read_prompts(spec, 0, left_out) == (["a cat"], ["# one"], [])
     assert left_out.rows == {REPEATED: 2, EMPTY: 2}
     assert left_out.beside == {COMMENT: 2, BLANK: 1}
     lines = [(line[0], line[1]) for line in csv.reader(names.getvalue().decode().splitlines())]
