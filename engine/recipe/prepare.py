@@ -131,7 +131,8 @@ class Ranked(Imported):
     type: Literal["ranked"] = "ranked"
     """`ranked`: a data set of images with captions and scores."""
     image: str = "image"
-    """Column (member of a tar) with the image: encoded bytes, or a path."""
+    """Column (member of a tar) with the image: encoded bytes, or a path; in JSON also a list of
+    paths, each with the score at its place of a list in `score`."""
     score: str | None = "score"
     """Column with its score; null: the recipe's reward scores it."""
     order: Order = None

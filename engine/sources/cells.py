@@ -68,6 +68,33 @@ class ImageCells:
             for cell, name in zip(cells, self.names, strict=True)
         )
 
+    def each(
+        self,
+        values: dict[str, Any],
+        columns: Sequence[str],
+        files: SourceFiles,
+        file: int,
+        where: str,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where a row is, and its values; where the column of a single image holds a list, a row
+        for each image, to which lists in other ``columns`` give a value each.
+
+        DataError for a list that is not as long, or empty.
+        """
+        images = values.get(self.names[0]) if len(self.names) == 1 else None
+        if not isinstance(images, list):
+            yield where, values
+            return
+        lists = {name: values[name] for name in columns if isinstance(values[name], list)}
+        lists[self.names[0]] = images
+        for name, cells in lists.items():
+            if len(cells) != len(images) or not images:
+                told = f"{name} holds {len(cells)} values for {len(images)} images"
+                raise _wrong(files, file, where, told, name, "mismatch")
+        for place in range(len(images)):
+            own = {name: cells[place] for name, cells in lists.items()}
+            yield f"{where} image {place + 1}", values | own
+
 
 def load_beside(files: SourceFiles, file: int, places: Sequence[Place]) -> Iterator[Images]:
     """Images that are files, named relative to the folder of their table."""
@@ -104,5 +131,7 @@ def _shown(cell: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}..."
 
 
-def _wrong(files: SourceFiles, file: int, where: str, told: str, column: str) -> DataError:
-    return DataError(f"{describe(files, file, where)}: {told}", column, "wrong-type")
+def _wrong(
+    files: SourceFiles, file: int, where: str, told: str, column: str, kind: str = "wrong-type"
+) -> DataError:
+    return DataError(f"{describe(files, file, where)}: {told}", column, kind)

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,15 +55,17 @@ class TextTable:
 
     def _rows(self, file: int, columns: Sequence[str], left_out: LeftOut) -> Iterator[Row]:
         wanted = dict.fromkeys([*columns, *self.cells.columns])
-        for number, (where, values) in enumerate(self._parsed(file, left_out)):
+        numbers = count()
+        for where, values in self._parsed(file, left_out):
             if not wanted.keys() <= values.keys():
                 at = "" if self.files.kind == "csv" else where
                 key = "prompts.column" if self.plain else "prepare.source"
                 check_columns(
                     list(wanted), list(values), describe(self.files, file, at).strip(), key
                 )
-            paths = self.cells.paths(values, self.files, file, where)
-            yield Row(0, number, values, paths, where=where)
+            for at, own in self.cells.each(values, columns, self.files, file, where):
+                paths = self.cells.paths(own, self.files, file, at)
+                yield Row(0, next(numbers), own, paths, where=at)
 
     def load(self, file: int, group: int, places: Sequence[Place]) -> Iterator[Images]:
         yield from load_beside(self.files, file, places)

@@ -70,6 +70,34 @@ def test_the_examples_of_the_docs(folder, kind):
     assert read(folder, spec) == READ[kind]
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_lists_of_ranked_pictures(folder, kind):
+    """HPDv2's `test.json`: each picture of a list is a row with the rank at its place."""
+    raw = [{"rank": [2, 1], "user_hash": "u"}]
+    rows = [
+        {"prompt": "a", "image_path": ["images/0.png", "images/1.png"], "rank": [2, 1]},
+        {"prompt": "b", "image_path": ["images/2.png"], "rank": [1], "raw_annotations": raw},
+    ]
+    path = folder / f"test.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    spec = EXAMPLES["csv"].model_copy(update={"path": str(path)})
+    assert read(folder, spec) == [("a", 0, (0,)), ("a", 0, (1,)), ("b", 0, (2,))]
+    index = Index(folder / "index", open_index(folder / "index", open_source(spec), spec, ()))
+    assert index.numbers("scores")[:, 0].tolist() == [-2, -1, -1]  # `order: lower`
+    assert index.numbers("number").tolist() == [0, 1, 2] and len(set(index.numbers("id"))) == 3
+    assert index.value(1, "where").endswith("(line 1) image 2" if kind == "json" else "1 image 2")
+
+
+@pytest.mark.parametrize(
+    ("paths", "ranks", "key"), [(["a.png"], [1, 2], "rank"), ([], [], "rank"), ([1], [1], "image")]
+)
+def test_lists_that_do_not_go_together(tmp_path, paths, ranks, key):
+    path = lines(tmp_path / "a.jsonl", [{"caption": "x", "image": paths, "rank": ranks}])
+    spec = Ranked(path=path, score="rank", order="lower")
+    with refused(DataError, "wrong-type" if key == "image" else "mismatch", key):
+        read(tmp_path, spec)
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
 def test_hpdv2(folder, kind):
     """Lists of two paths and of whether each was preferred; ties are left out."""

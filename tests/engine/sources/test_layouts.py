@@ -55,10 +55,12 @@ def test_an_example_is_read(tmp_path, name):
     spec = Prepare(source={**source, "path": str(tmp_path / source["path"])}).source
     reader = open_source(spec)
     index = Index(tmp_path / "index", open_index(tmp_path / "index", reader, spec, ()))
-    [record] = load_records(reader, index.part(0), [0], (8, 8))
-    assert (index.facts.rows, index.facts.left_out, index.facts.noted) == (1, {}, {})
-    assert index.caption(0) == "a red apple" and record.problem is None
-    assert len(record.pictures) == (2 if source["type"] == "paired" else 1)
+    records = list(load_records(reader, index.part(0), range(len(index)), (8, 8)))
+    assert (index.facts.left_out, index.facts.noted) == ({}, {})
+    assert index.facts.rows == len(index) == len(records) == (2 if "lists" in name else 1)
+    for number, record in enumerate(records):
+        assert index.caption(number) == "a red apple" and record.problem is None
+        assert len(record.pictures) == (2 if source["type"] == "paired" else 1)
 
 
 def test_every_layout_of_the_table_has_an_example():
