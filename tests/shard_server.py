@@ -138,7 +138,9 @@ def _damaged(body: bytes, fault: str) -> bytes:
     if fault == "corrupt":
         middle = len(body) // 2
         return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-    return {"short": body[:-512], "long": body + bytes(512)}.get(fault, body)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    others = {"short": body[:-512], "long": body + bytes(512), "pointer": pointer}
+    return others.get(fault, body)
 
 
 ShardServer.handler = ShardHandler

@@ -51,7 +51,7 @@ def read_picture(data: bytes, resolution: Size) -> Picture:
     """
     try:
         if lfs_pointer(data):
-            raise UnreadableImage(LFS_REMEDY, kind="missing")
+            raise UnreadableImage(LFS_REMEDY, kind="unreadable")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         # A phone's JPEG may have further pictures behind it, which are no frames.
         is_first = image.format != "MPO" and getattr(image, "is_animated", False)

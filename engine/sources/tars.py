@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..basics.errors import DataError, told_by
-from ..basics.files import LFS_REMEDY, lfs_pointer
+from ..basics.files import refuse_pointer
 from .files import IMAGE_ENDINGS, SourceFiles, is_of_a_desktop
 from .left_out import LeftOut
 from .rows import (
@@ -212,6 +212,7 @@ def _regular_files(path: Path, name: str, left_out: LeftOut) -> Iterator[tuple[s
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            refuse_pointer(path)
             _check_head(path, os.pread(file.fileno(), 100, 0))
             start: int | None = 0
             while start is not None:
@@ -266,8 +267,6 @@ def _next_archive(descriptor: int, offset: int) -> int | None:
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    if lfs_pointer(head):
-        raise DataError(f"{path} {LFS_REMEDY}", str(path), "missing")
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             told = f"{path}: is compressed with {name}: unpack it, images are read where they lie"

@@ -13,7 +13,7 @@ from threading import Lock
 
 from ...basics.errors import RecipeError, ShardError
 from ...basics.failpoints import failpoint
-from ...basics.files import user_cache
+from ...basics.files import LFS_POINTER, LFS_REMEDY, lfs_pointer, user_cache
 from ...recipe import Data
 from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
 from ..store import LocalStore, ShardStore, check_against
@@ -133,6 +133,8 @@ class RemoteStore:
                     reason = "missing; copy it there again"
                     raise ShardError(name, reason, kind="missing") from None
                 file.seek(0)  # whoever is given the descriptor reads from the start
+                if lfs_pointer(os.pread(descriptor, len(LFS_POINTER), 0)):
+                    raise ShardError(name, LFS_REMEDY, kind="unreadable")
                 try:
                     check_against(entry, name, arrival.arrived, arrival.sha256, remedy)
                     return

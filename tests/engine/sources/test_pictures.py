@@ -157,7 +157,7 @@ def test_what_follows_the_end_of_a_jpeg_does_not_matter():
         (zero_filled(0.9), "damaged"),
         (b"GIF89a no image", "unsupported"),
         (encoded(Image.new("RGB", (8, 8)), "TIFF"), "unsupported"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "missing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "unreadable"),
         (encoded(Image.new("RGB", (8, 8)), "PPM"), "unsupported"),
         (preferences.picture(1, (64, 64))[:-900], "damaged"),
         (preferences.picture(1, (64, 64), "JPEG")[:-300], "damaged"),

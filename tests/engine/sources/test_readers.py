@@ -351,7 +351,7 @@ def test_a_tar_without_an_end_is_read_and_told_of(tmp_path, blanks):
         ("a.tar.gz", b"", "unsupported", None),
         ("a.tgz", b"", "unsupported", None),
         ("a.tar", b"\x1f\x8b\x08", "unsupported", "a.tar"),
-        ("a.tar", b"version https://git-lfs.github.com/spec/v1\n", "missing", "a.tar"),
+        ("a.tar", b"version https://git-lfs.github.com/spec/v1\n", "unreadable", "a.tar"),
     ],
 )
 def test_tars_that_are_not_there_yet(tmp_path, name, data, kind, key):

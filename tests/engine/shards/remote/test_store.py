@@ -88,6 +88,7 @@ def test_what_arrives_damaged_is_fetched_once_more(store, web, fault):
         ("short", "truncated", 2),
         ("long", "mismatch", 2),
         ("404", "missing", 1),
+        ("pointer", "unreadable", 1),
     ],
 )
 def test_a_shard_that_is_bad_at_its_source_is_named(store, web, fault, kind, requests):
