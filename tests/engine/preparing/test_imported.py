@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.preparing import imported, latents
+from cdpo.engine.display.contact_sheet import ContactRow
+from cdpo.engine.preparing import imported, latents, preparation
 from cdpo.engine.preparing.imported import NOT_TAKEN
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.rewards import load_reward
@@ -177,6 +178,8 @@ def test_every_format_holds_the_same_pairs(plain, paired, ranks, tiny_backbone):
 def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_path, monkeypatch):
     path = preferences.write_ranked(tmp_path / "ranked.parquet")
     monkeypatch.setattr(imported, "load_reward", lambda *_: pytest.fail("loaded"))
+    drawn: list[ContactRow] = []
+    monkeypatch.setattr(preparation, "draw_contact_sheet", lambda _, rows: drawn.extend(rows))
     recipe = tiny_recipe(*RANKED, f"prepare.source.path={path}")
     shards = prepare(recipe, ranks)
     manifest = load_manifest(shards)
@@ -191,6 +194,13 @@ def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_p
         for meta, _ in found:
             assert meta.scores[0] > meta.scores[1]
             assert meta.ranks == (6 - meta.scores[0], 6 - meta.scores[1])
+    for row in drawn:  # the contact sheet: the best image first, and of each pair the winner
+        assert list(row.scores) == sorted(row.scores, reverse=True) and row.pairs
+        by_score = dict(zip(row.scores, row.images, strict=True))
+        for pair in row.pairs:
+            assert pair.scores[0] > pair.scores[1]
+            assert list(pair.images) == [by_score[score] for score in pair.scores]
+    assert len(drawn) == recipe.prepare.contact_sheet_prompts > 0
     assert is_finished(recipe, ranks)
 
 
