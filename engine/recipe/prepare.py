@@ -60,8 +60,8 @@ class Imported(Section):
     are read."""
     caption: str = "caption"
     """Column with the caption (in a tar a key of its KEY.json, or else its KEY.txt; with folders of
-    images a folder of NAME.txt, or NAME.txt beside an image). Captions that are empty or among
-    `prompts.heldout` are left out, and counted."""
+    images a folder of NAME.txt, or NAME.txt beside an image; NAME.caption will do as well).
+    Captions that are empty or among `prompts.heldout` are left out, and counted."""
     limit: PositiveInt | None = None
     """Use only the first so many rows: for trying a recipe out."""
     max_unreadable: NonNegativeInt = 0

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from ..basics.errors import DataError
@@ -61,7 +61,7 @@ class SourceFiles:
         """
         paths: Iterable[Path] = self.paths
         if self.kind == "folder":
-            paths = sorted(path for path in self.paths[0].rglob("*") if path.is_file())
+            paths = files_below(self.paths[0])
         found: list[list[str | int]] = [list(other) for other in self.passed_over]
         for path in paths:
             status = path.stat()
@@ -152,7 +152,15 @@ def _why(file: Path) -> str:
     return UNPACK if compressed else OTHER_KINDS
 
 
-def counted(files: Iterable[Path]) -> str:
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and in those inside, in their order; a folder right in it may be a
+    link, as to winners that lie elsewhere.
+    """
+    inner = [folder, *(path for path in folder.iterdir() if path.is_symlink() and path.is_dir())]
+    return sorted(path for place in inner for path in place.rglob("*") if path.is_file())
+
+
+def counted(files: Iterable[PurePath]) -> str:
     """``3 .png, 1 .txt``."""
     counts = Counter(file.suffix.lower() or file.name for file in files)
     return ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))

@@ -1,11 +1,13 @@
 """A folder of pairs: PATH/winner/NAME.png, PATH/loser/NAME.png, and PATH/caption/NAME.txt or a
-NAME.txt beside an image.
+NAME.txt beside an image; NAME.caption will do as well.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import cached_property
+from pathlib import PurePosixPath
 
 from ..basics.errors import DataError
 from .files import (
@@ -14,12 +16,13 @@ from .files import (
     OTHER_KINDS,
     SourceFiles,
     counted,
+    files_below,
     is_of_a_desktop,
 )
 from .left_out import LeftOut
 from .rows import Images, Place, Row, UnreadableImage, decoded_caption, in_lists, load_file
 
-TEXT = ".txt"
+TEXTS = (".txt", ".caption")  # the first wins: OneTrainer's, and kohya's
 LONE_TEXT, TWO_TEXTS = "captions without an image", "another caption beside another image"
 
 
@@ -36,7 +39,6 @@ class FolderReader:
         self.images = images
         self.caption = caption
         self.folder = files.paths[0]
-        self._found: list[tuple[str, tuple[str, ...]]] | None = None
 
     def columns(self) -> list[str]:
         """The sub-folders: a folder knows neither labels nor scores."""
@@ -51,7 +53,7 @@ class FolderReader:
                 unknown[0],
                 "missing",
             )
-        names = self._names()
+        names = self._names
         self._note_others({name for name, _ in names}, left_out)
         yield from in_lists(
             Row(0, number, {self.caption: self._caption(name, left_out)}, paths, where=name)
@@ -62,71 +64,75 @@ class FolderReader:
         for place in places:
             yield tuple(load_file(self.folder / path) for path in place.paths)
 
+    @cached_property
+    def _inside(self) -> list[str]:
+        """Every file, as it is called in here."""
+        return [path.relative_to(self.folder).as_posix() for path in files_below(self.folder)]
+
+    @cached_property
     def _names(self) -> list[tuple[str, tuple[str, ...]]]:
         """Name and image paths of every pair."""
-        if self._found is None:
-            by_folder = [self._images_in(name) for name in self.images]
-            for name, inside in zip(self.images, by_folder, strict=True):
-                for other, beside in zip(self.images, by_folder, strict=True):
-                    lone = sorted(inside.keys() - beside.keys())
-                    if lone:
-                        raise DataError(
-                            f"{self.folder / other}: no image for {name}/{inside[lone[0]]}, and "
-                            f"for {len(lone) - 1} others: names must match",
-                            f"{name}/{inside[lone[0]]}",
-                            "missing",
-                        )
-            self._found = [
-                (stem, tuple(f"{n}/{i[stem]}" for n, i in zip(self.images, by_folder, strict=True)))
-                for stem in sorted(by_folder[0])
-            ]
-        return self._found
+        by_folder = [self._images_in(name) for name in self.images]
+        for inside in by_folder:
+            for other, beside in zip(self.images, by_folder, strict=True):
+                if lone := sorted(inside.keys() - beside.keys()):
+                    raise DataError(
+                        f"{self.folder / other}: no image for {inside[lone[0]]}, and for "
+                        f"{len(lone) - 1} others: names must match",
+                        inside[lone[0]],
+                        "missing",
+                    )
+        return [(stem, tuple(own[stem] for own in by_folder)) for stem in sorted(by_folder[0])]
 
     def _images_in(self, folder: str) -> dict[str, str]:
-        """Names of the images without and with their endings."""
+        """The images of a folder by their names without it and without their endings."""
         found: dict[str, str] = {}
-        files = self._files_in(folder)
-        for path in files:
-            name = path.relative_to(self.folder / folder)
-            if _is_image(path):
-                stem = name.with_suffix("").as_posix()
-                if stem in found:
-                    told = f"{path}: {found[stem]} has the same name"
-                    raise DataError(told, str(path), "duplicate")
-                found[stem] = name.as_posix()
+        own = [name for name in self._inside if name.startswith(f"{folder}/")]
+        for name in filter(_is_image, own):
+            stem = _stem(name).removeprefix(f"{folder}/")
+            if stem in found:
+                told = f"{self.folder / name}: {found[stem]} has the same name"
+                raise DataError(told, str(self.folder / name), "duplicate")
+            found[stem] = name
         if not found:
+            there = counted(map(PurePosixPath, own)) or "nothing"
             raise DataError(
-                f"{self.folder / folder}: holds no images; there is {counted(files) or 'nothing'}",
+                f"{self.folder / folder}: holds no images; there is {there}",
                 str(self.folder / folder),
                 "empty",
             )
         return found
 
-    def _files_in(self, folder: str) -> list[Path]:
-        return sorted(path for path in (self.folder / folder).rglob("*") if path.is_file())
+    @cached_property
+    def _texts(self) -> dict[str, list[str]]:
+        """Files with captions by their names without the ending, in the order of the endings."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for ending in TEXTS:
+            for name in self._inside:
+                if _ending(name) == ending:
+                    found[_stem(name)].append(name)
+        return found
 
     def _note_others(self, names: set[str], left_out: LeftOut) -> None:
         """Whatever lies here and is neither an image nor the caption of one."""
         own = self.files.name(0)
-        read = (*self.images, self.caption)
-        beside = [path for path in self.folder.rglob("*") if path.is_file()]
-        for path in sorted(beside):
-            name = path.relative_to(self.folder)
-            inside = name.with_suffix("").as_posix().partition("/")[2]
-            if is_of_a_desktop(name.as_posix()):
-                left_out.pass_over(own, name.as_posix(), OF_DESKTOPS)
-            elif name.parts[0] not in read or len(name.parts) == 1:
-                left_out.pass_over(own, name.as_posix(), OTHER_KINDS)
-            elif path.suffix.lower() == TEXT:
+        for name in self._inside:
+            folder, _, inside = _stem(name).partition("/")
+            if is_of_a_desktop(name):
+                left_out.pass_over(own, name, OF_DESKTOPS)
+            elif folder not in (*self.images, self.caption) or "/" not in name:
+                left_out.pass_over(own, name, OTHER_KINDS)
+            elif _ending(name) in TEXTS:
                 if inside not in names:
-                    left_out.pass_over(own, name.as_posix(), LONE_TEXT)
-            elif name.parts[0] == self.caption or not _is_image(path):
-                left_out.pass_over(own, name.as_posix(), OTHER_KINDS)
+                    left_out.pass_over(own, name, LONE_TEXT)
+            elif folder == self.caption or not _is_image(name):
+                left_out.pass_over(own, name, OTHER_KINDS)
 
     def _caption(self, name: str, left_out: LeftOut) -> str:
         """Of the folder of captions, else beside the first image that has one."""
-        places = [f"{folder}/{name}{TEXT}" for folder in (self.caption, *self.images)]
-        present = [place for place in places if (self.folder / place).exists()] or places[:1]
+        folders = (self.caption, *self.images)
+        present = [place for folder in folders for place in self._texts.get(f"{folder}/{name}", ())]
+        present = present or [f"{self.caption}/{name}{TEXTS[0]}"]
         texts = [self._text(name, place) for place in present]
         for place, text in zip(present, texts, strict=True):
             if text != texts[0]:
@@ -141,5 +147,13 @@ class FolderReader:
         return decoded_caption(data, str(path), str(path)).strip()
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_ENDINGS and not is_of_a_desktop(path.name)
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _is_image(name: str) -> bool:
+    return _ending(name) in IMAGE_ENDINGS and not is_of_a_desktop(name)

@@ -108,7 +108,7 @@ def test_folders(rows, data):
             for side in ("chosen", "rejected"):
                 put(f"{side}/{stem}{data.draw(st.sampled_from(['.png', '.JPG', '.tiff', '.bmp']))}")
             place = data.draw(st.sampled_from(["caption", "chosen", "rejected"]))
-            put(f"{place}/{stem}.txt", caption)
+            put(f"{place}/{stem}.{data.draw(st.sampled_from(['txt', 'caption']))}", caption)
             if place == "caption" and data.draw(st.booleans()):
                 put(f"chosen/{stem}.txt", f"not {caption}")
                 others.append(f"chosen/{stem}.txt")

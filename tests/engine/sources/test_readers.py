@@ -120,6 +120,8 @@ def test_the_index_is_made_once_and_a_copy_of_the_data_has_the_same_content(tmp_
 
 def test_a_file_that_comes_into_a_folder_is_noticed(tmp_path):
     path = preferences.write_folder(tmp_path / "pairs", ROWS[:10])
+    (path / "winner").rename(tmp_path / "elsewhere")
+    (path / "winner").symlink_to(tmp_path / "elsewhere")
     spec = Paired(path=str(path), **WINNER_LOSER)
     assert len(read(tmp_path / "index", spec)) == 8
     for name, data in (("winner", ROWS[0].jpg_0), ("loser", ROWS[0].jpg_1), ("caption", b"new")):
@@ -441,9 +443,9 @@ def test_folders_of_any_depth_and_pictures_of_any_kind(tmp_path):
     data = tmp_path / "pairs"
     pictures = ["chosen/10_cat/a.JPG", "rejected/10_cat/a.webp", "chosen/b.tif", "rejected/b.jfif"]
     pictures += ["chosen/c.gif", "rejected/c.bmp"]
-    texts = {"chosen/10_cat/a.txt": "x", "rejected/b.txt": "y", "caption/c.txt": "z"}
-    texts |= {"rejected/c.txt": "z", "chosen/c.txt": "another"}
-    others = ["notes.txt", "logs/x.txt", "caption/d.txt", "chosen/b.npz"]
+    texts = {"chosen/10_cat/a.caption": "x", "rejected/b.TXT": "y", "caption/c.txt": "z"}
+    texts |= {"rejected/c.txt": "z", "chosen/c.txt": "another", "caption/c.caption": "kohya's"}
+    others = ["notes.txt", "logs/x.txt", "caption/d.txt", "chosen/d.caption", "chosen/b.npz"]
     others += ["chosen/.DS_Store", "chosen/._b.png"]
     numbered = {name: str(number) for number, name in enumerate(pictures)}
     for name, content in (numbered | texts | dict.fromkeys(others, "")).items():
@@ -453,10 +455,10 @@ def test_folders_of_any_depth_and_pictures_of_any_kind(tmp_path):
     found = read(tmp_path / "index", spec)
     assert found == [("x", 0, (b"0", b"1")), ("y", 0, (b"2", b"3")), ("z", 0, (b"4", b"5"))]
     assert by_reason(tmp_path / "index") == {
-        LONE_TEXT: ["caption/d.txt"],
+        LONE_TEXT: ["caption/d.txt", "chosen/d.caption"],
         OF_DESKTOPS: ["chosen/.DS_Store", "chosen/._b.png"],
         OTHER_KINDS: ["chosen/b.npz", "logs/x.txt", "notes.txt"],
-        TWO_TEXTS: ["chosen/c.txt"],
+        TWO_TEXTS: ["caption/c.caption", "chosen/c.txt"],
     }
 
 
