@@ -29,6 +29,7 @@ OLD = Path(__file__).parents[2] / "build" / "old_clients"
 SPECS = {
     "lora": Adapter(rank=2, alpha=1.0, targets="lcm"),
     "rslora": Adapter(rank=4, alpha=3.0, targets="lcm", rslora=True),
+    "dora": Adapter(rank=2, alpha=3.0, targets="lcm", dora=True),
 }
 DRAW = """
 import sys
@@ -90,6 +91,8 @@ def test_old_libraries_draw_what_new_ones_draw(base: Path, tmp_path: Path, name:
     for key, parameter in policy.named_parameters():
         if "lora_B" in key:
             parameter.data.normal_(0, 0.3, generator=generator)
+        if "magnitude" in key:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) + 0.5
     lora = tmp_path / "lora"
     adapter = trained_lora(get_peft_model_state_dict(policy), spec)
     save_for_all(adapter, backbone.pipeline, {}, lora)
