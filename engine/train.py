@@ -7,6 +7,10 @@ one GPU, several GPUs or nodes under the `deepspeed` or `torchrun` launcher, CPU
 Leaves `metrics.jsonl`, `samples/`, `checkpoints/` and what `export.formats` asks for (`lora/`) in
 the run folder.
 
+    deepspeed engine/train.py --recipe R train.optimizer.lr=1e-5 --allow-change train.optimizer.lr
+
+goes on with another value of a key that a checkpoint is held to otherwise.
+
     python engine/train.py --recipe recipes/sdxl_cdpo.yaml --dry-run --world-size 8
 
 prints what a run will take: parameters, operations, memory of each rank. It needs the model's
@@ -15,17 +19,24 @@ configs, and no weights, shards or GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.ranks import Ranks, run_verb
 from cdpo.engine.recipe import Recipe
 
 
-def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
-    """The verb on one rank, after the recipe has been read and the ranks have met."""
+def main(
+    ranks: Ranks, recipe: Recipe, terminal: Terminal, allow_change: Sequence[str] = ()
+) -> None:
+    """The verb on one rank, after the recipe has been read and the ranks have met.
+
+    In the keys of ``allow_change`` the recipe may differ from the checkpoint's.
+    """
     # Imported here: a mistyped recipe is refused before the libraries take seconds to load.
     from cdpo.engine.training.trainer import Trainer
 
-    trainer = Trainer(ranks, recipe, terminal)
+    trainer = Trainer(ranks, recipe, terminal, allow_change)
     terminal.header(f"train  {recipe.run_dir}", trainer.describe())
     if trainer.resume() and trainer.is_finished:
         taken = f"{trainer.cursor.step} of {recipe.train.steps} steps are taken"

@@ -101,7 +101,9 @@ class DataError(CdpoError):
 
 
 class NumericsError(CdpoError):
-    """Loss or gradients stayed non-finite for too many steps in a row, or an image came out NaN."""
+    """Loss or gradients stayed non-finite for too many steps in a row, weights are not finite, or
+    an image came out NaN.
+    """
 
     exit_code = EXIT_NUMERICS
 

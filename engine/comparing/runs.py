@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from ..basics.errors import DataError, RecipeError
 from ..models import Backbone, known_fingerprints, load_backbone
 from ..models.fingerprints import changed_parts, named
 from ..recipe import Model, Recipe
+from ..recipe.identity import Change
 from ..recipe.reading import load_recipe
 from ..training.export_formats import FOLDERS
 from ..training.exports import AVERAGES, STAMP
@@ -69,7 +71,8 @@ class ComparedRun:
         """What made it, and whether its training warned."""
         metrics = MetricsFile(self.folder / "metrics.jsonl").read()
         rose = both_errors_rise(metrics, self.recipe.train.log_every)
-        return RunFacts(self.name, self.recipe.run_dir, method_of(self.recipe), rose)
+        changes = [str(Change(**made)) for made in _exported(self.folder).get("changes", [])]
+        return RunFacts(self.name, self.recipe.run_dir, method_of(self.recipe), rose, changes)
 
 
 def read_runs(recipe: Recipe, device: torch.device) -> list[ComparedRun]:
@@ -128,11 +131,10 @@ def _refuse_other_parts(key: str, recipe: Recipe, run: Path, device: torch.devic
     """DataError if a run was tuned from other parts than the recipe's model has; whether it tells
     them, as runs do since there are parts.
     """
-    try:
-        exported = json.loads((run / STAMP).read_bytes())
-        then, precision = exported["parts"], exported["precision"]
-    except (OSError, ValueError, KeyError, TypeError):
+    exported = _exported(run)
+    if not exported.keys() >= {"parts", "precision"}:
         return False
+    then, precision = exported["parts"], exported["precision"]
     now = parts_of(recipe.model, device, precision)
     others = [part for part in changed_parts(then, now) if part not in OF_ONE_SIDE]
     if others:
@@ -144,6 +146,15 @@ def _refuse_other_parts(key: str, recipe: Recipe, run: Path, device: torch.devic
             "mismatch",
         )
     return True
+
+
+def _exported(run: Path) -> dict[str, Any]:
+    """What a run tells of its exports; nothing if it cannot be read."""
+    try:
+        told = json.loads((run / STAMP).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _refuse_other_model(

@@ -47,12 +47,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def run_verb(
     verb: str,
-    main: Callable[[Ranks, Recipe, Terminal], None],
+    main: Callable[..., None],
     dry_run: Callable[[int, Recipe, Terminal], None] | None = None,
 ) -> None:
     """Parse the command line, run ``main`` on this rank and leave with the contract's exit code.
 
-    ``dry_run`` takes the number of ranks to plan for; it joins none, and writes nothing.
+    ``main(ranks, recipe, terminal)`` is given ``allow_change``, the keys of `--allow-change`, where
+    there are some. ``dry_run`` takes the number of ranks to plan for; it joins none, and writes
+    nothing.
     """
     quieten_libraries()
     # Libraries that a verb imports make a million objects that stay. With Python's own threshold of
@@ -74,7 +76,8 @@ def run_verb(
             ) as ranks,
             run_lock(ranks, Path(recipe.run_dir)),
         ):
-            main(ranks, recipe, terminal)
+            more = {"allow_change": asked.allow_change} if asked.allow_change else {}
+            main(ranks, recipe, terminal, **more)
     except StopRequested as error:  # on all ranks together
         terminal.error(str(error))
         leave(error.exit_code)

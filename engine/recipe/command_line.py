@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..basics.errors import RecipeError
+from .identity import refuse_unchangeable
 from .reading import load_recipe
 from .reference import for_terminal
 from .schema import Recipe
@@ -22,6 +23,8 @@ class CommandLine:
     """Print what the recipe will take, and do nothing."""
     world_size: int | None
     """Ranks of a dry run; None stands for those the launcher started."""
+    allow_change: tuple[str, ...] = ()
+    """Keys in which the recipe may differ from that of the checkpoint it goes on from."""
 
 
 def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
@@ -37,13 +40,14 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
     if verb == "train":
         parser.add_argument("--dry-run", action="store_true")
         parser.add_argument("--world-size", type=int)
+        parser.add_argument("--allow-change", action="append", metavar="KEY", default=[])
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
     usage = f"deepspeed engine/{verb}.py --recipe RECIPE.yaml [dotted.key=value ...]"
     dry_run, world_size = getattr(options, "dry_run", False), getattr(options, "world_size", None)
     if verb == "train":
-        usage += " [--dry-run [--world-size RANKS]]"
+        usage += " [--allow-change KEY]... [--dry-run [--world-size RANKS]]"
     if options.help:
         print(f"usage: {usage}\n\n{for_terminal()}")
         raise SystemExit(0)
@@ -56,7 +60,11 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
             "--world-size",
             "out-of-range" if dry_run else "contradiction",
         )
-    return CommandLine(load_recipe(options.recipe, options.overrides), dry_run, world_size)
+    allow_change = tuple(dict.fromkeys(getattr(options, "allow_change", ())))
+    for key in allow_change:
+        refuse_unchangeable(key)
+    recipe = load_recipe(options.recipe, options.overrides)
+    return CommandLine(recipe, dry_run, world_size, allow_change)
 
 
 class _Parser(argparse.ArgumentParser):

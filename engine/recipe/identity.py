@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from ..basics.errors import RecipeError
 from ..basics.files import replacing
-from .keys import KNOBS, SCHEMA
+from .keys import KNOBS, SCHEMA, nearest_key
 from .reference import annotated
 from .schema import Recipe
 from .yaml_subset import shown
@@ -25,6 +26,20 @@ IDENTITY = re.compile(
     r"|train\.(global_batch|warmup_steps|gradient_clip|precision|caption_dropout)"
 )
 
+# Those of them that may be changed in the middle of a run (`--allow-change`): how steps are taken
+# from here on. Neither shapes nor the order of pairs nor the meaning of the weights hang on them.
+CHANGEABLE = re.compile(
+    r"objective\.(?!type).+|train\.optimizer\..+"
+    r"|train\.(warmup_steps|gradient_clip|caption_dropout)|adapter\.dropout"
+)
+# And why the others may not.
+FIXED = (
+    (r"seed|data\..+|curriculum\..+|train\.global_batch", "it decides which pairs come when"),
+    (r"objective\.type", "it decides what the networks are held against"),
+    (r"adapter\..+", "it decides what is trained, and what the trained numbers mean"),
+    (r"model\..+|train\.precision", "it decides the numbers of the model that is trained"),
+)
+
 # Keys of a recipe's model that name files: what these hold decides, not where they lie.
 MODEL_FILES = ("path", "revision", "variant", "vae", "unet", "lcm_lora", "teacher")
 
@@ -34,11 +49,26 @@ RESOLVED_HEADER = """\
 """
 
 
-def save_resolved(recipe: Recipe, path: str | Path) -> None:
+@dataclass(frozen=True)
+class Change:
+    """A key that was given another value in the middle of a run."""
+
+    step: int
+    """After so many steps."""
+    key: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"after step {self.step}: {self.key} {self.before} -> {self.after}"
+
+
+def save_resolved(recipe: Recipe, path: str | Path, changes: Sequence[Change] = ()) -> None:
     """Write every knob of ``recipe`` and what it is for as YAML, atomically; read back, it is the
-    same recipe.
+    same recipe. Comments tell of ``changes``.
     """
-    text = RESOLVED_HEADER + annotated(recipe)
+    history = "".join(f"# Changed {change}\n" for change in changes)
+    text = RESOLVED_HEADER + history + annotated(recipe)
     with replacing(path, error=RecipeError) as file:
         file.write(text.encode())
 
@@ -73,8 +103,18 @@ def recipe_hash(recipe: Recipe) -> str:
 def diff_identity(
     old: Mapping[str, object], new: Mapping[str, object], *, by_name: bool = True
 ) -> list[str]:
-    """What differs, as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``; the names
-    of the model's files only ``by_name``.
+    """:func:`differences` as lines like ``objective.beta: checkpoint 5000.0, recipe 2000.0``."""
+    return [
+        f"{key}: checkpoint {before}, recipe {now}"
+        for key, (before, now) in differences(old, new, by_name=by_name).items()
+    ]
+
+
+def differences(
+    old: Mapping[str, object], new: Mapping[str, object], *, by_name: bool = True
+) -> dict[str, tuple[str, str]]:
+    """By key the values of a checkpoint and of a recipe where they differ, as a recipe spells them;
+    the names of the model's files only ``by_name``.
 
     A knob that is younger than the checkpoint counts as its default there: defaults of new knobs
     are what was done before.
@@ -90,8 +130,29 @@ def diff_identity(
 
     names = () if by_name else {f"model.{key}" for key in MODEL_FILES}
     pairs = {key: (value_of(old, key), value_of(new, key)) for key in (*new, *old)}
-    return [
-        f"{key}: checkpoint {show(before)}, recipe {show(now)}"
+    return {
+        key: (show(before), show(now))
         for key, (before, now) in pairs.items()
         if before != now and key not in names
-    ]
+    }
+
+
+def refuse_unchangeable(key: str) -> None:
+    """RecipeError, kind `unknown`, `no-effect` or `unsupported`, if `--allow-change` of a key is
+    none that it may be used for.
+    """
+    if key not in KNOBS:
+        kind, why = "unknown", f"unknown key; {nearest_key(key)}"
+    elif not IDENTITY.fullmatch(key):
+        kind, why = "no-effect", "it may differ anyway: leave --allow-change away"
+    elif not CHANGEABLE.fullmatch(key):
+        reason = next(text for pattern, text in FIXED if re.fullmatch(pattern, key))
+        kind, why = "unsupported", f"{reason}, so another value needs another run_dir"
+    else:
+        return
+    raise RecipeError(f"--allow-change {key}: {why}", key, kind)
+
+
+def allowing(key: str, value: object) -> str:
+    """What to add to a command so that its run goes on with another value."""
+    return f"`--allow-change {key} {key}={shown(value)}`"

@@ -152,7 +152,8 @@ class Checkpoint(Section):
     every: PositiveInt = 500
     """Optimiser steps between checkpoints; the last step always makes one."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; beside them, while batches are skipped since, the last one that was
+    taken after a finite step."""
 
 
 class Monitor(Section):

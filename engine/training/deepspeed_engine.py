@@ -105,6 +105,13 @@ def start_engine(
     return engine
 
 
+def keep_settings(engine: deepspeed.DeepSpeedEngine, spec: Optimizer, gradient_clip: float) -> None:
+    """Give an engine that has read a checkpoint the settings of the recipe, not the saved ones."""
+    for group in engine.optimizer.param_groups:
+        group.update(betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+    engine.optimizer.clip_grad = gradient_clip
+
+
 def _fit_bucket(config: dict[str, Any], trainable: int) -> None:
     """Cap ZeRO's reduction bucket at the gradients there are.
 

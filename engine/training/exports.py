@@ -22,6 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from ..basics.errors import NumericsError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import replacing, sync_path
 from ..models import Backbone
@@ -29,7 +30,7 @@ from ..models.base_files import DENOISER, copy_base
 from ..models.lcm import lcm_lora_layers
 from ..ranks import Ranks
 from ..recipe import Recipe
-from .checkpoint.files import MANIFEST
+from .checkpoint.files import MANIFEST, read_manifest
 from .deepspeed_engine import TrainedWeights
 from .export_formats import (
     FOLDERS,
@@ -40,6 +41,7 @@ from .export_formats import (
     save_merged,
     unet_config,
 )
+from .finite import NotFiniteError, advice, check_finite
 from .kohya_format import describe, save_for_kohya
 from .lora import Lora, both, trained_lora
 from .tensor_files import save_tensors
@@ -112,7 +114,8 @@ class Exports:
         """Write all formats of a checkpoint, whose state this is, into the run folder, and who
         chose it, if it is not simply the last.
 
-        They appear there when they are whole. Raises OSError on every rank if rank 0 cannot write.
+        They appear there when they are whole. Raises OSError on every rank if rank 0 cannot write,
+        NumericsError if what it wrote is not finite.
         """
         made = self.run_dir / "exported.tmp"
         self.ranks.on_first(lambda: shutil.rmtree(made, ignore_errors=True))
@@ -121,6 +124,7 @@ class Exports:
         if "merged" in self.formats:
             for kind, averaged in self.kinds.items():
                 self._save_merged(made / kind, averaged)
+        self.ranks.on_first(lambda: self._refuse_non_finite(made, checkpoint))
         self.ranks.on_first(lambda: self._put_in_place(made))
         failpoint("export.published")
         self.ranks.on_first(lambda: self._put_stamp(checkpoint, chosen_by))
@@ -211,6 +215,24 @@ class Exports:
             path = folder / f"{WEIGHTS}.safetensors.index.json"
             self.ranks.on_first(lambda: path.write_text(json.dumps(index, indent=2)))
 
+    def _refuse_non_finite(self, made: Path, checkpoint: Path) -> None:
+        """Finite weights may be none in another format: scaled, or added to those of the base."""
+        for path in sorted(made.rglob("*.safetensors")):
+            # Copies of the base's other parts are as they are there.
+            parts = path.relative_to(made).parts
+            if FOLDERS["merged"] in parts[:-2] and parts[-2] != DENOISER:
+                continue
+            try:
+                check_finite(path)
+            except NotFiniteError as error:
+                shutil.rmtree(made, ignore_errors=True)
+                raise NumericsError(
+                    f"nothing is exported: {path.relative_to(made).parent}: {told_by(error)}; to "
+                    f"train the end again remove {checkpoint} and {advice(self.recipe)}",
+                    str(path.relative_to(made)),
+                    "non-finite",
+                ) from None
+
     def _put_in_place(self, made: Path) -> None:
         for target in self.folders:
             source = made / target.relative_to(self.run_dir)
@@ -223,10 +245,12 @@ class Exports:
         shutil.rmtree(made)
 
     def _put_stamp(self, checkpoint: Path, chosen_by: str | None) -> None:
+        manifest = read_manifest(checkpoint)
         made_from = {
             "parts": self.parts,
             "precision": self.recipe.train.precision,
-            "step": int(checkpoint.name.removeprefix("step-")),
+            "changes": manifest.get("changes", []),
+            "step": manifest["step"],
             "chosen_by": chosen_by,
         }
         stamp = json.dumps(self._stamp(checkpoint) | made_from).encode()

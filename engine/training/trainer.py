@@ -7,7 +7,7 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,10 @@ from .batch import BatchMaker, refuse_foreign_shards, trained_parts
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
 from .deepspeed_config import build_deepspeed_config, plan_batches
-from .deepspeed_engine import start_engine
+from .deepspeed_engine import keep_settings, start_engine
 from .evaluation import Evaluation
 from .exports import Exports
+from .finite import advice
 from .growth import Growth
 from .log import RunLog
 from .networks import build_networks
@@ -78,7 +79,14 @@ class Trainer:
     evaluation: Evaluation
     exports: Exports
 
-    def __init__(self, ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        recipe: Recipe,
+        terminal: Terminal,
+        allow_change: Sequence[str] = (),
+    ) -> None:
+        """In the keys of ``allow_change`` the recipe may differ from the checkpoint's."""
         self.ranks = ranks
         self.recipe = recipe
         self.terminal = terminal
@@ -92,6 +100,7 @@ class Trainer:
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints", ranks, recipe, keep=recipe.checkpoint.keep
         )
+        self.checkpoints.allowed = tuple(allow_change)
         self.shards = None
         has_steps_left = self.checkpoints.newest_step() < recipe.train.steps
         if has_steps_left:  # absent shards are found early
@@ -208,13 +217,24 @@ class Trainer:
             cursor = self.checkpoints.load_newest(self._read_checkpoint)
         for problem in self.checkpoints.passed_over:
             self.terminal.warn(f"checkpoint {problem}; it is passed over")
+        self._tell_changes()
         if cursor is not None:
             self.cursor = self.came_from = cursor
             self.evaluation.start_after(cursor.step)
         return cursor is not None
 
+    def _tell_changes(self) -> None:
+        """What has changed in the middle of the run, and what was allowed to and has not."""
+        for change in self.checkpoints.changes:
+            self.terminal.line(f"changed {change}")
+        changed = {change.key for change in self.checkpoints.changed}
+        for key in self.checkpoints.allowed:
+            if key not in changed:
+                self.terminal.warn(f"--allow-change {key}: it is as it was, nothing is changed")
+
     def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
         note = read_partitions(self.engine, self.ranks, folder, saved_ranks)
+        keep_settings(self.engine, self.recipe.train.optimizer, self.recipe.train.gradient_clip)
         if note is not None:
             self.terminal.line(note)
 
@@ -244,7 +264,7 @@ class Trainer:
         """
         self.log.start_after(self.cursor.step)
         if self.ranks.is_first:
-            save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+            save_resolved(self.recipe, self.run_dir / "recipe.yaml", self.checkpoints.changes)
             self.samples.start_after(self.cursor.step)
         self.evaluation.start_after(self.cursor.step)
         if self.evaluation.chooses_weights and self.evaluation.rows:
@@ -383,8 +403,8 @@ class Trainer:
             self._save()
             raise NumericsError(
                 f"{self.skipped_in_a_row} batches in a row gave non-finite loss or gradients after "
-                f"step {self.cursor.step}, whose state is saved: lower train.optimizer.lr or "
-                "objective.beta, or train in a wider precision",
+                f"step {self.cursor.step}, whose state is saved: {advice(self.recipe)}; or give "
+                "another run_dir and a wider train.precision",
                 f"step {self.cursor.step + 1}",
                 "non-finite",
             )
@@ -448,7 +468,9 @@ class Trainer:
     def _save(self) -> None:
         self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
         with self.log.clock_stopped():
-            self.checkpoints.save(self.cursor, self._write_checkpoint)
+            self.checkpoints.save(
+                self.cursor, self._write_checkpoint, after_skips=self.skipped_in_a_row > 0
+            )
 
     def _write_checkpoint(self, folder: Path) -> None:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""

@@ -30,6 +30,7 @@ from .content import (
     PromptSample,
     PromptSet,
     ReportData,
+    RunFacts,
     ScorerResult,
     SharedSeed,
     WorstLoss,
@@ -106,6 +107,7 @@ class ComparisonReport:
         ]
         trained = alone.recipe if alone else recipe
         trained_in = Path(trained.run_dir)
+        runs = [run.facts() for run in self.runs]
         return ReportData(
             title=Path(recipe.run_dir).name,
             prompt_sets=sets,
@@ -123,13 +125,18 @@ class ComparisonReport:
                 ("device", _device_name(device)),
                 *((name, version(name)) for name in ("torch", "diffusers", "deepspeed", "cdpo")),
             ],
-            notes=self._notes(),
-            runs=[run.facts() for run in self.runs],
+            notes=self._notes(runs),
+            runs=runs,
             base_name=self._base,
         )
 
-    def _notes(self) -> list[str]:
+    def _notes(self, runs: Sequence[RunFacts]) -> list[str]:
         notes = [note for run in self.runs if (note := self._who_chose(run))]
+        notes += [
+            f"{run.name} was not trained by one recipe: {'; '.join(run.changes)}."
+            for run in runs
+            if run.changes
+        ]
         if self.measured.embedder is None:
             notes.append(
                 "Diversity was left out: neither judge nor reward embeds images; a CLIP model "

@@ -181,6 +181,8 @@ class RunFacts:
     """What its recipe chose, by dotted keys such as `objective.beta`."""
     both_errors_rose: bool = False
     """Whether training ended with the errors of winners and of losers above the reference's."""
+    changes: Sequence[str] = ()
+    """What was changed in the middle of it: steps, keys, values."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ to ``step-N``; the ranks read it back, each a share; and only then rank 0 replac
 drops older checkpoints. A crash at any point leaves the previous checkpoint whole. ``latest`` is a
 hint for people: a resume takes the newest folder that all ranks find whole. There, too, each hashes
 a share, the partition that it wrote or will read among it, from the machine on which it reads.
+What holds NaN or infinity is not committed, and not taken.
 
 Saving is synchronous: measured, it takes as long as 0.7 steps, 1.4 % of a run with a checkpoint
 every 50 steps (``benchmarks/LOG.md``), and a thread that writes meanwhile could win no more than
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...basics.errors import CheckpointError, RecipeError, told_by
+from ...basics.errors import CdpoError, CheckpointError, NumericsError, RecipeError, told_by
 from ...basics.failpoints import failpoint
 from ...basics.files import replacing, sync_path
 from ...basics.versions import code_version
@@ -32,7 +34,15 @@ from ...curriculum.pacing import Cursor
 from ...models.fingerprints import changed_parts, named
 from ...ranks import Ranks
 from ...recipe import Recipe
-from ...recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
+from ...recipe.identity import (
+    CHANGEABLE,
+    Change,
+    differences,
+    recipe_hash,
+    save_resolved,
+    training_identity,
+)
+from ..finite import NotFiniteError, advice, check_finite
 from .files import FORMAT, check_file, read_manifest, sync_and_describe, write_manifest
 
 _COMMITTED = re.compile(r"step-(\d+)")
@@ -56,6 +66,12 @@ class CheckpointStore:
         """A step whose checkpoint is kept however old it is."""
         self.passed_over: list[str] = []
         """The newer checkpoints that `load_newest` found damaged, and how."""
+        self.allowed: Collection[str] = ()
+        """Keys in which the recipe may differ from that of the checkpoint."""
+        self.changes: list[Change] = []
+        """Where it does, and did when the checkpoint before was gone on from."""
+        self.changed: list[Change] = []
+        """Those of them that this start has made."""
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
@@ -65,10 +81,16 @@ class CheckpointStore:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
         return max((step for step, _ in self.ranks.on_first(self._committed)), default=0)
 
-    def save(self, cursor: Cursor, write: Callable[[Path], None]) -> Path:
+    def save(
+        self, cursor: Cursor, write: Callable[[Path], None], *, after_skips: bool = False
+    ) -> Path:
         """Commit ``cursor``; ``write(folder)`` is called on every rank to put its files there.
 
-        Raises CheckpointError on every rank if any rank fails; the previous checkpoint survives.
+        ``after_skips`` says that batches have been skipped since the last step: such a checkpoint
+        never replaces the newest one for which it does not hold.
+
+        Raises CheckpointError on every rank if any rank fails, NumericsError if what any rank wrote
+        is not finite; the previous checkpoint survives.
         """
         final = self.folder_of(cursor.step)
         temporary = final.with_suffix(".tmp")
@@ -77,26 +99,28 @@ class CheckpointStore:
         try:
             self.ranks.on_first(lambda: _fresh_folder(temporary))
             self.ranks.barrier()
-            files = self._write_own(temporary, write)
-            self.ranks.on_first(lambda: self._commit(temporary, final, cursor, files))
+            files = self._write_own(temporary, cursor.step, write)
+            self.ranks.on_first(lambda: self._commit(temporary, final, cursor, files, after_skips))
             self._read_back(final)
             self.ranks.on_first(lambda: self._replace_older(final, cursor.step))
-        except CheckpointError:
+        except CdpoError:
             if self.ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
 
     def _write_own(
-        self, temporary: Path, write: Callable[[Path], None]
+        self, temporary: Path, step: int, write: Callable[[Path], None]
     ) -> dict[str, dict[str, Any]]:
-        """Every rank writes, fsyncs and hashes; returns the union of what the ranks wrote."""
+        """Every rank writes, fsyncs, hashes and looks for numbers that are none; returns the union
+        of what the ranks wrote.
+        """
         error: Exception | None = None
         own: dict[str, dict[str, Any]] = {}
         try:
             write(temporary)
             if self.ranks.is_first:
-                save_resolved(self.recipe, temporary / "recipe.yaml")
+                save_resolved(self.recipe, temporary / "recipe.yaml", self.changes)
         except (OSError, RuntimeError, RecipeError) as exc:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             error = self._cannot_write(temporary, exc)
@@ -106,7 +130,15 @@ class CheckpointStore:
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 if self._owner(path.name) == self.ranks.rank:
                     own[str(path.relative_to(temporary))] = sync_and_describe(path)
+                    check_finite(path)
             failpoint("checkpoint.hashed")
+        except NotFiniteError as exc:
+            error = NumericsError(
+                f"after step {step} the {told_by(exc)}: this is not saved, and "
+                f"{self._survivor(temporary)}; {advice(self.recipe)}",
+                f"step {step}",
+                "non-finite",
+            )
         except OSError as exc:
             error = self._cannot_write(temporary, exc)
         self.ranks.agree(error)
@@ -121,7 +153,12 @@ class CheckpointStore:
         return int(match.group(1)) % self.ranks.world_size if match else 0
 
     def _commit(
-        self, temporary: Path, final: Path, cursor: Cursor, files: dict[str, dict[str, Any]]
+        self,
+        temporary: Path,
+        final: Path,
+        cursor: Cursor,
+        files: dict[str, dict[str, Any]],
+        after_skips: bool,
     ) -> None:
         try:
             manifest = {
@@ -129,10 +166,13 @@ class CheckpointStore:
                 "code": code_version(),
                 "step": cursor.step,
                 "skips": list(cursor.skips),
+                # The weights of one step are the same before and after batches that are skipped.
+                "after_skips": after_skips and not _is_after_a_step(final),
                 "world_size": self.ranks.world_size,
                 "zero": self.recipe.deepspeed,
                 "recipe": recipe_hash(self.recipe),
                 "identity": training_identity(self.recipe),
+                "changes": [asdict(change) for change in self.changes],
                 "data": self.data_hash,
                 **({} if self.parts is None else {"parts": dict(self.parts)}),
                 "files": files,
@@ -155,7 +195,7 @@ class CheckpointStore:
 
     def _read_back(self, final: Path) -> None:
         try:
-            self._verify(final)
+            self._verify(final, finite=False)  # has been looked for
         except (OSError, ValueError) as exc:
             raise self._cannot_write(final, exc) from None
 
@@ -169,18 +209,21 @@ class CheckpointStore:
             raise self._cannot_write(self.folder / "latest", exc) from None
         failpoint("checkpoint.before_prune")
         newer = [old for number, old in self._committed() if number > step]
-        until = [number for number, _ in self._committed() if number <= step]
-        older = [self.folder_of(number) for number in until[self.keep :] if number != self.best]
+        older = [old for number, old in self._committed() if number <= step]
+        finite = next((old for old in older if _is_after_a_step(old)), None)
+        kept = {finite, None if self.best is None else self.folder_of(self.best)}
+        older = [old for old in older[self.keep :] if old not in kept]
         # Newer ones did not verify, or we would stand there.
         for old in [*newer, *older, *self.folder.glob("step-*.tmp"), *self.folder.glob("*.old")]:
             # The new one is committed: what cannot be removed now may go with the next.
             shutil.rmtree(old, ignore_errors=True)
             failpoint("checkpoint.pruned")
 
-    def _verify(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a folder that all ranks together find whole.
+    def _verify(self, folder: Path, *, finite: bool = True) -> dict[str, Any]:
+        """The manifest of a folder that all ranks together find whole, and ``finite``.
 
-        Raises OSError, or ValueError naming a file that differs, on all ranks alike.
+        Raises OSError, or ValueError naming a file that differs or a tensor that is not finite, on
+        all ranks alike.
         """
         manifest: dict[str, Any] = self.ranks.on_first(lambda: _manifest_of_step(folder))
         error: Exception | None = None
@@ -188,6 +231,8 @@ class CheckpointStore:
             for name, entry in manifest["files"].items():
                 if self._owner(name) == self.ranks.rank:
                     check_file(folder, name, entry)
+                    if finite:
+                        check_finite(folder / name)
         except (OSError, ValueError) as exc:
             error = exc
         self.ranks.agree(error)
@@ -266,15 +311,7 @@ class CheckpointStore:
 
     def _refuse_strangers(self, folder: Path, manifest: dict[str, Any]) -> None:
         parts = manifest.get("parts") if self.parts is not None else None
-        identity = training_identity(self.recipe)
-        changed = diff_identity(manifest["identity"], identity, by_name=parts is None)
-        if changed:
-            raise CheckpointError(
-                f"checkpoint {folder} was made by another recipe: {'; '.join(changed)}. Restore "
-                "these values, or give another run_dir",
-                changed[0].partition(":")[0],
-                "changed",
-            )
+        self._refuse_other_recipe(folder, manifest, by_name=parts is None)
         if parts is not None and (others := changed_parts(parts, self.parts or {})):
             raise CheckpointError(
                 f"checkpoint {folder} was trained with another {named(others)}: bring back the "
@@ -289,6 +326,26 @@ class CheckpointStore:
                 "shards",
                 "changed",
             )
+
+    def _refuse_other_recipe(self, folder: Path, manifest: dict[str, Any], by_name: bool) -> None:
+        """CheckpointError where the recipe differs and was not allowed to; the rest is noted."""
+        identity = training_identity(self.recipe)
+        found = differences(manifest["identity"], identity, by_name=by_name)
+        refused = [key for key in found if key not in self.allowed]
+        if refused:
+            lines = [f"{key}: checkpoint {found[key][0]}, recipe {found[key][1]}" for key in found]
+            remedy = "Restore these values, or give another run_dir"
+            if all(map(CHANGEABLE.fullmatch, refused)):
+                options = " ".join(f"--allow-change {key}" for key in found)
+                remedy += f"; or go on with the new ones from here: add {options}"
+            raise CheckpointError(
+                f"checkpoint {folder} was made by another recipe: {'; '.join(lines)}. {remedy}",
+                refused[0],
+                "changed",
+            )
+        step = manifest["step"]
+        self.changed = [Change(step, key, *values) for key, values in found.items()]
+        self.changes = [Change(**made) for made in manifest.get("changes", [])] + self.changed
 
     def _found(self) -> list[Path]:
         """Committed folders, newest first, after a look for a replacement that a crash has cut in
@@ -323,13 +380,16 @@ class CheckpointStore:
         reason = told_by(error)
         if not isinstance(error, OSError):  # torch does not say so when the disk is full
             reason += f" ({shutil.disk_usage(self.folder).free >> 20} MiB free on the disk)"
-        kept = [path.name for _, path in self._committed() if path.name != folder.stem]
-        survivor = f"{kept[0]} is untouched" if kept else "there was none before"
         return CheckpointError(
-            f"checkpoint {folder.stem} cannot be written: {reason}; {survivor}",
+            f"checkpoint {folder.stem} cannot be written: {reason}; {self._survivor(folder)}",
             str(folder),
             "unwritable",
         )
+
+    def _survivor(self, folder: Path) -> str:
+        """What there is beside a checkpoint that could not be made."""
+        kept = [path.name for _, path in self._committed() if path.name != folder.stem]
+        return f"{kept[0]} is untouched" if kept else "there was none before"
 
 
 def _fresh_folder(folder: Path) -> None:
@@ -342,6 +402,14 @@ def _fresh_folder(folder: Path) -> None:
             str(folder),
             "unwritable",
         ) from None
+
+
+def _is_after_a_step(folder: Path) -> bool:
+    """Whether a checkpoint was taken after a step that was finite, not after skipped batches."""
+    try:
+        return not read_manifest(folder).get("after_skips", False)
+    except (OSError, ValueError):
+        return False
 
 
 def _manifest_of_step(folder: Path) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_the_report_says_who_chose_the_weights_and_whether_it_judges_too(tiny_re
         run = ComparedRun("tuned", recipe, "")
         measured = Measured((), {}, images=dict.fromkeys(("base", "tuned")), embedder="judge")
         measured.distances = {"base": np.zeros(1)}
-        return ComparisonReport(recipe, [run], measured)._notes()
+        return ComparisonReport(recipe, [run], measured)._notes([])
 
     assert notes(None) == []
     (note,) = notes("clip_score")

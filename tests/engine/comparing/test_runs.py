@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from cdpo.engine.basics.errors import CdpoError, DataError, RecipeError
 from cdpo.engine.comparing import runs
 from cdpo.engine.comparing.comparison import Comparison
+from cdpo.engine.comparing.report.build import ComparisonReport
 from cdpo.engine.comparing.runs import read_runs
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import fingerprint_store, load_backbone
@@ -54,6 +56,18 @@ def test_exactly_the_listed_runs(finished, tiny_recipe):
     facts = found[1].facts()
     assert facts.method["objective.beta"] == 50 and facts.run_dir == str(one)
     assert facts.method["curriculum.order"] == "easy_to_hard" and not facts.both_errors_rose
+
+
+def test_what_was_changed_in_the_middle_of_a_run_is_told(finished):
+    folder = finished("own")
+    change = {"step": 4, "key": "train.optimizer.lr", "before": "0.001", "after": "1e-05"}
+    (folder / "exported.json").write_text(json.dumps({"changes": [change]}))
+    [run] = read_runs(load_recipe(folder / "recipe.yaml"), CPU)
+    facts = run.facts()
+    assert facts.changes == ["after step 4: train.optimizer.lr 0.001 -> 1e-05"]
+    report = SimpleNamespace(measured=SimpleNamespace(embedder="CLIP", distances={"a": 1}))
+    [note] = ComparisonReport._notes(report, [facts])
+    assert note == f"tuned was not trained by one recipe: {facts.changes[0]}."
 
 
 def test_a_run_that_was_moved_is_taken_from_where_it_lies(finished, tiny_recipe):

@@ -7,7 +7,14 @@ import pytest
 from cdpo.engine.basics.errors import EXIT_USAGE, RecipeError
 from cdpo.engine.recipe import Recipe, reading
 from cdpo.engine.recipe.command_line import parse_command_line
-from cdpo.engine.recipe.identity import diff_identity, recipe_hash, save_resolved, training_identity
+from cdpo.engine.recipe.identity import (
+    CHANGEABLE,
+    diff_identity,
+    recipe_hash,
+    refuse_unchangeable,
+    save_resolved,
+    training_identity,
+)
 from cdpo.engine.recipe.keys import KNOBS, SCHEMA, nearest_key
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.recipe.reference import for_terminal
@@ -592,6 +599,53 @@ def test_a_dry_run_is_asked_for_by_a_flag_of_train_alone(write):
     assert not parse_command_line("train", ["--recipe", str(write())]).dry_run
     with refused(RecipeError, "unsupported"):
         parse_command_line("prepare", ["--recipe", str(write()), "--dry-run"])
+
+
+CHANGEABLE_KEYS = (
+    *("train.optimizer.lr", "train.optimizer.betas", "train.optimizer.eps"),
+    *("train.optimizer.weight_decay", "train.warmup_steps", "train.gradient_clip"),
+    *("train.caption_dropout", "adapter.dropout", "objective.beta", "objective.distance"),
+    *("objective.huber_c", "objective.loss", "objective.label_smoothing"),
+    *("objective.timestep_weighting", "objective.loser_gradient"),
+)
+
+
+@pytest.mark.parametrize("key", CHANGEABLE_KEYS)
+def test_how_steps_are_taken_may_change_in_the_middle_of_a_run(write, key):
+    arguments = ["seed=5", "--allow-change", key, "--recipe", str(write()), "--allow-change", key]
+    asked = parse_command_line("train", arguments)
+    assert (asked.allow_change, asked.recipe.seed) == ((key,), 5)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("train.optimizer.rl", "unknown"),
+        ("train.optimizer", "unknown"),
+        ("train.steps", "no-effect"),
+        ("checkpoint.every", "no-effect"),
+        *((key, "unsupported") for key in ("seed", "data.lanes", "curriculum.tiers")),
+        *((key, "unsupported") for key in ("train.global_batch", "train.precision", "model.path")),
+        *((key, "unsupported") for key in ("adapter.rank", "adapter.ema", "objective.type")),
+    ],
+)
+def test_what_else_may_not(write, key, kind):
+    wording = {"adapter.rank": "allow-change.shape", "train.steps": "allow-change.anyway"}.get(key)
+    with refused(RecipeError, kind, key, wording=wording):
+        parse_command_line("train", ["--recipe", str(write()), "--allow-change", key])
+
+
+def test_every_key_of_a_run_may_change_or_has_a_reason_why_not(tiny_recipe):
+    keys = training_identity(tiny_recipe()).keys()
+    assert set(filter(CHANGEABLE.fullmatch, keys)) == set(CHANGEABLE_KEYS)
+    for key in keys - set(CHANGEABLE_KEYS):
+        with refused(RecipeError, "unsupported", key):
+            refuse_unchangeable(key)
+
+
+def test_a_run_of_another_verb_has_nothing_to_change(write):
+    with refused(RecipeError, "unsupported"):
+        parse_command_line("prepare", ["--recipe", str(write()), "--allow-change", "seed"])
 
 
 def test_help_lists_every_knob_with_its_default_and_meaning(capsys):

@@ -8,15 +8,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import damage
 import pytest
-from cdpo.engine.basics.errors import CheckpointError, RecipeError
+import torch
+from cdpo.engine.basics.errors import CheckpointError, NumericsError, RecipeError
 from cdpo.engine.curriculum.pacing import Cursor
 from cdpo.engine.models.fingerprints import PARTS
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.checkpoint import store as checkpoint
+from cdpo.engine.training.checkpoint.layout import Fragment, Layout
 from cdpo.engine.training.checkpoint.store import CheckpointStore
 from refusals import refused
 from together import on_ranks
@@ -29,21 +32,29 @@ def recipe(tiny_recipe: Callable[..., Recipe]) -> Recipe:
     return tiny_recipe()
 
 
-def store(ranks: Ranks, recipe: Recipe, parts: Parts = None) -> CheckpointStore:
+def store(ranks: Ranks, recipe: Recipe, parts: Parts = None, keep: int = 2) -> CheckpointStore:
     folder = Path(recipe.run_dir) / "checkpoints"
-    found = CheckpointStore(folder, ranks, recipe, keep=2)
+    found = CheckpointStore(folder, ranks, recipe, keep=keep)
     found.data_hash, found.parts = "d" * 64, parts
     return found
 
 
-def save(recipe: Recipe, *steps: int, ranks: int = 2, parts: Parts = None) -> list[object]:
+def save(
+    recipe: Recipe,
+    *steps: int,
+    ranks: int = 2,
+    parts: Parts = None,
+    skips: tuple[int, ...] = (),
+    keep: int = 2,
+    **options: bool,
+) -> list[object]:
     def work(each: Ranks) -> None:
         def write(folder: Path) -> None:
             name = f"zero_pp_rank_{each.rank}_mp_rank_00_optim_states.pt"
             (folder / name).write_bytes(bytes(64 + each.rank))
 
         for step in steps:
-            store(each, recipe, parts).save(Cursor(step, ()), write)
+            store(each, recipe, parts, keep).save(Cursor(step, skips), write, **options)
 
     return on_ranks(ranks, work)
 
@@ -173,7 +184,7 @@ def test_older_ones_stay_until_the_new_one_is_read_back(recipe, monkeypatch) -> 
 
 
 def test_no_rank_waits_for_one_that_cannot_write_the_recipe(recipe, monkeypatch) -> None:
-    def full(recipe: Recipe, path: Path) -> None:
+    def full(recipe: Recipe, path: Path, changes: object) -> None:
         raise RecipeError(f"{path} cannot be written: No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_resolved", full)
@@ -246,6 +257,132 @@ def test_what_the_manifest_names(recipe) -> None:
     save(recipe, 2)
     path = Path(recipe.run_dir) / "checkpoints" / "step-00000002" / "MANIFEST.json"
     assert len(json.loads(path.read_text())["files"]) == 3
+
+
+# Whether it is finite
+
+
+def save_tensors(recipe: Recipe, step: int, *numbers: float) -> list[Any]:
+    """A checkpoint of as many ranks, each with a partition of that number."""
+
+    def work(each: Ranks) -> None:
+        def write(folder: Path) -> None:
+            Layout(2, {"unet.a": Fragment(0, 0, 0, 2)}, {}).save(folder, each.rank)
+            flat = [torch.tensor([1.0, numbers[each.rank]])]
+            content = {"optimizer_state_dict": {"single_partition_of_fp32_groups": flat}}
+            name = f"zero_pp_rank_{each.rank}_mp_rank_00_optim_states.pt"
+            torch.save(content, folder / name)
+
+        store(each, recipe).save(Cursor(step, ()), write)
+
+    return on_ranks(len(numbers), work)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_not_finite_is_not_committed(recipe, rank) -> None:
+    """Whichever rank has it: all have the same error, and the checkpoint before stays."""
+    assert save_tensors(recipe, 2, 1.0, 1.0) == [None, None]
+    numbers = [1.0, 1.0]
+    numbers[rank] = NAN
+    outcomes = save_tensors(recipe, 4, *numbers)
+    assert str(outcomes[0]) == str(outcomes[1])
+    with refused(NumericsError, "non-finite", "step 4", wording="checkpoint.not-finite"):
+        raise outcomes[0]
+    assert folders(recipe) == ["latest", "step-00000002"]
+    assert load(recipe) == [2, 2]
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(recipe, monkeypatch, readers) -> None:
+    """As one from before it was looked for; and it is replaced when the run comes there again."""
+    save_tensors(recipe, 2, 1.0, 1.0)
+    with monkeypatch.context() as blind:
+        blind.setattr(checkpoint, "check_finite", lambda path: None)
+        assert save_tensors(recipe, 4, 1.0, NAN) == [None, None]
+        assert load(recipe) == [4, 4]
+
+    def work(each: Ranks) -> tuple[int, list[str]]:
+        found = store(each, recipe)
+        return found.load_newest(lambda folder, ranks: None).step, found.passed_over
+
+    told = ["step-00000004: float32 weight of unet.a is not finite (nan)"]
+    assert on_ranks(readers, work) == [(2, told)] * readers
+    assert save_tensors(recipe, 4, 1.0, 1.0) == [None, None]
+    assert load(recipe) == [4, 4]
+
+
+def test_only_checkpoints_that_are_not_finite_are_no_fresh_start(recipe, monkeypatch) -> None:
+    with monkeypatch.context() as blind:
+        blind.setattr(checkpoint, "check_finite", lambda path: None)
+        save_tensors(recipe, 4, NAN)
+    agreed(load(recipe), "damaged", "checkpoints")
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_skipped_batches_never_prune_the_last_one_after_a_finite_step(recipe, keep) -> None:
+    """However often the run stops, goes a step further and skips again."""
+    save(recipe, 3, 4, keep=keep)
+    for step in range(5, 10):
+        save(recipe, step, keep=keep, after_skips=True)
+        assert {"step-00000004", f"step-{step:08d}"} <= set(folders(recipe))
+        assert len(folders(recipe)) <= keep + 2  # that one, and `latest`
+    save(recipe, 10, keep=keep)
+    assert len(folders(recipe)) == keep + 1
+    assert "step-00000004" not in folders(recipe)
+
+
+def test_skips_at_a_step_that_is_saved_leave_its_state_what_it_is(recipe) -> None:
+    save(recipe, 4, keep=1)
+    save(recipe, 4, keep=1, skips=(2,), after_skips=True)
+    save(recipe, 5, keep=1, after_skips=True)
+    assert folders(recipe) == ["latest", "step-00000004", "step-00000005"]
+
+
+# What may change in it
+
+
+def changed(recipe: Recipe, *allowed: str, ranks: int = 2) -> list[Any]:
+    """What each rank notes when it goes on with a recipe, and saves the next step."""
+
+    def work(each: Ranks) -> list[str]:
+        found = store(each, recipe)
+        found.allowed = allowed
+        step = found.load_newest(lambda folder, ranks: None).step
+        found.save(Cursor(step + 1, ()), lambda folder: None)
+        return [str(change) for change in found.changes]
+
+    return on_ranks(ranks, work)
+
+
+LOWER, CLIP = "train.optimizer.lr", "train.gradient_clip"
+
+
+def test_a_change_is_allowed_by_name_and_remembered(recipe, tiny_recipe) -> None:
+    save(recipe, 2)
+    lower = tiny_recipe(f"{LOWER}=1e-5")
+    with refused(CheckpointError, "changed", LOWER, wording="checkpoint.changed"):
+        raise load(lower)[0]
+    agreed(changed(lower, CLIP), "changed", LOWER)
+    first = f"after step 2: {LOWER} 0.001 -> 1e-05"
+    assert changed(lower, LOWER) == [[first]] * 2
+    assert changed(lower, LOWER) == [[first]] * 2  # the same command, started again
+    assert changed(lower) == [[first]] * 2
+    agreed(load(recipe), "changed", LOWER)
+    both = tiny_recipe(f"{LOWER}=1e-5", f"{CLIP}=0.5")
+    second = f"after step 5: {CLIP} 1.0 -> 0.5"
+    assert changed(both, CLIP) == [[first, second]] * 2
+    record = (Path(recipe.run_dir) / "checkpoints" / "step-00000006" / "recipe.yaml").read_text()
+    assert f"# Changed {first}\n# Changed {second}\n" in record
+
+
+def test_what_may_not_change_is_not_offered(recipe, tiny_recipe) -> None:
+    save(recipe, 2)
+    outcomes = load(tiny_recipe("seed=4", f"{LOWER}=1e-5"))
+    agreed(outcomes, "changed", "seed")
+    assert "--allow-change" not in str(outcomes[0])
 
 
 # Whose it is
