@@ -19,6 +19,7 @@ EXIT_DATA = 3
 EXIT_NUMERICS = 4
 EXIT_CHECKPOINT = 5
 EXIT_OUTSIDE = 6
+EXIT_STUCK = 7
 EXIT_STOPPED = 75
 
 
@@ -118,6 +119,12 @@ class OutsideError(CdpoError):
     """Something outside the run failed: a model folder, a hub, a reward's weights, a package."""
 
     exit_code = EXIT_OUTSIDE
+
+
+class StuckError(CdpoError):
+    """The run has died at one place again and again, and nothing about it has changed since."""
+
+    exit_code = EXIT_STUCK
 
 
 class StopRequested(CdpoError):

@@ -128,7 +128,7 @@ class StopSignal:
         self.reason = ""
         self._overdue = overdue
         self._parent = os.getppid() if watch_parent else None
-        self._announce: Callable[[str], object] | None = None
+        self._announce: list[Callable[[str], object]] = []
         self._interrupts = 0
 
     @property
@@ -161,10 +161,11 @@ class StopSignal:
         self.reason = self.reason or reason
 
     def announce_by(self, announce: Callable[[str], object]) -> None:
-        """Pass the reason of a request on by ``announce``, from a thread of its own: the main one
-        may be waiting for ranks that know of nothing, and the watching one has a deadline to keep.
+        """Pass the reason of a request on by ``announce`` too, from a thread of its own: the main
+        one may be waiting for ranks that know of nothing, and the watching one has a deadline to
+        keep.
         """
-        self._announce = announce
+        self._announce.append(announce)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
@@ -174,7 +175,7 @@ class StopSignal:
 
     def _watch(self) -> None:
         deadline: float | None = None
-        announced = False
+        announced = 0
         while not self._closing:
             if select.select([self._inbox], [], [], LOOK_EVERY)[0]:
                 for number in self._inbox.recv(64):
@@ -184,9 +185,10 @@ class StopSignal:
                 self.request("the launcher has died")
             if self.requested and deadline is None:
                 deadline = time.monotonic() + self.grace
-            if self.requested and not announced and self._announce is not None:
-                announced = True
-                threading.Thread(target=self._announce, args=(self.reason,), daemon=True).start()
+            if self.requested:
+                for announce in self._announce[announced:]:
+                    announced += 1
+                    threading.Thread(target=announce, args=(self.reason,), daemon=True).start()
             if deadline is not None and time.monotonic() > deadline:
                 self._overdue(self.reason)
                 return

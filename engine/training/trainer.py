@@ -49,6 +49,7 @@ from .growth import Growth
 from .log import RunLog
 from .networks import build_networks
 from .samples import TrainingSamples
+from .starts import Starts
 
 # Skipped steps in which dynamic loss scaling finds its scale from 2**16: no fault of the data.
 SCALE_SEARCH = 16
@@ -74,6 +75,7 @@ class Trainer:
     skipped_in_a_row: int
     # what it leaves behind
     checkpoints: CheckpointStore
+    starts: Starts
     log: RunLog
     samples: TrainingSamples
     evaluation: Evaluation
@@ -101,6 +103,8 @@ class Trainer:
             self.run_dir / "checkpoints", ranks, recipe, keep=recipe.checkpoint.keep
         )
         self.checkpoints.allowed = tuple(allow_change)
+        self.starts = Starts(ranks, recipe)
+        self.starts.refuse_if_stuck()
         self.shards = None
         has_steps_left = self.checkpoints.newest_step() < recipe.train.steps
         if has_steps_left:  # absent shards are found early
@@ -262,6 +266,10 @@ class Trainer:
 
         ``after_step`` is called when a step is taken and logged, before its checkpoint.
         """
+        with self.starts.watched(self.cursor.step):
+            self._run(after_step)
+
+    def _run(self, after_step: Callable[[], object]) -> None:
         self.log.start_after(self.cursor.step)
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml", self.checkpoints.changes)
@@ -285,6 +293,7 @@ class Trainer:
             self._evaluate_if_due()
         if self.ranks.asked_to_stop():
             self._stop()
+        self.starts.reached("the exports")
         self._export()
         if self.shards is not None:
             self.stream.close()
@@ -324,6 +333,7 @@ class Trainer:
         stage = self.pacing.stage_at(self.cursor.step)
         self.growth.enter(stage)
         lr = self._set_learning_rate()
+        self.starts.reached(f"step {self.cursor.step + 1}")
         failpoint("train.step")
         for index, part in enumerate(pairs.split(self.batches.micro_batch)):
             self._seed_dropout(index)
@@ -401,6 +411,7 @@ class Trainer:
             )
         if self.skipped_in_a_row >= self.recipe.train.max_skipped + searching:
             self._save()
+            self.starts.reached(f"step {self.cursor.step + 1}")
             raise NumericsError(
                 f"{self.skipped_in_a_row} batches in a row gave non-finite loss or gradients after "
                 f"step {self.cursor.step}, whose state is saved: {advice(self.recipe)}; or give "
@@ -413,6 +424,7 @@ class Trainer:
 
     def _sample_if_due(self) -> None:
         if self.samples.is_due(self.cursor.step):
+            self.starts.reached(f"the picture of step {self.cursor.step}")
             with self._drawing() as policy:
                 try:
                     self.samples.draw(policy, self.cursor.step)
@@ -424,6 +436,7 @@ class Trainer:
         step, evaluation = self.cursor.step, self.evaluation
         if not evaluation.is_due(step):
             return False
+        self.starts.reached(f"the evaluation of step {step}")
         with self._drawing() as policy:
             try:
                 row = evaluation.run(policy, step)
@@ -467,10 +480,12 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
+        self.starts.reached(f"the checkpoint of step {self.cursor.step}")
         with self.log.clock_stopped():
             self.checkpoints.save(
                 self.cursor, self._write_checkpoint, after_skips=self.skipped_in_a_row > 0
             )
+        self.starts.committed(self.cursor.step)
 
     def _write_checkpoint(self, folder: Path) -> None:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""

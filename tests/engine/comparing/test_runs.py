@@ -65,7 +65,8 @@ def test_what_was_changed_in_the_middle_of_a_run_is_told(finished):
     [run] = read_runs(load_recipe(folder / "recipe.yaml"), CPU)
     facts = run.facts()
     assert facts.changes == ["after step 4: train.optimizer.lr 0.001 -> 1e-05"]
-    report = SimpleNamespace(measured=SimpleNamespace(embedder="CLIP", distances={"a": 1}))
+    measured = SimpleNamespace(embedder="CLIP", distances={"a": 1})
+    report = SimpleNamespace(measured=measured, runs=[])
     [note] = ComparisonReport._notes(report, [facts])
     assert note == f"tuned was not trained by one recipe: {facts.changes[0]}."
 

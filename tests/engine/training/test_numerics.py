@@ -13,7 +13,7 @@ import torch
 from cdpo.engine.basics.errors import NumericsError
 from cdpo.engine.training.checkpoint.files import seal
 from cdpo.engine.training.exports import Exports
-from launching import World, losses, metrics
+from launching import KILLED, World, losses, metrics
 from refusals import refused
 from safetensors.torch import save_file
 
@@ -25,13 +25,20 @@ def newest(run: Path) -> Path:
 
 
 def test_the_advice_of_a_run_that_ended_by_numerics_works(world: World, tmp_path: Path) -> None:
-    """In the same folder, by what the message says; what has changed is told in the run."""
+    """In the same folder, by what the message says; without it the run is held to be stuck, once
+    it has died there three times. What has changed is told wherever the run is.
+    """
     run, mine = tmp_path / "run", ("train.max_skipped=2", "checkpoint.keep=1")
     outcome = world.train(run, *mine, failpoint="train.loss@5+:nan")
     outcome.refused(4, "2 batches", "step 2")
     told = " ".join(outcome.output[0].split())
     [advice] = re.findall(r"`(--allow-change [^`]+)`", told)
     assert advice == "--allow-change train.optimizer.lr train.optimizer.lr=0.0001"
+
+    starts = run / "starts.log"
+    assert starts.read_text().splitlines()[-1] == "step 3"
+    starts.write_text(starts.read_text() * 3)
+    world.train(run, *mine).refused(7, "step 3", "--allow-change", str(starts))
 
     others = {"train.optimizer.weight_decay": 0.125, "train.gradient_clip": 0.5}
     more = [part for k, v in others.items() for part in ("--allow-change", k, f"{k}={v}")]
@@ -50,6 +57,7 @@ def test_the_advice_of_a_run_that_ended_by_numerics_works(world: World, tmp_path
     state = torch.load(file, weights_only=False)["optimizer_state_dict"]
     [group] = state["base_optimizer_state"]["param_groups"]
     assert (group["weight_decay"], state["clip_grad"]) == (0.125, 0.5)
+    assert not starts.exists()
 
 
 def poison(checkpoint: Path, state: str) -> None:
@@ -127,3 +135,12 @@ def test_copies_of_the_base_are_as_they_are_there(tmp_path: Path) -> None:
     save_file({"mask": torch.tensor([-INF])}, path)
     Exports._refuse_non_finite(SimpleNamespace(), tmp_path, tmp_path)
     assert path.exists()
+
+
+@pytest.mark.long
+def test_killed_three_times_at_one_step(world: World, tmp_path: Path) -> None:
+    """By SIGKILL, whose death leaves no word; what it came to is known all the same."""
+    for _ in range(3):
+        assert world.train(tmp_path, failpoint="train.loss@3:kill").code == KILLED
+    world.train(tmp_path).refused(7, "died 3 times at step 2", "train.micro_batch")
+    world.train(tmp_path, "train.micro_batch=2").succeeded()
