@@ -7,13 +7,14 @@ silent or says ``"auto"``; where both speak and differ, that is an error which s
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics.errors import RecipeError, told_by
+from ..basics.errors import OutsideError, RecipeError, told_by
 from ..basics.files import LFS_REMEDY, lfs_pointer
 from ..basics.shipped import locate, shipped
 from ..recipe import Recipe
@@ -48,6 +49,7 @@ FP16_DEFAULTS = {
 }
 # Without these DeepSpeed would take a step on NaN.
 NON_FINITE_CHECKS = (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow"))
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 MAX_BYTES = 1 << 18
 NEVER = 1 << 62  # steps between DeepSpeed's own prints: the trainer reports instead
 
@@ -212,6 +214,20 @@ def _fill_monitors(filler: _Filler, recipe: Recipe, run_dir: Path) -> None:
     filler.fill("wandb.enabled", project is not None, origin)
     if project is not None:
         filler.fill("wandb.project", project, origin)
+
+
+def refuse_missing_trackers(config: Mapping[str, Any]) -> None:
+    """OutsideError if the package of a tracker that is turned on is not installed."""
+    for section, package in TRACKERS.items():
+        spec = config.get(section)
+        wanted = isinstance(spec, dict) and spec.get("enabled")
+        if wanted and importlib.util.find_spec(package) is None:
+            raise OutsideError(
+                f"the tracker {section} needs the package {package}, which is not installed: "
+                f"pip install {package}, or turn it off",
+                section,
+                "not-installed",
+            )
 
 
 def _misplaced(config: Mapping[str, Any]) -> list[str]:

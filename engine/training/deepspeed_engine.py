@@ -22,8 +22,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Size, Tensor, nn
 
-from ..basics.errors import RecipeError
+from ..basics.errors import OutsideError, RecipeError, told_by
 from ..recipe import Optimizer
+from .deepspeed_config import TRACKERS
 
 STATE = "ema"
 CHUNK = 1 << 24  # elements exchanged at once
@@ -99,9 +100,18 @@ def start_engine(
         _suit_cpus()
     _check_disk(config)
     _fit_bucket(config, sum(p.numel() for p in trainable))
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in TRACKERS.values():
+            raise
+        raise OutsideError(
+            f"monitor: the tracker does not start: {told_by(error)}; log in to it, or turn it off",
+            "monitor",
+            "unsupported",
+        ) from error
     return engine
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..basics.errors import OutsideError, told_by
 from ..basics.files import replacing
 from ..display.terminal import Terminal
 from ..objectives import Loss
@@ -246,8 +247,7 @@ class RunLog:
         for row in rows:
             row["pairs_per_second"] = pairs_per_second
         self._file.append(rows)
-        if self._write_events is not None:
-            self._write_events(_events(rows))
+        self._track(rows)
         self._recent.extend(rows)
         if both_errors_rise(list(self._recent), self._window):
             self._terminal.warn(
@@ -257,6 +257,22 @@ class RunLog:
         shown = {name: rows[-1][name] for name in ("loss", "accuracy")}
         self.latest = {name: value for name, value in shown.items() if value is not None}
         self.latest["pairs_s"] = pairs_per_second
+
+    def _track(self, rows: list[dict[str, Any]]) -> None:
+        """Hand rows to the trackers. OutsideError for whatever they raise: they are not ours, and a
+        full disk comes out of some as an error of their own, of a thread, or of a closed queue.
+        """
+        if self._write_events is None:
+            return
+        try:
+            self._write_events(_events(rows))
+        except Exception as error:
+            raise OutsideError(
+                f"a tracker of `monitor` cannot take step {rows[-1]['step']}: {told_by(error)}; "
+                "its steps are in metrics.jsonl",
+                "monitor",
+                "unwritable",
+            ) from error
 
 
 def _events(rows: list[dict[str, Any]]) -> list[Event]:

@@ -40,7 +40,7 @@ from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
 from .batch import BatchMaker, refuse_foreign_shards, trained_parts
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
-from .deepspeed_config import build_deepspeed_config, plan_batches
+from .deepspeed_config import build_deepspeed_config, plan_batches, refuse_missing_trackers
 from .deepspeed_engine import keep_settings, start_engine
 from .evaluation import Evaluation
 from .exports import Exports
@@ -95,6 +95,7 @@ class Trainer:
         self.run_dir = Path(recipe.run_dir)
         self.batches = plan_batches(recipe, ranks.world_size)
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
+        refuse_missing_trackers(config)
 
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = self.came_from = Cursor.start(self.pacing)
