@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..basics.errors import CdpoError, StopRequested
+from .launcher import local_size
 from .signals import STOPPING, StopSignal
 
 Item = TypeVar("Item")
@@ -35,7 +35,7 @@ class Ranks:
     @property
     def local_size(self) -> int:
         """Ranks on this machine."""
-        return local_world_size(self.world_size)
+        return local_size(self.world_size)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -156,8 +156,3 @@ def _of_all(error: Exception) -> Exception:
     if isinstance(error, CdpoError):
         error.of_all_ranks = True
     return error
-
-
-def local_world_size(world_size: int) -> int:
-    """Ranks on this machine, as the launcher says; all of them where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))

@@ -34,10 +34,13 @@ from ..basics.errors import (
     StopRequested,
     told_by,
 )
+from ..basics.memory import is_out_of_memory
 from ..display.terminal import Terminal
 from ..recipe import Recipe
 from ..recipe.command_line import parse_command_line
-from .group import Ranks, local_world_size
+from .group import Ranks
+from .launcher import launched
+from .places import check_place, check_places
 from .run_lock import RunLock, refuse_other_folder
 from .signals import LISTEN_EVERY, Peers, StopSignal
 
@@ -61,13 +64,14 @@ def run_verb(
     # 700, looking for garbage among them takes a tenth of the processor time of a start.
     gc.freeze()
     gc.set_threshold(10_000)
-    terminal = Terminal(enabled=int(os.environ.get("RANK", "0")) == 0)
+    terminal = Terminal(enabled=os.environ.get("RANK", "0") == "0")
     peers = Peers(follow=leave)
     try:
+        world = launched()
         asked = parse_command_line(verb, sys.argv[1:])
         recipe = asked.recipe
         if asked.dry_run and dry_run is not None:
-            dry_run(asked.world_size or int(os.environ.get("WORLD_SIZE", "1")), recipe, terminal)
+            dry_run(asked.world_size or world.world_size, recipe, terminal)
             return
         with (
             stop_signal(recipe.cluster.grace_seconds) as stop,
@@ -76,6 +80,7 @@ def run_verb(
             ) as ranks,
             run_lock(ranks, Path(recipe.run_dir)),
         ):
+            ranks.on_first(lambda: check_places(Path(recipe.run_dir), verb))
             more = {"allow_change": asked.allow_change} if asked.allow_change else {}
             main(ranks, recipe, terminal, **more)
     except StopRequested as error:  # on all ranks together
@@ -84,13 +89,16 @@ def run_verb(
     except CdpoError as error:
         _leave_for(error, terminal, peers)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not error.errno:  # of a library, which says more by its traceback
             _leave_with_traceback(peers)
-        Terminal().error(f"no space left on the disk of {error.filename or recipe.run_dir}")
-        leave(_told(EXIT_OUTSIDE, peers))
+        _leave_for(_of_system(error, verb), terminal, peers)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
+    except MemoryError as error:
+        _leave_for(_out_of_memory(error), terminal, peers)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            _leave_for(_out_of_memory(error), terminal, peers)
         if not _is_of_a_collective(error):
             _leave_with_traceback(peers)
         time.sleep(SECONDS_BEFORE_SPEAKING)  # a peer that failed has said why, and ends this one
@@ -127,6 +135,27 @@ def _leave_for(error: CdpoError, terminal: Terminal, peers: Peers) -> NoReturn:
         if first.rank != 0:
             Terminal().error(str(error))
     leave(first.code)
+
+
+def _of_system(error: OSError, verb: str) -> OutsideError:
+    """What the system refuses where no room has a better word for it: a folder that became
+    read-only or full while the verb ran, a path that is too long.
+    """
+    place = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    told = "no space left on the disk" if error.errno in DISK_FULL else told_by(error)
+    return OutsideError(
+        f"{verb} cannot go on: {told}{f': {place}' if place else ''}",
+        place or None,
+        "disk-full" if error.errno in DISK_FULL else "unreadable",
+    )
+
+
+def _out_of_memory(error: BaseException) -> OutsideError:
+    return OutsideError(
+        f"out of memory ({told_by(error)}): lower train.micro_batch, prepare.batch_size or "
+        "compare.batch_size, or see docs/performance.md",
+        kind="too-large",
+    )
 
 
 def _told(code: int, peers: Peers) -> int:
@@ -181,9 +210,8 @@ def joined_ranks(
 
     No rank waits for another longer than ``timeout_minutes``.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = launched()
+    rank, world_size, local_rank = world.rank, world.world_size, world.local_rank
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise OutsideError(
@@ -195,8 +223,7 @@ def joined_ranks(
     if on_gpu:
         torch.cuda.set_device(device)
     else:
-        local_world = local_world_size(world_size)
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // world.local_size))
     if world_size == 1:
         for name, value in _group_of_one().items():
             os.environ.setdefault(name, value)
@@ -241,13 +268,15 @@ def _group_of_one() -> dict[str, str]:
 def run_lock(ranks: Ranks, folder: Path, key: str = "run_dir") -> Iterator[None]:
     """Hold a folder, the recipe's ``key``: two runs in it would destroy each other.
 
-    RecipeError, on all ranks, if another holds it or if some rank sees another folder by that name.
+    RecipeError, on all ranks, if another holds it, if some rank sees another folder by that name or
+    if something in it is not the file or folder that it is to be.
     """
     lock: RunLock | None = None
 
     def take() -> str:
         nonlocal lock
         lock = RunLock(folder, key)
+        check_place(folder, key, is_folder=True)
         return lock.owner
 
     owner = ranks.on_first(take)

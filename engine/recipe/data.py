@@ -68,7 +68,7 @@ class Data(Section):
 class Curriculum(Section):
     """Which pairs are formed, how hard each is, and when each tier opens."""
 
-    tiers: PositiveInt = 5
+    tiers: Annotated[int, Field(ge=1, le=1000)] = 5
     """Number of difficulty tiers B; 1 is the easiest (3, 5 and 7 work in the papers)."""
     difficulty: Literal["rank_gap", "score_gap"] = "rank_gap"
     """What makes a pair easy: a large gap in rank (as published) or in reward."""

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from ..basics.errors import CdpoError, DataError, OutsideError, told_by
+from ..basics.memory import is_out_of_memory
 from ..display.terminal import Terminal
 from .identity import identity_of
 from .protocol import Identity, Scorer
@@ -222,16 +223,6 @@ def checked_scores(scores: object, count: int, label: str = "the reward") -> np.
             "mismatch" if scores.shape != (count,) else "wrong-type",
         )
     return scores.astype(np.float32)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU or of the host: PyTorch has no class of its own for the latter, nor for what CUDA
-    says outside of PyTorch's allocator.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def _names(prompts: Sequence[str]) -> list[str]:

@@ -261,9 +261,11 @@ class Exports:
         """Whether the run folder holds the exports of this checkpoint in all the formats."""
 
         def look() -> bool:
-            path = self.run_dir / STAMP
-            known = json.loads(path.read_text()) if path.exists() else {}
-            is_same = known.items() >= self._stamp(checkpoint).items()
+            try:
+                known = json.loads((self.run_dir / STAMP).read_bytes()).items()
+            except (OSError, ValueError, AttributeError):  # none, or torn: exported once more
+                return False
+            is_same = known >= self._stamp(checkpoint).items()
             return is_same and all(f.is_dir() for f in self.folders)
 
         return bool(self.ranks.on_first(look))

@@ -231,10 +231,10 @@ class RunLog:
 
     def tell_evaluation(self, row: Mapping[str, Any]) -> None:
         """Pass on what an evaluation found to the monitors."""
-        if self._write_events is not None and self._terminal.enabled:
+        if self._terminal.enabled:
             names = ("gain", "low", "high", "divergence", "seconds")
             found = [(f"evaluate/{name}", row[name], row["step"]) for name in names]
-            self._write_events([event for event in found if event[1] is not None])
+            self._track([event for event in found if event[1] is not None])
 
     def flush(self) -> None:
         """Pass on all closed steps: one all-reduce, one transfer from the device."""
@@ -247,7 +247,7 @@ class RunLog:
         for row in rows:
             row["pairs_per_second"] = pairs_per_second
         self._file.append(rows)
-        self._track(rows)
+        self._track(_events(rows))
         self._recent.extend(rows)
         if both_errors_rise(list(self._recent), self._window):
             self._terminal.warn(
@@ -258,17 +258,17 @@ class RunLog:
         self.latest = {name: value for name, value in shown.items() if value is not None}
         self.latest["pairs_s"] = pairs_per_second
 
-    def _track(self, rows: list[dict[str, Any]]) -> None:
-        """Hand rows to the trackers. OutsideError for whatever they raise: they are not ours, and a
+    def _track(self, events: list[Event]) -> None:
+        """Hand events to the trackers. OutsideError for whatever they raise: they are not ours, and a
         full disk comes out of some as an error of their own, of a thread, or of a closed queue.
         """
         if self._write_events is None:
             return
         try:
-            self._write_events(_events(rows))
+            self._write_events(events)
         except Exception as error:
             raise OutsideError(
-                f"a tracker of `monitor` cannot take step {rows[-1]['step']}: {told_by(error)}; "
+                f"a tracker of `monitor` cannot take step {events[-1][2]}: {told_by(error)}; "
                 "its steps are in metrics.jsonl",
                 "monitor",
                 "unwritable",

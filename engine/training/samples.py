@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -87,15 +88,14 @@ def row_of(images: list[Image.Image]) -> Image.Image:
 
 
 def progression(folder: Path, resolution: tuple[int, int]) -> Image.Image | None:
-    """All sample rows of a run as one grid, a row a step; None if there are none."""
-    paths = sorted(folder.glob("step-*.png"))
-    if not paths:
-        return None
+    """All sample rows of a run as one grid, a row a step; None if there are none. A picture that
+    cannot be read is left out: they are for looking at.
+    """
     rows, labels = [], []
-    for path in paths:
-        with Image.open(path) as picture:
+    for path in sorted(folder.glob("step-*.png")):
+        with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:
             height, width = resolution
             boxes = [(x, 0, x + width, height) for x in range(0, picture.width, width)]
             rows.append([picture.crop(box) for box in boxes])
-        labels.append(f"step {int(path.stem.removeprefix('step-'))}")
-    return image_grid(rows, labels)
+            labels.append(f"step {int(path.stem.removeprefix('step-'))}")
+    return image_grid(rows, labels) if rows else None
