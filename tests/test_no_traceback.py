@@ -144,7 +144,7 @@ CHOSEN = [
     *(("shards", "ENOSPC", "prepare", True), ("contact_sheet.png", "swap", "prepare", True)),
     *(("shards/tier-#-#.tar", "torn", "train", True), ("lora", "absent", "compare", False)),
     *(
-        ("compare/base", "swap", "compare", True),
+        *(("compare/base", "swap", "compare", True), ("metrics.jsonl", "EACCES", "train", True)),
         ("compare/results.json", "EROFS", "compare", True),
     ),
 ]
