@@ -259,8 +259,8 @@ class RunLog:
         self.latest["pairs_s"] = pairs_per_second
 
     def _track(self, events: list[Event]) -> None:
-        """Hand events to the trackers. OutsideError for whatever they raise: they are not ours, and a
-        full disk comes out of some as an error of their own, of a thread, or of a closed queue.
+        """Hand events to the trackers. OutsideError for whatever they raise: they are not ours, and
+        a full disk comes out of some as an error of their own, of a thread, or of a closed queue.
         """
         if self._write_events is None:
             return
