@@ -25,7 +25,7 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
-from launching import CALM, ForkServer, World, losses, make_world
+from launching import CALM, ForkServer, World, losses, make_world, once
 from pictures import draw_picture
 from PIL import Image
 
@@ -62,11 +62,19 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of this run of the tests."""
+    mine = tmp_path_factory.getbasetemp()
+    return mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+
+@pytest.fixture(scope="session")
+def tiny_world(shared: Path) -> Path:
     """Folder with `sd`, `reward`, `judge`, prompt files and `recipe.yaml`: not to be written to."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_recipe(folder / "recipe.yaml", tiny.build(folder))
-    return folder
+    return once(
+        shared / "tiny",
+        lambda folder: tiny.write_recipe(folder / "recipe.yaml", tiny.build(folder)),
+    )
 
 
 @pytest.fixture
@@ -100,33 +108,30 @@ def terminal() -> Terminal:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[ForkServer]:
+def server(shared: Path) -> Iterator[ForkServer]:
     """Runs verbs as processes of their own without importing everything each time."""
-    server = ForkServer()
+    server = ForkServer(shared)
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> World:
+def world(shared: Path, server: ForkServer) -> World:
     """A tiny world whose shards are made; runs go into folders of their own."""
-    return make_world(tmp_path_factory.mktemp("world"), server)
+    folder = once(shared / "world", lambda folder: make_world(folder, server))
+    return World(folder, folder / "recipe.yaml", server)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(world: World) -> list[float]:
     """Losses of the world's own recipe: one rank, ZeRO-2, micro-batch 4 x accumulation 2."""
-    run = world.folder / "uninterrupted"
-    world.train(run).succeeded()
-    return losses(run)
+    return losses(once(world.folder / "uninterrupted", lambda run: world.train(run).succeeded()))
 
 
 @pytest.fixture(scope="session")
 def calm(world: World) -> Path:
     """The same run with the knobs of CALM, for curves that agree to rounding."""
-    run = world.folder / "calm"
-    world.train(run, *CALM).succeeded()
-    return run
+    return once(world.folder / "calm", lambda run: world.train(run, *CALM).succeeded())
 
 
 @pytest.fixture(scope="session")

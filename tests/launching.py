@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,25 +55,22 @@ class Outcome:
 
 
 class ForkServer:
-    """See tests/workers/forkserver.py; ``env`` is for what libraries read at their import."""
+    """See tests/workers/forkserver.py. Processes that name the same folder share what the first of
+    them starts; ``env`` is for what libraries read at their import.
+    """
 
-    def __init__(self, env: Mapping[str, str] | None = None) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CDPO_FAILPOINT": ""} | dict(env or {})
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "workers" / "forkserver.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        self._answer("ready")
-
-    def _answer(self, what: str) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the fork server died before it said {what}"
-        return line
+    def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
+        name = f"cdpo-{hashlib.sha256(str(folder).encode()).hexdigest()}"
+        self._process: subprocess.Popen[str] | None = None
+        self._socket = socket.socket(socket.AF_UNIX)
+        with alone(folder / "forkserver.lock"):
+            try:
+                self._socket.connect(f"\0{name}")
+            except ConnectionRefusedError:
+                self._process = start_server(name, env or {})
+                self._socket.connect(f"\0{name}")
+        self._verbs = self._socket.makefile("rw")
+        self._cache = os.environ["XDG_CACHE_HOME"]  # the starter's may be gone before we are
 
     def run(
         self,
@@ -86,18 +87,52 @@ class ForkServer:
         request = {
             "script": str(script),
             "args": ["--recipe", str(recipe), *overrides],
-            "env": dict(env or {}),
+            "env": {"XDG_CACHE_HOME": self._cache, **(env or {})},
             "ranks": ranks,
             "seconds": seconds,
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return Outcome(**json.loads(self._answer("how the verb ended")))
+        print(json.dumps(request), file=self._verbs, flush=True)
+        answer = self._verbs.readline()
+        assert answer, "the fork server died before it said how the verb ended"
+        return Outcome(**json.loads(answer))
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._verbs.close()
+        self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def start_server(name: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "workers" / "forkserver.py"), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CDPO_FAILPOINT": ""} | dict(env),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline(), "the fork server died before it was ready"
+    return process
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time; ``path`` is the lock's file."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, made by the first of several processes that ask for it."""
+    with alone(folder.with_name(f"{folder.name}.lock")):
+        if not (made := folder.with_name(f"{folder.name}.made")).exists():
+            make(folder)
+            made.touch()
+    return folder
 
 
 @dataclass(frozen=True)
@@ -143,8 +178,7 @@ def zero_config(path: Path, stage: int, **of_three: int) -> Path:
         # At each layer DeepSpeed looks this many weights ahead for what to keep: by default through
         # all of a tiny network, each time, which takes twenty times as long as the step.
         section |= {"stage3_max_reuse_distance": 1000, **of_three}
-    path.write_text(json.dumps({"zero_optimization": section}))
-    return path
+    return once(path, lambda path: path.write_text(json.dumps({"zero_optimization": section})))
 
 
 def make_world(

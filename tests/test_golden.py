@@ -42,9 +42,9 @@ SAME_ARITHMETIC = {
 
 
 @pytest.fixture(scope="module")
-def alike() -> Iterator[ForkServer]:
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Runs verbs with that arithmetic."""
-    server = ForkServer(SAME_ARITHMETIC)
+    server = ForkServer(tmp_path_factory.mktemp("alike"), SAME_ARITHMETIC)
     yield server
     server.close()
 

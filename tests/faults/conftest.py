@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import Outcome, World, losses
+from launching import Outcome, World, losses, once
 
 TWO_RANKS = ("train.micro_batch=2",)  # two a rank and step
 SECONDS = 200.0  # after which a run counts as hung
@@ -40,6 +40,9 @@ class Faults:
 
 @pytest.fixture(scope="session")
 def faults(world: World) -> Faults:
-    run = world.folder / "uninterrupted-2"
-    world.train(run, *TWO_RANKS, "checkpoint.keep=3", ranks=2, seconds=SECONDS).succeeded()
+    knobs = (*TWO_RANKS, "checkpoint.keep=3")
+    run = once(
+        world.folder / "uninterrupted-2",
+        lambda run: world.train(run, *knobs, ranks=2, seconds=SECONDS).succeeded(),
+    )
     return Faults(world, run, losses(run))

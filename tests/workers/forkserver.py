@@ -1,8 +1,10 @@
 """Runs verbs in forked children of a process that has imported everything once.
 
 A verb spends most of a tiny run importing torch, diffusers and DeepSpeed. This process imports
-them, computes nothing (so that no thread is lost in a fork), and for each JSON line on stdin forks
-the ranks asked for. Each child runs the real entry script and dies its own death, SIGKILL included.
+them, computes nothing (so that no thread is lost in a fork), and listens at the abstract socket
+that it is told. For each connection it forks a process that for each JSON line forks the ranks
+asked for. A rank runs the real entry script and dies its own death, SIGKILL included. The listener
+ends with its stdin, each of the others with its connection.
 
 Request:  {"script": path, "args": [...], "env": {...}, "ranks": n, "seconds": limit}
 Reply:    {"codes": [exit code, or minus a signal, of each rank], "output": [text of each rank]}
@@ -11,17 +13,21 @@ Reply:    {"codes": [exit code, or minus a signal, of each rank], "output": [tex
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import inspect
 import io
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
 import tempfile
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 gc.disable()  # until all that stays is there
 with contextlib.redirect_stderr(io.StringIO()):
@@ -38,12 +44,19 @@ with contextlib.redirect_stderr(io.StringIO()):
     # What a rank would do anew at deepspeed.initialize: import this module, for whose decorator
     # all of torch's inductor is imported (half of the time that a tiny run takes), and ask a
     # compiler which of DeepSpeed's ops could be built.
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import deepspeed.runtime.zero.muon.original_muon
+    import deepspeed.utils.nvtx
+    import torch.autograd.function
     from deepspeed.ops import __compatible_ops__  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     # Compiles a thousand patterns for all models there are, at the first that is loaded.
     get_checkpoint_conversion_mapping("clip")
+
+# Under stage 3 each layer runs dozens of DeepSpeed's functions, a fifth of whose time is marks for
+# a profiler of GPUs and looking up the signatures of the same eight autograd functions.
+deepspeed.utils.nvtx.enable_nvtx = False
+torch.autograd.function.inspect = SimpleNamespace(signature=functools.cache(inspect.signature))
 
 # A child that collects garbage would walk, and so copy, all that the libraries have made: a quarter
 # of a tiny run's time.
@@ -111,9 +124,8 @@ def wait(children: list[int], seconds: float) -> list[int]:
     return [codes[child] for child in children]
 
 
-def main() -> None:
-    print("ready", flush=True)
-    for line in sys.stdin:
+def serve(requests: IO[str]) -> None:
+    for line in requests:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
             port = free_port()
@@ -124,7 +136,24 @@ def main() -> None:
             for output in outputs:
                 with open(output, errors="replace") as file:
                     texts.append(file.read())
-        print(json.dumps({"codes": codes, "output": texts}), flush=True)
+        print(json.dumps({"codes": codes, "output": texts}), file=requests, flush=True)
+
+
+def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who serve
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0{sys.argv[1]}")
+    listener.listen()
+    print("ready", flush=True)
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection = listener.accept()[0]
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            with connection, connection.makefile("rw") as requests:
+                serve(requests)
+            os._exit(0)
+        connection.close()
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def interpreted(world: World) -> Iterator[World]:
+def interpreted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The world with a fork server of its own, in which Triton interprets."""
-    server = ForkServer({"TRITON_INTERPRET": "1"})
+    server = ForkServer(tmp_path_factory.mktemp("interpreted"), {"TRITON_INTERPRET": "1"})
     yield World(world.folder, world.recipe, server)
     server.close()
 
