@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import KILLED, Outcome, World, losses, metrics
+from launching import CALM, KILLED, Outcome, World, losses, metrics
 from part_changes import CHANGES
+from safetensors.torch import load_file
+from stock import drawn, levels_apart, picture, stock_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +46,33 @@ def test_killed_before_steps(world: World, uninterrupted: list[float], tmp_path:
 @pytest.mark.parametrize(
     ("zero", "place"),
     [
+        (1, ""),
+        (2, ""),
+        (3, "checkpoint.hashed@2:kill/rank1"),
         pytest.param(1, "train.step@4:kill", marks=pytest.mark.long),
         pytest.param(2, "train.loss@4:kill/rank1", marks=pytest.mark.long),
-        (3, "checkpoint.hashed@2:kill/rank1"),
     ],
 )
-def test_one_of_two_ranks_killed(world: World, tmp_path: Path, zero: int, place: str) -> None:
+def test_two_ranks_agree_with_one_and_whether_one_is_killed_or_not(
+    world: World, plain: list[float], tmp_path: Path, zero: int, place: str
+) -> None:
+    base = world.folder / "sd/unet/diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
     whole, run = tmp_path / "whole", tmp_path / "run"
-    mine = {"ranks": 2, "zero": zero}
-    train(world, whole, "train.steps=4", **mine).succeeded()
-    assert KILLED in train(world, run, "train.steps=4", failpoint=place, **mine).codes
-    train(world, run, "train.steps=4", **mine).succeeded()
-    assert losses(run) == losses(whole)
+    knobs = (*CALM, "train.steps=4", "train.sample_every=4")
+    train(world, whole, *knobs, ranks=2, zero=zero).succeeded()
+    assert losses(whole) == pytest.approx(plain[:4], abs=1e-5)
+    exported = load_file(whole / "lora" / "pytorch_lora_weights.safetensors")
+    ups = [value for name, value in exported.items() if "lora_B" in name or "lora.up" in name]
+    assert ups and all(up.any() for up in ups)
+    assert hashlib.sha256(base.read_bytes()).hexdigest() == digest
+    shown = picture(stock_pipeline(world.folder / "sd", whole, "lora"))
+    assert levels_apart(shown, drawn(whole, 4)) <= 1
+    if place:
+        killed = train(world, run, *knobs, ranks=2, zero=zero, failpoint=place)
+        assert KILLED in killed.codes
+        train(world, run, *knobs, ranks=2, zero=zero).succeeded()
+        assert losses(run) == losses(whole)
 
 
 def test_a_skip_survives_a_resume(world: World, tmp_path: Path) -> None:
