@@ -208,7 +208,8 @@ def joined_ranks(
 ) -> Iterator[Ranks]:
     """Join the process group the launcher describes, or make a group of one.
 
-    No rank waits for another longer than ``timeout_minutes``.
+    No rank waits for another longer than ``timeout_minutes``. On a CPU it computes with ``threads``
+    within: the order of sums, and so the last bits of a result, follow their number.
     """
     world = launched()
     rank, world_size, local_rank = world.rank, world.world_size, world.local_rank
@@ -220,6 +221,7 @@ def joined_ranks(
             kind="too-large",
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    threads_before = torch.get_num_threads()
     if on_gpu:
         torch.cuda.set_device(device)
     else:
@@ -235,6 +237,7 @@ def joined_ranks(
     try:
         yield Ranks(rank, world_size, local_rank, device, stop)
     finally:
+        torch.set_num_threads(threads_before)
         # On an error peers may be waiting in a collective; tearing down would join them.
         if sys.exc_info()[0] is None:
             peers.close()

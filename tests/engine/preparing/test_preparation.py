@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import tiny
 from cdpo.engine.preparing import candidates, latents, scores, shard_set
 from cdpo.engine.preparing.imported import SourceParts
 from cdpo.engine.preparing.sampled import CandidateParts
-from prepared import DECIDED, contents, is_finished, pairs_of, prepare
+from prepared import DECIDED, contents, is_finished, prepare
 
 # Records that are loaded once to be scored, unless masks rank them, and once to be encoded.
 LOADED = {
@@ -104,12 +103,5 @@ def test_killed_at_a_fail_point_and_started_again(
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe, ranks)
     assert not (tmp_path / "run" / "shards" / "manifest.json").exists()
-    shards = prepare(recipe, ranks)
-    if kind == "masked":  # seen to differ by a rounding under load, which nobody has explained yet
-        found, wanted = pairs_of(shards), pairs_of(made(kind) / "shards")
-        assert [meta for meta, _ in found] == [meta for meta, _ in wanted]
-        for (_, latents), (_, others) in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(latents, others, atol=0.05)
-    else:
-        assert contents(shards) == whole
+    assert contents(prepare(recipe, ranks)) == whole
     assert sum(loaded) == LOADED[kind]

@@ -1,7 +1,12 @@
 """What a launcher says of a process is whole and in order, or one line says what is not."""
 
+import os
+from unittest import mock
+
 import pytest
+import torch
 from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.ranks.launch import joined_ranks
 from cdpo.engine.ranks.launcher import Launched, launched
 from refusals import refused
 
@@ -74,3 +79,11 @@ def test_numbers_that_contradict_each_other(environment, variables, name):
     environment(variables)
     with refused(RecipeError, "out-of-range", name):
         launched()
+
+
+def test_a_group_leaves_the_number_of_threads_as_it_was():
+    """Benchmarks join one in a process that goes on, whose results would have other last bits."""
+    before = torch.get_num_threads()
+    with mock.patch.dict(os.environ), joined_ranks(threads=before + 2):
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
