@@ -32,7 +32,7 @@ from ..ranks import Ranks
 from ..recipe import Recipe, Reward
 from ..recipe.identity import MODEL_FILES
 from ..rewards import clip_of, known_identity, load_reward
-from ..sources.left_out import LeftOut
+from ..sources.left_out import NAME, KeptLeftOut, naming
 from ..sources.prompts import OTHER_SPELLING, read_prompts
 from .report.build import Measured, write_comparison
 from .result_cache import KeptTables
@@ -53,10 +53,13 @@ class Comparison:
         self.terminal = terminal
         self.folder = Path(recipe.run_dir) / "compare"
         self.report_path = self.folder / "report.html"
-        left_out = LeftOut()
-        train, heldout, _ = read_prompts(recipe.prompts, recipe.seed, left_out)
-        if repeated := left_out.rows[OTHER_SPELLING]:
-            terminal.warn(f"{repeated} prompts are other spellings of earlier ones: left out")
+        self.left_out = KeptLeftOut()
+        train, heldout, _ = read_prompts(recipe.prompts, recipe.seed, self.left_out)
+        if repeated := self.left_out.rows[OTHER_SPELLING]:
+            terminal.warn(
+                f"{repeated} prompts are other spellings of earlier ones: left out, and named in "
+                f"{self.folder / NAME}"
+            )
         sets = {"training": train, "held-out": heldout}
         self.prompt_sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.prompts = [prompt for part in self.prompt_sets.values() for prompt in part]
@@ -127,6 +130,8 @@ class Comparison:
             write_comparison(
                 self.recipe, self.runs, measured, self.folder, self.ranks.device, self.terminal
             )
+            with naming(self.folder / NAME) as names:
+                names.copy(self.left_out.lines())
             made_of = {"inputs": self.inputs, "parts": self.made_by}
             with replacing(self.folder / MADE_OF) as file:
                 file.write(json.dumps(made_of, indent=1).encode())

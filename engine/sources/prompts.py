@@ -32,7 +32,11 @@ COMMENT, BLANK = "comments in prompt files", "blank lines in prompt files"
 EMPTY, REPEATED = "cells without a prompt", "repeated prompts"
 
 
-def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[str]:
+Placed = tuple[str, str]
+"""Where a prompt stands in its file, and the prompt."""
+
+
+def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[Placed]:
     """The prompts of a file in their order, each once; tables are read in a stream.
 
     Comments, blank lines, empty cells and what comes up again are noted in ``left_out``. DataError
@@ -60,7 +64,7 @@ def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[str]:
                 left_out.leave_out(path, where, REPEATED, column if kind else "", prompt)
             else:
                 seen.add(prompt)
-                yield prompt
+                yield where, prompt
     except DataError as error:
         missing = (error.kind, error.key) == ("missing", column)
         key = COLUMN if missing else error.key
@@ -173,11 +177,11 @@ def _read(spec: Prompts, side: str, left_out: LeftOut) -> list[str]:
     else:
         return []
     first: dict[str, str] = {}
-    for text in texts:
+    for where, text in texts:
         identity = identity_of(text)
         if identity and first.setdefault(identity, text) != text:
             detail = f"{text!r}, earlier {first[identity]!r}"
-            left_out.leave_out(place, "", OTHER_SPELLING, detail=detail)
+            left_out.leave_out(place, where, OTHER_SPELLING, detail=detail)
     return _some(first.values(), key, f"prompts: {place} holds no prompt")
 
 
@@ -189,7 +193,7 @@ def _some(texts: Iterable[str], key: str, otherwise: str) -> list[str]:
     return found
 
 
-def _filled_in(spec: Templates, column: str, key: str, left_out: LeftOut) -> Iterator[str]:
+def _filled_in(spec: Templates, column: str, key: str, left_out: LeftOut) -> Iterator[Placed]:
     lists = {
         name: _entries(value, column, f"{key}.lists.{name}", left_out)
         for name, value in spec.lists.items()
@@ -206,12 +210,14 @@ def _filled_in(spec: Templates, column: str, key: str, left_out: LeftOut) -> Ite
             "too-large",
         )
     for template in spec.templates:
-        yield from _products(template, lists, key)
+        where = f"template {template!r}"
+        yield from ((where, prompt) for prompt in _products(template, lists, key))
 
 
 def _entries(value: str | Sequence[str], column: str, key: str, left_out: LeftOut) -> list[str]:
     if isinstance(value, str):
-        return _some(prompts_in(value, column, left_out), key, f"{key}: {value} holds no entry")
+        entries = (entry for _, entry in prompts_in(value, column, left_out))
+        return _some(entries, key, f"{key}: {value} holds no entry")
     return _some(filter(None, map(str.strip, value)), key, f"{key}: the list is empty")
 
 

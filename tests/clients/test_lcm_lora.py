@@ -14,6 +14,7 @@ from cdpo.engine.recipe import Adapter, Model
 from cdpo.engine.training.export_formats import save_for_all
 from cdpo.engine.training.lora import Lora, both, trained_lora
 from diffusers import ModelMixin, StableDiffusionPipeline
+from launching import ForkServer
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,3 +82,26 @@ def test_both_loras_together_and_as_one_are_what_was_trained(base: Path, tmp_pat
             stock.load_lora_weights(file, adapter_name=f"lora{number}")
         stock.set_adapters([f"lora{number}" for number in range(len(files))])
         torch.testing.assert_close(predict(stock.unet), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.long
+def test_a_run_says_that_both_belong_together_and_leaves_one_file_of_both(
+    base: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    recipe = tiny.build(tmp_path, "lcm")
+    recipe["model"] |= {"path": str(base / "sd"), "lcm_lora": str(base / "lcm.safetensors")}
+    del recipe["model"]["unet"]
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", recipe)
+    server.run("prepare", path).succeeded()
+    said = server.run("train", path, ["train.optimizer.lr=0.02"]).succeeded().text
+    (note,) = [line for line in said.splitlines() if line.startswith("note:")]
+    assert "together" in note and str(base / "lcm.safetensors") in note and "lora_with_lcm" in note
+
+    apart, joined = (StableDiffusionPipeline.from_pretrained(base / "sd") for _ in range(2))
+    apart.load_lora_weights(base / "lcm.safetensors", adapter_name="lcm")
+    lcm_alone = predict(apart.unet)
+    apart.load_lora_weights(tmp_path / "run" / "lora", adapter_name="ours")
+    apart.set_adapters(["lcm", "ours"])
+    joined.load_lora_weights(tmp_path / "run" / "lora_with_lcm")
+    torch.testing.assert_close(predict(joined.unet), predict(apart.unet), rtol=0, atol=2e-5)
+    assert (predict(joined.unet) - lcm_alone).abs().max() > 1e-3

@@ -1,5 +1,6 @@
 """Base against tuned on the tiny world: what is compared, written, and not done twice."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -194,6 +195,17 @@ def test_a_run_of_another_model_is_refused(world, runs):
     outcome = compare(world, runs["dpo"], listed(runs, "lora"), "model.resolution=[32, 32]")
     assert outcome.code != 0
     assert "compare.runs.lora=" in outcome.text and "model.resolution is [16, 16]" in outcome.text
+
+
+@pytest.mark.long
+def test_prompts_that_are_cut_or_repeated_are_counted_and_named(world, trained, tmp_path):
+    prompts = tmp_path / "heldout.txt"
+    prompts.write_text(f"a dog\n{'very ' * 100}red apple\nA  dog.\n")
+    run = shutil.copytree(trained, tmp_path / "run")
+    outcome = compare(world, run, f"prompts.heldout={prompts}").succeeded()
+    assert "1 prompts have more than the" in outcome.text
+    (row,) = csv.DictReader((run / "compare" / "left_out.csv").open())
+    assert (row["file"], row["where"]) == (str(prompts), "line 3")
 
 
 def test_the_report_says_who_chose_the_weights_and_whether_it_judges_too(tiny_recipe):

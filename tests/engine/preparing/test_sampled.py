@@ -257,6 +257,14 @@ def test_candidates_without_a_finite_reward_are_dropped_and_counted(
     assert ranks_seen <= {1, 2, 3, 4}
 
 
+def test_prompts_beyond_what_the_encoder_reads_are_counted(tiny_recipe, ranks, tmp_path, capsys):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text(f"red apple\n{'very ' * 100}red apple\n{'tree ' * 90}\n")
+    prepare(tiny_recipe(f"prompts.train={prompts}"), ranks, Terminal())
+    said = capsys.readouterr().err
+    assert "2 prompts have more than the" in said and said.count("tokens that the text") == 1
+
+
 def test_a_prompt_whose_candidates_all_tie_is_skipped_and_counted(
     tiny_recipe, ranks, reward, capsys
 ):
