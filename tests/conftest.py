@@ -62,17 +62,17 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all processes of this run of the tests."""
     mine = tmp_path_factory.getbasetemp()
     return mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
 
 
 @pytest.fixture(scope="session")
-def tiny_world(shared: Path) -> Path:
+def tiny_world(of_all_processes: Path) -> Path:
     """Folder with `sd`, `reward`, `judge`, prompt files and `recipe.yaml`: not to be written to."""
     return once(
-        shared / "tiny",
+        of_all_processes / "tiny",
         lambda folder: tiny.write_recipe(folder / "recipe.yaml", tiny.build(folder)),
     )
 
@@ -108,17 +108,17 @@ def terminal() -> Terminal:
 
 
 @pytest.fixture(scope="session")
-def server(shared: Path) -> Iterator[ForkServer]:
+def server(of_all_processes: Path) -> Iterator[ForkServer]:
     """Runs verbs as processes of their own without importing everything each time."""
-    server = ForkServer(shared)
+    server = ForkServer(of_all_processes)
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def world(shared: Path, server: ForkServer) -> World:
+def world(of_all_processes: Path, server: ForkServer) -> World:
     """A tiny world whose shards are made; runs go into folders of their own."""
-    folder = once(shared / "world", lambda folder: make_world(folder, server))
+    folder = once(of_all_processes / "world", lambda folder: make_world(folder, server))
     return World(folder, folder / "recipe.yaml", server)
 
 

@@ -22,6 +22,7 @@ EXIT_OUTSIDE = 6
 EXIT_STUCK = 7
 EXIT_STOPPED = 75
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 MOST_CHARACTERS = 2000  # of a message of ours
 MOST_TOLD = 200  # of another library's inside it
@@ -32,6 +33,20 @@ _ESCAPES = re.compile(
 # What ends lines, moves cursors or turns the direction of a text, and halves of characters.
 _CONTROLS = re.compile(r" *([\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]\s*)+")
 _SENTENCE = re.compile(r"(?<=[^\s.]{2})[.!]\s+(?=[A-Z])")
+# A URL as scheme, user and password, place, query. `hf://owner@branch/...` names no user.
+_URL = re.compile(
+    r"(?<![A-Za-z0-9+.-])((?P<hf>hf)|[A-Za-z][A-Za-z0-9+.-]*)://"
+    r"(?:[^\s/@'\"]*:(?!\d+/)[^\s@'\"]*@|(?(hf)(?!)|[^\s/@'\"]*@))?(?P<place>[^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?"
+)
+# What is a secret wherever it stands: by its name, and by its form.
+_NAMED = re.compile(
+    r"(?i)\b((?:x-amz-|x-goog-)?(?:signature|credential|security-token|sig)"
+    r"|(?:access_?|api_?|auth_?|hf_?)?(?:token|key_secret|api_?key)|passw(?:or)?d|secret)"
+    r"=[^\s&'\"]+"
+)
+_TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_)\w{16,}")
+_OF_ENVIRONMENT = re.compile(r"(.*_)?(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)")
+_SHORTEST = 8  # characters of a variable's value that is looked for
 
 
 def told_by(error: BaseException) -> str:
@@ -52,11 +67,27 @@ def told_by(error: BaseException) -> str:
     return plain(text, MOST_TOLD)
 
 
+def redact(text: str) -> str:
+    """``text`` without secrets: users, passwords and queries (signatures) of its URLs, tokens, and
+    the values of variables such as HF_TOKEN and AWS_SECRET_ACCESS_KEY.
+
+    Whatever a run says or writes of names and texts that are not its own goes through here; and a
+    recipe in which there is something to cut out is refused.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _OF_ENVIRONMENT.fullmatch(name):
+            text = text.replace(value, "…")
+    text = _URL.sub(r"\1://\g<place>", text) if "://" in text else text
+    return _TOKEN.sub(r"\1…", _NAMED.sub(r"\1=…", text))
+
+
 def plain(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A text as one line that no terminal obeys, whose middle is left out if it is too long."""
+    """A text as one line that no terminal obeys, without secrets, whose middle is left out if it is
+    too long.
+    """
     if len(text) > 2 * most:  # megabytes need not be looked through
         text = f"{text[:most]} {text[-most:]}"
-    text = _CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip()
+    text = redact(_CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip())
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
@@ -125,6 +156,12 @@ class StuckError(CdpoError):
     """The run has died at one place again and again, and nothing about it has changed since."""
 
     exit_code = EXIT_STUCK
+
+
+def unwritable(message: str, key: str, raised: OSError, error: type[CdpoError]) -> CdpoError:
+    """What could not be written, as an ``error``; but a full disk is no mistake in a recipe."""
+    full = raised.errno in DISK_FULL and issubclass(error, RecipeError)
+    return (OutsideError if full else error)(f"{message}: {told_by(raised)}", key, "unwritable")
 
 
 class StopRequested(CdpoError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CdpoError, DataError, told_by
+from .errors import CdpoError, DataError, unwritable
 
 
 class NewFile(io.RawIOBase):
@@ -50,7 +50,8 @@ def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> It
     goes and ``path`` is as it was.
 
     Raises:
-        error: for an OSError, such as a full disk; None lets the OSError through.
+        error: for an OSError, such as a full disk; None lets the OSError through. See
+            :func:`.errors.unwritable` of what a RecipeError becomes.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -66,8 +67,7 @@ def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> It
         with suppress(OSError):
             temporary.unlink()
         if error is not None and isinstance(raised, OSError):
-            message = f"cannot write {path}: {told_by(raised)}"
-            raise error(message, str(path), "unwritable") from raised
+            raise unwritable(f"cannot write {path}", str(path), raised, error) from raised
         raise
 
 

@@ -21,6 +21,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..basics.errors import redact
+
 Field = float | int | str | None
 
 _RATE_WINDOW = 60.0  # seconds: long enough to be calm, short enough to forget a slow first step
@@ -206,21 +208,22 @@ class Terminal:
         self._print(self._out, Text(title, "bold"))
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            self._print(self._out, Text.assemble("  ", (name.ljust(width), "dim"), "  ", value))
+            shown = redact(value)
+            self._print(self._out, Text.assemble("  ", (name.ljust(width), "dim"), "  ", shown))
 
     def line(self, text: str = "") -> None:
         """A line of text; above the live bar if there is one."""
-        self._print(self._out, Text(text))
+        self._print(self._out, Text(redact(text)))
 
     def warn(self, text: str) -> None:
         """A warning on stderr; the same text is printed once only."""
         if text not in self._warned:
             self._warned.add(text)
-            self._print(self._err, Text.assemble(("warning: ", "bold yellow"), text))
+            self._print(self._err, Text.assemble(("warning: ", "bold yellow"), redact(text)))
 
     def error(self, text: str) -> None:
         """An error on stderr, as one line without a traceback."""
-        self._print(self._err, Text.assemble(("error: ", "bold red"), text))
+        self._print(self._err, Text.assemble(("error: ", "bold red"), redact(text)))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; columns that hold numbers are aligned to the right."""
@@ -237,7 +240,7 @@ class Terminal:
             numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
             table.add_column(Text(name), justify="right" if numeric else "left")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(redact(cell)) for cell in row))
         self._print(self._out, Text(title, "bold"))
         self._out.print(table)
 

@@ -34,11 +34,20 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
     """The place to read ``path`` from: itself, or what is shipped under that name; all that loads
     from a folder or hub does so in such a block.
 
-    Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it. Over
+    Raise OutsideError, "``what`` is no ``kind``: reason", for whatever a library makes of it, and
+    of kind `unreachable` where the hub was to be asked and there is no network. Over
     damaged files that may be anything: tokenizers raises plain Exception, torch.load
     AssertionError, and a processor that needs a package ImportError. What is to come from a hub
     that cannot be reached comes from its cache, without the libraries' retries.
     """
+    subject = what if path is None or path in what else f"{what}: {path}"
+    if "://" in (path or what):
+        raise OutsideError(
+            f"{subject} is a URL, and no {kind} is read from one over the network: give a hub id "
+            "where one will do, or download it and name the folder or file",
+            what.partition("=")[0] if "=" in what else path,
+            "unsupported",
+        )
     place = locate(path or "")
     is_remote = HUB_ID.fullmatch(place) and not os.path.exists(place)
     offline = why_offline(constants.ENDPOINT) if is_remote else None
@@ -59,7 +68,8 @@ def reading(what: str, kind: str, path: str | None = None) -> Iterator[str]:
             reason, failure = f"{reason} (offline: {offline})", "unreachable"
         found = Path(kept if is_remote else place)
         remedy = _remedy(found, key, kind, error) if place else None
-        told = f"{what} is no {kind}: {reason}" + (f"; {remedy}" if remedy else "")
+        verdict = "is not to be had" if failure == "unreachable" else f"is no {kind}"
+        told = f"{subject} {verdict}: {reason}" + (f"; {remedy}" if remedy else "")
         raise OutsideError(told, key, failure) from None
 
 

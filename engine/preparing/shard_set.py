@@ -30,7 +30,7 @@ from ..shards.manifest import (
     manifest_hash,
 )
 from ..shards.reader import ShardReaders
-from ..shards.remote.fetch import is_remote, redact
+from ..shards.remote.fetch import is_remote
 from ..shards.sample import PairMeta
 from ..shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
 
@@ -73,7 +73,7 @@ def folder_of_set(recipe: Recipe) -> Path:
     """The folder that a recipe's shards are written to; RecipeError where it names a URL."""
     if is_remote(recipe.shards_at):
         raise RecipeError(
-            f"data.path={redact(recipe.shards_at)}: prepare writes into a folder; give it one, "
+            f"data.path={recipe.shards_at}: prepare writes into a folder; give it one, "
             "copy that folder there, and give train the URL",
             "data.path",
             "unsupported",

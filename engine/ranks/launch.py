@@ -6,7 +6,6 @@ A verb is written as ``main(ranks, recipe, terminal)`` and started with :func:`r
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -17,21 +16,25 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from ..basics.errors import (
+    DISK_FULL,
     EXIT_DEFECT,
     EXIT_OUTSIDE,
     EXIT_STOPPED,
     CdpoError,
     OutsideError,
     StopRequested,
+    redact,
     told_by,
 )
 from ..basics.memory import is_out_of_memory
@@ -45,7 +48,7 @@ from .run_lock import RunLock, refuse_other_folder
 from .signals import LISTEN_EVERY, Peers, StopSignal
 
 SECONDS_BEFORE_SPEAKING = 3.0
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SECONDS_TO_ANSWER = 10.0  # for rank 0's store, once something listens at its port
 
 
 def run_verb(
@@ -168,7 +171,7 @@ def _told(code: int, peers: Peers) -> int:
 
 def _leave_with_traceback(peers: Peers) -> NoReturn:
     """A defect of ours: its traceback is what there is to say."""
-    traceback.print_exc()
+    print(redact(traceback.format_exc()), end="", file=sys.stderr)
     leave(_told(EXIT_DEFECT, peers))
 
 
@@ -230,7 +233,9 @@ def joined_ranks(
         for name, value in _group_of_one().items():
             os.environ.setdefault(name, value)
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    store = _common_store(rank, world_size, timeout)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     stop, peers = stop or StopSignal(), peers or Peers()
     peers.join(rank, world_size, dist.distributed_c10d._get_default_store())
     stop.announce_by(peers.ask_to_stop)
@@ -243,6 +248,68 @@ def joined_ranks(
             peers.close()
             dist.barrier()  # the store goes with rank 0, and the others may still be listening
             dist.destroy_process_group()
+
+
+def _common_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """What the ranks tell each other by: kept at MASTER_ADDR:MASTER_PORT by rank 0, or by torchrun.
+
+    OutsideError where another program has the port. That may be another run of ours, whose store
+    would take this rank for one of its own: so each rank lays claim to its number there.
+    """
+    place = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    stores: list[dist.Store] = []
+    errors: list[dist.DistError] = []
+
+    def meet() -> None:
+        try:
+            stores.append(next(dist.rendezvous("env://", timeout=timeout))[0])
+        except dist.DistError as error:
+            errors.append(error)
+
+    if keeps_it:
+        meet()
+    else:
+        # PyTorch waits without end for an answer of what is no store.
+        _wait_until_somebody_listens(place, timeout)
+        meeting = Thread(target=meet, daemon=True)
+        meeting.start()
+        meeting.join(SECONDS_TO_ANSWER)
+    if keeps_it and errors and not isinstance(errors[0], dist.DistNetworkError):
+        raise errors[0]  # the store is ours, and ranks have not come
+    if not stores:
+        raise _port_in_use(*place)
+    store = stores[0]
+    own = uuid4().hex
+    for key, claim in (("cdpo/ranks", str(world_size)), (f"cdpo/rank/{rank}", own)):
+        if store.compare_set(key, "", claim) != claim.encode():
+            raise _port_in_use(*place)
+    return store
+
+
+def _wait_until_somebody_listens(place: tuple[str, int], timeout: timedelta) -> None:
+    """Wait for the port's owner, which is given less time to answer than to appear."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(place, timeout=1.0):
+            return
+        time.sleep(0.1)
+    raise OutsideError(
+        f"nobody listens at {place[0]}:{place[1]}, where rank 0 should (MASTER_ADDR, MASTER_PORT), "
+        f"within cluster.timeout_minutes={timeout.total_seconds() / 60:g}: is it running?",
+        "MASTER_PORT",
+        "timeout",
+    )
+
+
+def _port_in_use(address: str, port: int) -> OutsideError:
+    return OutsideError(
+        f"MASTER_PORT={port} of {address} is in use by another program, perhaps another run: give "
+        "a free one, by MASTER_PORT in the environment, `deepspeed --master_port` or `torchrun "
+        "--master-port`",
+        "MASTER_PORT",
+        "in-use",
+    )
 
 
 def bound_waits(timeout_minutes: float) -> None:

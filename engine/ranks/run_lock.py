@@ -10,7 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
-from ..basics.errors import RecipeError, told_by
+from ..basics.errors import RecipeError, told_by, unwritable
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -21,7 +21,7 @@ class RunLock:
     """An exclusive lock that ends with the process. Over NFS it holds between machines as well.
 
     RecipeError if another run has it, or if the folder cannot be written or its file system locks
-    nothing.
+    nothing; OutsideError if its disk is full.
     """
 
     def __init__(self, folder: Path, key: str = "run_dir") -> None:
@@ -29,13 +29,12 @@ class RunLock:
         it, since it is copied as it is.
         """
         path = lock_of(folder, key)
+        message = f"{key} {folder} cannot be written"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+")  # noqa: SIM115 (held, not scoped)
         except OSError as error:
-            raise RecipeError(
-                f"{key} {folder} cannot be written: {told_by(error)}", key, "unwritable"
-            ) from None
+            raise unwritable(message, key, error, RecipeError) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,9 +59,7 @@ class RunLock:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise RecipeError(
-                f"{key} {folder} cannot be written: {told_by(error)}", key, "unwritable"
-            ) from None
+            raise unwritable(message, key, error, RecipeError) from None
 
     def release(self) -> None:
         """Let the next run in."""

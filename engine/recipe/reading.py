@@ -6,6 +6,7 @@ line each, in a single :class:`RecipeError`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..basics.errors import RecipeError, told_by
+from ..basics.errors import RecipeError, redact, told_by
 from ..basics.files import LFS_REMEDY, lfs_pointer
 from ..basics.shipped import locate
 from .keys import SCHEMA, anywhere, dotted, is_knob, nearest_key, types_of
@@ -43,6 +44,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = Source(str(path))
     values = _apply_overrides(_read_file(Path(locate(str(path))), source), overrides, source)
+    if _refuse_secrets(values, source):
+        raise source.error()
     recipe = _validate(values, source)
     if recipe is None or source.problems:
         raise source.error()
@@ -123,6 +126,32 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
             return
         values = values[name]
     values[last] = value
+
+
+_URL = re.compile(r"\s*[\w+.:-]+://")
+WITHOUT_SECRETS = (
+    "without user, password, token or query string, please, which would end up in the run folder; "
+    "credentials come from the environment (HF_TOKEN, AWS_*) or ~/.netrc"
+)
+
+
+def _refuse_secrets(value: Any, source: Source, key: str = "") -> bool:
+    """Whether some text of the recipe holds a secret, which is noted as a problem there; prose that
+    mentions a URL is no matter.
+    """
+    if isinstance(value, dict):
+        inner = [*value.items(), *((name, name) for name in value)]
+        places = [(f"{key}.{name}" if key else name, item) for name, item in inner]
+    elif isinstance(value, list):
+        places = [(f"{key}[{number}]", item) for number, item in enumerate(value)]
+    else:
+        is_name = isinstance(value, str) and (_URL.match(value) or len(value.split()) == 1)
+        if not is_name or redact(value) == value:
+            return False
+        source.fail(key, "secret", f"{shown(value)}: {WITHOUT_SECRETS}")
+        return True
+    found = [_refuse_secrets(item, source, place) for place, item in places]  # all of them
+    return any(found)
 
 
 def _validate(values: dict[str, Any], source: Source) -> Recipe | None:

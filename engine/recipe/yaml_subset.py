@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..basics.errors import RecipeError, told_by
+from ..basics.errors import RecipeError, redact, told_by
 
 MAX_DEPTH = 16  # the schema nests four deep; the bound keeps hostile files off Python's stack
 
@@ -192,7 +192,7 @@ def shown(value: object) -> str:
     """A value as a recipe would spell it, on one line of bounded length."""
     if isinstance(value, str):
         text = value if value.isprintable() else ascii(value)[1:-1]
-        text = f"'{text}'"
+        text = f"'{redact(text)}'"
     else:
-        text = json.dumps(value, default=str)
+        text = redact(json.dumps(value, default=str))
     return text if len(text) <= 80 else text[:77] + "..."

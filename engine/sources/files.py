@@ -70,6 +70,17 @@ class SourceFiles:
         return found
 
 
+def refuse_url(told: str, path: str, key: str) -> None:
+    """DataError for a ``path`` that is a URL; ``told`` is what a message calls it."""
+    if "://" in path:
+        raise DataError(
+            f"{told} is a URL, and nothing but shards is read over the network: download it and "
+            "give its path",
+            key,
+            "unsupported",
+        )
+
+
 def find_files(path: str, image_folders: tuple[str, ...] | None = None) -> SourceFiles:
     """The files that ``prepare.source.path`` names: one, a folder's, or those of a pattern.
 
@@ -77,6 +88,7 @@ def find_files(path: str, image_folders: tuple[str, ...] | None = None) -> Sourc
     read, or several kinds of it.
     """
     where = f"prepare.source.path={path}"
+    refuse_url(where, path, "prepare.source.path")
     place = Path(path)
     if place.is_dir():
         if image_folders and all((place / name).is_dir() for name in image_folders):

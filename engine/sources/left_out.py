@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..basics.errors import redact
 from ..basics.files import NewFile, replacing
 
 NAME = "left_out.csv"
@@ -106,7 +107,8 @@ class _AsText:
 
 
 def _on_one_line(text: str) -> str:
-    """Whatever strangers call their files, a line of ours is one line."""
+    """Whatever strangers call their files, a line of ours is one line, without secrets."""
+    text = redact(text)
     if len(text) > MAX_CELL:
         text = text[: MAX_CELL - 1] + "…"
     if text.isprintable():

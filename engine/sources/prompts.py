@@ -21,7 +21,7 @@ from ..basics.shipped import locate
 from ..recipe import Prompts, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
 from .cells import ImageCells
-from .files import Kind, SourceFiles, kind_of
+from .files import Kind, SourceFiles, kind_of, refuse_url
 from .left_out import LeftOut
 from .parquet import ParquetReader
 from .rows import check_columns
@@ -42,6 +42,7 @@ def prompts_in(path: str, column: str, left_out: LeftOut) -> Iterator[Placed]:
     Comments, blank lines, empty cells and what comes up again are noted in ``left_out``. DataError
     names file, line or row, and column.
     """
+    refuse_url(f"prompts: {path}", path, path)
     path = locate(path)
     place = Path(path)
     kind = kind_of(place)

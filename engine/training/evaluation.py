@@ -95,9 +95,7 @@ class Evaluation:
                 f"{others} evaluations were made of other prompts, scorers or settings: they count "
                 "no more"
             )
-        self.ranks.on_first(
-            lambda: self._file.keep(lambda row: row["step"] <= step and row in self.rows)
-        )
+        self.ranks.on_first(lambda: self._file.rewind(step, lambda row: row in self.rows))
         self._judge()
 
     def is_due(self, step: int) -> bool:

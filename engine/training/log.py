@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..basics.errors import OutsideError, told_by
+from ..basics.errors import DataError, OutsideError, told_by
 from ..basics.files import replacing
 from ..display.terminal import Terminal
 from ..objectives import Loss
@@ -112,20 +112,27 @@ def _describe(values: Tensor) -> dict[str, float | None]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object an optimiser step, in order, without gaps or repetitions."""
+    """`metrics.jsonl`: one JSON object an optimiser step, in order, without gaps or repetitions.
+
+    A last line that is torn is what a killed run leaves, and counts as not written. Any other that
+    is no row is a DataError with its number: what follows it must not vanish with it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Drop what a killed run wrote after the checkpoint of ``step``, a torn last line too."""
-        self.keep(lambda row: row["step"] <= step)
-
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop all other rows."""
+    def rewind(self, step: int, wanted: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        """Drop what a killed run wrote after the checkpoint of ``step``, a torn last line too, and
+        what is not ``wanted``.
+        """
         if not self.path.exists():
             return
-        kept = [line for line in self._lines() if wanted(line)]
+        kept: list[dict[str, Any]] = []
+        for row in self._rows():
+            if row["step"] <= step and (wanted is None or wanted(row)):
+                kept.append(row)
+            if row["step"] >= step:
+                break  # whatever is wrong with the rest, it goes
         with replacing(self.path, error=None) as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in kept)
 
@@ -138,16 +145,25 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """Every complete row."""
-        return self._lines() if self.path.exists() else []
+        return list(self._rows()) if self.path.exists() else []
 
-    def _lines(self) -> list[dict[str, Any]]:
-        rows = []
-        for line in self.path.read_text().splitlines():
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        lines = self.path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+                row = json.loads(line)
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise ValueError("it is no row of metrics")
+            except ValueError as error:  # of JSON, of UTF-8
+                if number == len(lines):
+                    return
+                raise DataError(
+                    f"{self.path} line {number} of {len(lines)}: {told_by(error)}: the file is "
+                    "damaged; restore it, or remove that line and do without that step",
+                    str(self.path),
+                    "damaged",
+                ) from None
+            yield row
 
 
 WINDOWS_BEFORE_WARNING = 3

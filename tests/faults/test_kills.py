@@ -6,6 +6,7 @@ Places drawn at random are drawn from CDPO_FAULT_SEED: another number tries othe
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 from launching import KILLED, Outcome, losses
@@ -40,6 +41,48 @@ def test_in_training(faults, tmp_path):
     assert losses(run) == faults.uninterrupted
     names = {path.name for path in run.glob("checkpoints/*")}
     assert names == {"step-00000004", "step-00000006", "latest"}
+
+
+PLACES = (
+    *("train.step", "train.loss", "checkpoint.write", "checkpoint.written", "checkpoint.synced"),
+    *("checkpoint.hashed", "checkpoint.manifest", "checkpoint.before_rename"),
+    *("checkpoint.replacing", "checkpoint.after_rename", "checkpoint.latest"),
+    *("checkpoint.before_prune", "checkpoint.pruned", "export.published"),
+)
+ROUNDS = 16
+
+
+@pytest.mark.long
+def test_rounds_of_kills(faults, tmp_path):
+    """Anywhere, of either rank or both, again and again: losses, the average and what is exported
+    are those of a run that nothing happened to, to the last byte.
+    """
+    draw = random.Random(SEED)
+    mine = ("train.steps=12", "adapter.ema=0.9", "checkpoint.keep=2")
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    faults.train(calm, *mine).succeeded()
+    killed = 0
+    for _ in range(ROUNDS):
+        where = f"{draw.choice(PLACES)}@{draw.randint(1, 6)}:kill"
+        outcome = faults.train(run, *mine, failpoint=where + draw.choice(["", "/rank0", "/rank1"]))
+        assert KILLED in outcome.codes or set(outcome.codes) == {0}, outcome.text
+        assert "Traceback" not in outcome.text
+        killed += KILLED in outcome.codes
+    faults.train(run, *mine).succeeded()
+    assert killed >= ROUNDS // 4
+    assert losses(run) == losses(calm)
+    assert weights(run) == weights(calm) != {}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Everything exported, and what the newest checkpoint holds of adapter and average."""
+    files = [*run.rglob("*.safetensors")]
+    newest = max(run.glob("checkpoints/step-*"))
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in files
+        if "checkpoints" not in path.parts or newest in path.parents
+    }
 
 
 def test_in_the_middle_of_writing_a_shard(faults, tmp_path):

@@ -18,11 +18,9 @@ _HOPELESS = {
     "InvalidUrlRedirectClientError",
     "NonHttpUrlRedirectClientError",
     "NoCredentialsError",
+    "OfflineModeIsEnabled",
     "PartialCredentialsError",
 }
-_URL = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?"
-)
 
 
 class InsecureRedirectError(Exception):
@@ -32,11 +30,6 @@ class InsecureRedirectError(Exception):
         super().__init__(
             f"redirected from https to {target} (anybody on the way could change what comes)"
         )
-
-
-def redact(text: str) -> str:
-    """``text`` with user names, passwords and query strings (signatures) cut out of its URLs."""
-    return _URL.sub(r"\1\2", text)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -52,6 +45,19 @@ def may_pass(error: BaseException) -> bool:
     if status is not None:
         return status >= 500 or status in _PASSING_STATUS
     return not isinstance(error, PermissionError) and type(error).__name__ not in _HOPELESS
+
+
+_NO_CONNECTION = {"ClientConnectorError", "ClientConnectorDNSError", "ConnectError"} | {
+    *("EndpointConnectionError", "OfflineModeIsEnabled", "ConnectionRefusedError", "gaierror"),
+}
+
+
+def not_connected(error: BaseException) -> bool:
+    """Whether there was nobody to talk to, as where there is no network."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    return any(kind.__name__ in _NO_CONNECTION for one in causes for kind in type(one).__mro__)
 
 
 def asked_to_wait(error: BaseException) -> float:
@@ -81,4 +87,4 @@ def reason_of(error: BaseException) -> str:
     text += f", asks for {asked:g} s" if asked else ""
     ours = isinstance(error, TimeoutError | InsecureRedirectError)
     kind = "" if ours or status else f"{type(error).__name__}: "
-    return plain(redact(" ".join(f"{kind}{text}".split())), MOST_TOLD) or type(error).__name__
+    return plain(" ".join(f"{kind}{text}".split()), MOST_TOLD) or type(error).__name__

@@ -22,21 +22,23 @@ from threading import Thread
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from ...basics.errors import DataError, OutsideError, RecipeError, told_by
+from ...basics.errors import DataError, OutsideError, RecipeError, redact, told_by
 from ...recipe import Fetch
+from ...recipe.reading import WITHOUT_SECRETS
 from .faults import (
     BEYOND_THE_END,
     NOT_THERE,
     InsecureRedirectError,
     asked_to_wait,
     may_pass,
+    not_connected,
     reason_of,
-    redact,
     status_of,
 )
 
 CHUNK = 2**20
 MAX_BACKOFF = 30.0
+SECONDS_TO_BE_HEARD = 3.0  # of a service that this process has never reached
 
 # What serves a scheme beyond our own dependencies: (import, how to get it).
 SCHEMES: dict[str, tuple[str, str]] = {
@@ -100,6 +102,7 @@ class RemoteFolder:
         self.url, self._spec = _checked(url), spec
         self._scheme = scheme = urlsplit(url).scheme
         self._stopped: Future[None] = Future()
+        self._reached = False
         # Each folder has a client of its own in each process: libraries keep connections in it.
         self._client_of = lru_cache(lambda process: _client(scheme, spec.budget))
         try:
@@ -125,14 +128,17 @@ class RemoteFolder:
     def bring(self, name: str, arrival: Arrival, deadline: float = math.inf) -> None:
         """Bring a file; ``arrival`` ends shorter or at its full size where the file does.
 
-        Within ``data.fetch.budget``, and before ``deadline`` on the monotonic clock.
+        Within ``data.fetch.budget``, and before ``deadline`` on the monotonic clock. A service to
+        which no connection was ever made is given up after :data:`SECONDS_TO_BE_HEARD`: without a
+        network nobody is to wait for one.
 
         Raises:
             FileNotFoundError: the service says that there is no such file.
             OutsideError: refused, or not brought within retries and budget.
         """
         url = self.name_of(name)
-        deadline = min(deadline, time.monotonic() + self._spec.budget)
+        began = time.monotonic()
+        deadline = min(deadline, began + self._spec.budget)
         failures = furthest = 0
         while True:
             try:
@@ -142,6 +148,9 @@ class RemoteFolder:
             reason, status = reason_of(error), status_of(error)
             if isinstance(error, FileNotFoundError) or status == NOT_THERE:
                 raise FileNotFoundError(name)
+            self._reached |= not not_connected(error)
+            if not self._reached:
+                reason += "; is there a network?"
             if status == BEYOND_THE_END and arrival.arrived:
                 arrival.restart()
             elif not may_pass(error):
@@ -149,6 +158,8 @@ class RemoteFolder:
             failures = 1 if arrival.arrived > furthest else failures + 1
             furthest = max(furthest, arrival.arrived)
             pause = asked_to_wait(error) + self._pause(failures)
+            if not self._reached and time.monotonic() + pause > began + SECONDS_TO_BE_HEARD:
+                raise OutsideError(f"{url}: {reason}", url, "unreachable")
             if failures > self._spec.retries or pause >= deadline - time.monotonic():
                 spent = "retries" if failures > self._spec.retries else "budget"
                 raise OutsideError(
@@ -174,6 +185,7 @@ class RemoteFolder:
             if start != arrival.arrived:  # the service began at the start
                 arrival.restart()
             reading = partial(file.read, CHUNK)
+            self._reached = True
             while arrival.arrived <= arrival.size and (data := self._within(reading, deadline)):
                 arrival.write(data)
 
@@ -232,8 +244,7 @@ def _checked(url: str) -> str:
         raise _refusal(f"{shown}: names no host or bucket", "missing")
     if parts.query or parts.fragment or (parts.scheme != "hf" and "@" in parts.netloc):
         raise _refusal(
-            f"{shown}: without user, password or query string, please, which would end up in the "
-            "run folder; credentials come from the environment (AWS_*, HF_TOKEN) or ~/.netrc",
+            f"{shown}: {WITHOUT_SECRETS}",
             "secret",
         )
     return url.rstrip("/")

@@ -16,6 +16,7 @@ from cdpo.engine.basics.errors import (
     DataError,
     RecipeError,
     ShardError,
+    redact,
     told_by,
 )
 from cdpo.engine.sources.rows import load_file
@@ -59,6 +60,32 @@ def test_any_text_becomes_one_plain_line_of_bounded_length(text, times):
     assert is_plain(told) and 0 < len(told) <= MOST_TOLD
     message = str(DataError(f"{text * times}: damaged", "key", "kind"))
     assert is_plain(message) and len(message) <= MOST_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("at https://u:p@h/x?sig=1#f, sorry", "at https://h/x sorry"),
+        ("url='https://h/x?a=1'", "url='https://h/x'"),
+        ("s3://key:a/b+c@bucket/key", "s3://bucket/key"),
+        ("https://h:8080/a@b", "https://h:8080/a@b"),
+        ("hf://user:hush@datasets/a/b", "hf://datasets/a/b"),
+        ("hf://gpt2@main/x", "hf://gpt2@main/x"),
+        ("filecache::https://hush@h/x", "filecache::https://h/x"),
+        ("X-Amz-Signature=hush&a=b", "X-Amz-Signature=…&a=b"),
+        ("access_token=hush, sig=hush", "access_token=… sig=…"),
+        ("it was hf_" + "a1" * 15, "it was hf_…"),
+        ("Bearer of-the-environment", "Bearer …"),
+        (
+            "reward.tokenizer=a/b data.manifest_sha256=00",
+            "reward.tokenizer=a/b data.manifest_sha256=00",
+        ),
+        ("nothing", "nothing"),
+    ],
+)
+def test_secrets_are_cut_out_of_whatever_is_told(text, clean, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    assert redact(text) == clean == told_by(ValueError(text)) == str(DataError(text))
 
 
 def test_megabytes_are_cut_in_the_middle():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cdpo.engine.basics import files
-from cdpo.engine.basics.errors import CheckpointError, DataError
+from cdpo.engine.basics.errors import CheckpointError, DataError, OutsideError, RecipeError
 from cdpo.engine.basics.files import lfs_pointer, replacing
 from refusals import refused
 
@@ -36,11 +36,18 @@ def test_a_block_that_raises_leaves_the_old_file_alone(tmp_path, raised):
     assert [other.name for other in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("error", [DataError, CheckpointError])
-def test_a_full_disk_is_the_error_that_was_asked_for(tmp_path, fill_disk, error):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (DataError, DataError),
+        (CheckpointError, CheckpointError),
+        (RecipeError, OutsideError),  # the recipe is right
+    ],
+)
+def test_a_full_disk_is_the_error_that_was_asked_for(tmp_path, fill_disk, error, raised):
     fill_disk()
     path = tmp_path / "a.txt"
-    with refused(error, "unwritable", str(path)), replacing(path, error) as file:
+    with refused(raised, "unwritable", str(path)), replacing(path, error) as file:
         file.write(b"new")
     assert list(tmp_path.iterdir()) == []
 

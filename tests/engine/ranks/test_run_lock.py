@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-from cdpo.engine.basics.errors import RecipeError
+import pytest
+from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.ranks import run_lock
 from cdpo.engine.ranks.run_lock import RunLock, refuse_other_folder
 from refusals import refused
@@ -29,6 +30,19 @@ def test_it_ends_with_the_process(tmp_path):
     assert subprocess.run([sys.executable, "-c", take]).returncode == -9
     assert (tmp_path / ".lock").exists()
     RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.ENOSPC, OutsideError), (errno.EDQUOT, OutsideError), (errno.EROFS, RecipeError)],
+)
+def test_a_full_disk_is_no_mistake_in_the_recipe(tmp_path, monkeypatch, number, error):
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with refused(error, "unwritable", "run_dir"):
+        RunLock(tmp_path)
 
 
 def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch):

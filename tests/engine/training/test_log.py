@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cdpo.engine.basics.errors import DataError
 from cdpo.engine.comparing.runs import ComparedRun
 from cdpo.engine.objectives import Loss
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.log import MetricRing, MetricsFile, RunLog, both_errors_rise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 NUM_TIMESTEPS = 1000
 NAMES = ("winner_error", "loser_error", "margin", "accuracy")
@@ -198,6 +200,23 @@ def test_rewind_drops_a_torn_last_line(tmp_path: Path, torn: str):
     file.rewind(2)
     file.append(rows(3))
     assert file.read() == rows(1, 2, 3)
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\xff\xfe", b"[2]", b'{"loss": 1.5}', b""])
+def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path: Path, torn: bytes, tiny_recipe):
+    """By whoever reads it; but what a resume drops in any case may be as it likes."""
+    file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    file.path.parent.mkdir()
+    file.append(rows(1, 2, 3))
+    lines = file.path.read_bytes().split(b"\n")
+    file.path.write_bytes(b"\n".join([lines[0], torn, *lines[2:]]))
+    run = ComparedRun("tuned", tiny_recipe(), "")
+    for read in (file.read, run.facts, lambda: file.rewind(3)):
+        with refused(DataError, "damaged", str(file.path)) as told:
+            read()
+        assert "line 2 of 3" in str(told.value)
+    file.rewind(1)
+    assert file.read() == rows(1)
 
 
 # Winner and loser both rise

@@ -17,7 +17,7 @@ import pytest
 from cdpo.engine.basics.errors import EXIT_OUTSIDE, DataError, OutsideError, RecipeError
 from cdpo.engine.recipe import Fetch
 from cdpo.engine.shards.remote import fetch
-from cdpo.engine.shards.remote.faults import asked_to_wait, redact
+from cdpo.engine.shards.remote.faults import asked_to_wait
 from cdpo.engine.shards.remote.fetch import Arrival, RemoteFolder, bring_text, is_remote
 from fsspec.implementations.memory import MemoryFile
 from multidict import CIMultiDict
@@ -319,16 +319,3 @@ def test_other_services_go_through_fsspec(monkeypatch):
     assert starts[0] == 2048 >= starts[1] > 0
     with pytest.raises(FileNotFoundError):
         folder.bring("b.tar", arrival(10))
-
-
-@pytest.mark.parametrize(
-    ("text", "clean"),
-    [
-        ("at https://u:p@h/x?sig=1#f, sorry", "at https://h/x sorry"),
-        ("url='https://h/x?a=1'", "url='https://h/x'"),
-        ("s3://bucket/key", "s3://bucket/key"),
-        ("nothing", "nothing"),
-    ],
-)
-def test_redaction(text, clean):
-    assert redact(text) == clean
