@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .pairs import PAIR, equal_width_score_tiers, form_pairs, quantile_tiers
 DISAGREE, TOO_CLOSE, UNSCORED = "scores contradict the label", "scores too close", "without a score"
 SWAPPED, KEPT = "labels overruled by scores", "labels kept against scores"
 ONE_IMAGE, ALL_TIE = "only scored images of a caption", "images of captions that all tie"
+ONE_PICTURE = "winner and loser are one picture"
 MAX_OF_CAPTION = 4096  # pairs of n images take memory in n squared
 
 
@@ -40,6 +41,17 @@ class PairsMade:
         """How many there are of each of both."""
         both = {**self.lost, **self.remarks}
         return Counter({reason: len(rows) for reason, rows in both.items() if len(rows)})
+
+
+def without_equal(made: PairsMade, equal: np.ndarray, each: int) -> PairsMade:
+    """Pairs without those that are ``equal`` (P,) bool: a picture is not preferred to itself.
+    Records of ``each`` images that are in no other pair are lost.
+    """
+    pairs, gone = made.pairs[~equal], made.pairs[equal]
+    used = np.concatenate([pairs["winner"], pairs["loser"]]) // each
+    records = np.unique(np.concatenate([gone["winner"], gone["loser"]]) // each)
+    lost = {**made.lost, ONE_PICTURE: np.setdiff1d(records, used)}
+    return replace(made, pairs=pairs, lost=lost)
 
 
 def labelled_pairs(

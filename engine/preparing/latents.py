@@ -50,10 +50,19 @@ class Pixels:
         picture = self._cached(record)[place]
         return np.asarray(picture.image), (picture.original, picture.crop)
 
+    def digest(self, image: int) -> int:
+        """Of its pixels: equal pictures have equal ones."""
+        return digest_of(self.image(image)[0])
+
     def _load(self, record: int) -> tuple[Picture, ...]:
         part = part_of(self.parts, record)
         [loaded] = self.parts.load(part, [record - int(self.parts.starts[part])])
         return loaded.pictures
+
+
+def digest_of(pixels: np.ndarray) -> int:
+    """63 bits of the sha256 of pixels."""
+    return int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "big") >> 1
 
 
 def shard_images(kind: Kind, backbone: Backbone, images: Sequence[Image.Image], of: str) -> Tensor:
@@ -92,7 +101,7 @@ class Latents:
             "kind": kind,
             "source": parts.content,
             "resolution": f"{height}x{width}",
-            "layout": "2",
+            "layout": "3",
         }
         self.remarks: dict[int, Sequence[tuple[str, str]]] = {}
         """Of images that were read, by number: what there is to say, with a detail."""
@@ -132,10 +141,16 @@ class Latents:
     def image(self, image: int) -> tuple[np.ndarray, Framing]:
         """What the shards hold of an image, such as fp16 (C, h, w) of latents; its framing."""
         part = part_of(self.parts, image // self.parts.each)
-        file, images = self._opened(part)
+        file, images, _ = self._opened(part)
         row = int(np.searchsorted(images, image - self._first(part)))
         height, width, top, left = file.get_slice("framing")[row].tolist()
         return file.get_slice("latents")[row], ((height, width), (top, left))
+
+    def digest(self, image: int) -> int:
+        """Of its pixels: equal pictures have equal ones."""
+        part = part_of(self.parts, image // self.parts.each)
+        _, images, digests = self._opened(part)
+        return int(digests[np.searchsorted(images, image - self._first(part))])
 
     def _encode_part(
         self,
@@ -145,7 +160,7 @@ class Latents:
         batch_size: int,
         tolerance: Tolerance,
     ) -> None:
-        latents, framings, encoded = [], [], []
+        latents, framings, encoded, digests = [], [], [], []
         problems: dict[int, str] = {}
         remarks: dict[int, Sequence[tuple[str, str]]] = {}
         first = int(self.parts.starts[part])
@@ -166,11 +181,13 @@ class Latents:
             framings += [(*picture.original, *picture.crop) for picture in pictures]
             name = self.parts.describe(part)
             shown = [picture.image for picture in pictures]
+            digests += [digest_of(np.asarray(image)) for image in shown]
             latents.append(shard_images(self.kind, backbone, shown, name))
         tensors = {
             "latents": torch.cat(latents) if latents else torch.zeros(0),
             "framing": torch.tensor(framings, dtype=torch.int32).reshape(-1, 4),
             "images": torch.tensor(encoded, dtype=torch.int64),
+            "digests": torch.tensor(digests, dtype=torch.int64),
         }
         said = {"problems": problems, "remarks": remarks}
         metadata = self._metadata(images) | {name: json.dumps(what) for name, what in said.items()}
@@ -193,9 +210,9 @@ class Latents:
     def _first(self, part: int) -> int:
         return int(self.parts.starts[part]) * self.parts.each
 
-    def _open(self, part: int) -> tuple[Any, np.ndarray]:
+    def _open(self, part: int) -> tuple[Any, np.ndarray, np.ndarray]:
         file = safe_open(self._path(part), framework="np")
-        return file, file.get_tensor("images")
+        return file, file.get_tensor("images"), file.get_tensor("digests")
 
     def _metadata(self, images: np.ndarray) -> dict[str, str]:
         return self.made_of | {"images": hashlib.sha256(images.tobytes()).hexdigest()}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..basics.errors import DataError
+from ..curriculum.labelled import without_equal
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
 from ..models import Backbone, known_fingerprints, load_backbone
@@ -160,7 +162,7 @@ class Preparation:
                 "empty",
             )
         self._fill(ranked.made.pairs)  # too few for the lanes: said before hours of encoding
-        images, pairs = self._encode(backbone, made_by, ranked, tolerance)
+        images, ranked, pairs = self._encode(backbone, made_by, ranked, tolerance)
         fills = self._fill(pairs)
         written = pairs[np.concatenate([fill.written for fill in fills])]
         counts = self._name_left_out(Outcome(ranked, tolerance.problems, written, images.remarks))
@@ -207,17 +209,44 @@ class Preparation:
         made_by: Mapping[str, str],
         ranked: Ranked,
         tolerance: Tolerance,
-    ) -> tuple[Latents | Pixels, np.ndarray]:
-        """What the shards will hold of the pairs' images; those pairs whose images are readable."""
+    ) -> tuple[Latents | Pixels, Ranked, np.ndarray]:
+        """What the shards will hold of the pairs' images; without the pairs of equal pictures; and
+        those pairs whose images are readable.
+        """
         pairs, kind, parts = ranked.made.pairs, self.recipe.data.format, ranked.parts
         if kind == "raw" and self.is_sampled:
-            return Pixels(parts), pairs
+            pixels = Pixels(parts)
+            ranked = self._without_equal(ranked, pairs, pixels)
+            return pixels, ranked, ranked.made.pairs
         vae = f"{made_by['vae']} {made_by['vae_config']}"
         latents = Latents(self.run_dir / "latents", parts, vae, kind)
         wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
         batch_size = self.recipe.prepare.batch_size
         lost = latents.run(backbone, wanted, batch_size, self.ranks, tolerance, self.terminal)
-        return latents, pairs[~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))]
+        readable = ~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))
+        ranked = self._without_equal(ranked, pairs[readable], latents)
+        left = np.isin(ranked.made.pairs["id"], pairs[readable]["id"])
+        return latents, ranked, ranked.made.pairs[left]
+
+    def _without_equal(self, ranked: Ranked, pairs: np.ndarray, images: Latents | Pixels) -> Ranked:
+        """``pairs`` are those whose images can be looked at."""
+
+        def is_equal(number: int) -> bool:
+            pair = pairs[number]
+            return images.digest(int(pair["winner"])) == images.digest(int(pair["loser"]))
+
+        equal = np.array(self.ranks.divided(range(len(pairs)), is_equal), bool)
+        if not equal.any():
+            return ranked
+        parts, gone = ranked.parts, pairs[equal]
+        caption = parts.caption(int(gone[0]["winner"]) // parts.each)
+        if self.ranks.is_first:
+            self.terminal.warn(
+                f"{len(gone)} of {len(equal)} pairs are left out, whose winner and loser are one "
+                f"picture, e.g. of {caption[:60]!r}"
+            )
+        of_all = np.isin(ranked.made.pairs["id"], gone["id"])
+        return replace(ranked, made=without_equal(ranked.made, of_all, parts.each))
 
     def _tell(self, fills: list[TierShards], written: int, left_out: dict[str, int]) -> None:
         if self.source.rows is not None:

@@ -26,6 +26,9 @@ Buffer = bytes | memoryview
 DecodeImage = Callable[[Buffer, tuple[int, int]], np.ndarray]
 
 MAX_NPY_HEADER = 1024
+# Scaled latents of the VAEs that there are have a variance of about one, and 4 to 8 at the most in
+# single places; their moments are unscaled, up to some fifty, and log variances from -30 to 20.
+FARTHEST = 1000.0
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
     rb"'shape': \(([0-9, ]{0,64})\), \}[ ]*\n"
@@ -127,6 +130,7 @@ class ArrayContents:
             worst = float(np.abs(pair).max())
             reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
             raise ShardError(shard, reason, key, self.members[0], "non-finite")
+        self.check(half, shard, key)
         return [self.header + half.tobytes()]
 
     def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
@@ -146,6 +150,15 @@ class ArrayContents:
         if any(map(not_finite, pair)):
             reason = f"{self.name} hold NaN or infinity"
             raise ShardError(shard, reason, key, self.members[0], "non-finite")
+        bits = [half.view(np.int16) for half in pair]
+        for side, own in zip(("winner", "loser"), bits, strict=True):
+            if not own.any():
+                reason = f"the {self.name} of the {side} are all zero"
+                raise ShardError(shard, reason, key, self.members[0], "out-of-range")
+            if _beyond(own):
+                reason = f"the {self.name} of the {side} are no VAE's: beyond {FARTHEST:g}"
+                raise ShardError(shard, reason, key, self.members[0], "out-of-range")
+        refuse_equal(*bits, shard=shard, key=key, member=self.members[0])
 
     def _data_offset(self, data: Buffer, shard: str, key: str) -> int:
         """Where the array starts, after a version 1.0 header of float16 and the shape."""
@@ -188,6 +201,7 @@ class ImageContents:
         if pair.shape != self.shape or pair.dtype != self.dtype:
             reason = f"images are {pair.dtype} {pair.shape}, expected uint8 {self.shape}"
             raise ShardError(shard, reason, key, self.members[0], "mismatch")
+        self.check(pair, shard, key)
         return [encode_webp(image) for image in pair]
 
     def decode(self, files: Sequence[Buffer], shard: str, key: str) -> np.ndarray:
@@ -197,10 +211,13 @@ class ImageContents:
                 pair.append(self._decode_image(data, self.resolution))
             except ValueError as error:
                 raise ShardError(shard, told_by(error), key, member, "damaged") from None
-        return np.stack(pair)
+        both = np.stack(pair)
+        self.check(both, shard, key)
+        return both
 
     def check(self, pair: np.ndarray, shard: str, key: str) -> None:
-        """Any pixels are an image."""
+        """Any pixels are an image; but two are to be two."""
+        refuse_equal(*pair, shard=shard, key=key, member=self.members[0])
 
 
 def not_finite(half: np.ndarray) -> bool:
@@ -211,3 +228,21 @@ def not_finite(half: np.ndarray) -> bool:
     as unsigned, from 0xFC00 on.
     """
     return bool(half.view(np.int16).max() >= 0x7C00 or half.view(np.uint16).max() >= 0xFC00)
+
+
+_FARTHEST_BITS = int(np.float16(FARTHEST).view(np.int16))
+
+
+def _beyond(bits: np.ndarray) -> bool:
+    """Whether any finite float16, given by its bits as int16, is farther from 0 than FARTHEST."""
+    negative = bits.view(np.uint16).max()
+    return bool(bits.max() > _FARTHEST_BITS or negative > 0x8000 + _FARTHEST_BITS)
+
+
+def refuse_equal(
+    winner: np.ndarray, loser: np.ndarray, *, shard: str, key: str, member: str
+) -> None:
+    """ShardError where both are the same, bit for bit: nobody prefers an image to itself."""
+    if winner.flat[0] == loser.flat[0] and np.array_equal(winner, loser):
+        reason = "winner and loser are the same"
+        raise ShardError(shard, reason, key, member, "no-preference")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..basics.errors import ShardError
 from .contents import Contents
@@ -40,6 +40,20 @@ class PairMeta(BaseModel):
     """Height and width of each image before it was resized and cropped."""
     crop: tuple[Corner, Corner]
     """Top and left of each crop."""
+
+    @model_validator(mode="after")
+    def _is_a_preference(self) -> PairMeta:
+        """The winner is another image, ranked above the loser, with a higher score; with a lower
+        one only as the first of two, where a label is kept against the scores.
+        """
+        if self.images[0] == self.images[1]:
+            raise ValueError(f"winner and loser are one image, {self.images[0][:80]}")
+        if self.ranks[0] >= self.ranks[1]:
+            raise ValueError(f"the winner's rank {self.ranks[0]} is not above {self.ranks[1]}")
+        ours, theirs = self.scores
+        if ours == theirs or (ours < theirs and self.ranks != (1, 2)):
+            raise ValueError(f"the winner's score {ours:g} is not above the loser's {theirs:g}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from cdpo.engine.basics.errors import DataError
 from cdpo.engine.display.contact_sheet import ContactRow
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.preparing import imported, latents, preparation
 from cdpo.engine.preparing.imported import NOT_TAKEN
 from cdpo.engine.recipe import Recipe
@@ -202,6 +203,26 @@ def test_scores_that_come_with_the_data_need_no_reward(tiny_recipe, ranks, tmp_p
             assert list(pair.images) == [by_score[score] for score in pair.scores]
     assert len(drawn) == recipe.prepare.contact_sheet_prompts > 0
     assert is_finished(recipe, ranks)
+
+
+def test_a_picture_is_not_preferred_to_itself(tiny_recipe, ranks, tmp_path, capsys):
+    """Two rows of a caption with one picture, whose scores differ: the pair of both goes."""
+    path = preferences.write_ranked(tmp_path / "ranked.parquet", captions=2)
+    knobs = (*RANKED, f"prepare.source.path={path}", "data.pairs_per_shard=1")
+
+    def scores_of(run: str) -> set[tuple[str, tuple[float, float]]]:
+        shards = prepare(tiny_recipe(*knobs, run=run), ranks, Terminal())
+        return {(meta.prompt, meta.scores) for meta, _ in pairs_of(shards)}
+
+    expected = scores_of("whole")
+    rows = pq.read_table(path).to_pylist()
+    first, other = rows[0], rows[4]
+    assert first["caption"] == other["caption"]
+    other["image"] = first["image"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    gone = (first["caption"], tuple(sorted((first["score"], other["score"]), reverse=True)))
+    assert expected - scores_of("run") == {gone}
+    assert f"1 of {len(expected)} pairs" in " ".join(capsys.readouterr().err.split())
 
 
 def test_images_are_ranked_under_every_spelling_of_their_caption(tiny_recipe, ranks, tmp_path):

@@ -189,3 +189,13 @@ def test_noise_fits_the_bound_on_files():
         data = encode_webp(noise)
         assert len(data) <= ImageContents(size).max_bytes
         assert np.array_equal(decode_webp(data, size), noise)
+
+
+@pytest.mark.parametrize("kind", ["raw", "latents", "moments"])
+def test_what_is_the_same_twice_is_no_pair(kind):
+    contents = contents_of(kind, (4, 2, 2), (16, 16))
+    pair = np.ones(contents.shape, contents.dtype)
+    with refused(ShardError, "no-preference"):
+        contents.encode(pair, "x.tar", "0123")
+    pair[1].flat[-1] = 2
+    assert contents.encode(pair, "x.tar", "0123")

@@ -13,7 +13,7 @@ def npy_header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
-DATA = np.zeros(32, dtype="<f2").tobytes()
+DATA = np.arange(1, 33).astype("<f2").tobytes()
 GOOD_HEADER = "{'descr': '<f2', 'fortran_order': False, 'shape': (2, 4, 2, 2), }"
 
 
@@ -43,9 +43,30 @@ def test_latents_that_lie(refuse, good, small, data, kind):
     refuse(small.tar(changed(good, 3, data)), kind, key, "latents.npy")
 
 
-def test_the_largest_float16_is_finite(read_bytes, good, small):
-    data = npy_header(GOOD_HEADER) + np.full(32, -65504, dtype="<f2").tobytes()
-    assert read_bytes(small.tar(changed(good, 3, data)))[1].images.min() == -65504
+def sides(winner: object, loser: object) -> bytes:
+    halves = [np.resize(np.asarray(side, "<f2"), 16) for side in (winner, loser)]
+    return npy_header(GOOD_HEADER) + np.concatenate(halves).tobytes()
+
+
+def test_latents_as_far_as_any_vae_gives_them_are_read(read_bytes, good, small):
+    data = sides(-1000, [1000, 0])
+    assert read_bytes(small.tar(changed(good, 3, data)))[1].images.min() == -1000
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser", "kind"),
+    [
+        ([1, 2, 3], [1, 2, 3], "no-preference"),
+        ([1, 2, 3], 0, "out-of-range"),
+        (0, [1, 2, 3], "out-of-range"),
+        ([0.5, 1001], 1, "out-of-range"),
+        (1, [0.5, -1001], "out-of-range"),
+        (1, -65504, "out-of-range"),
+    ],
+)
+def test_latents_of_no_two_images(refuse, good, small, winner, loser, kind):
+    key = good[3][0].split(".")[0]
+    refuse(small.tar(changed(good, 3, sides(winner, loser))), kind, key, "latents.npy")
 
 
 def test_members_too_large_for_what_they_are(refuse, good, small):
@@ -65,6 +86,11 @@ def test_members_too_large_for_what_they_are(refuse, good, small):
         (lambda m: m.update(pair_id=5), "mismatch"),
         (lambda m: m.update(pair_id=2**63), "damaged"),
         (lambda m: m.update(scores=[1, float("nan")]), "damaged"),
+        (lambda m: m.update(images=["a", "a"]), "damaged"),
+        (lambda m: m.update(ranks=[2, 1]), "damaged"),
+        (lambda m: m.update(ranks=[1, 1]), "damaged"),
+        (lambda m: m.update(scores=[0.5, 0.5]), "damaged"),
+        (lambda m: m.update(scores=[0.25, 0.75], ranks=[2, 5]), "damaged"),
         (lambda m: m.update(prompt="x" * 20_000), "damaged"),
         (lambda m: m.update(crop=[[0, 0]]), "damaged"),
         *((data, "damaged") for data in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 60_000)),
