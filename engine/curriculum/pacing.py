@@ -7,7 +7,7 @@ is looked up anew for every batch, by the step that will use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..recipe import Curriculum
@@ -63,6 +63,13 @@ class Pacing:
     def unreached(self) -> tuple[Stage, ...]:
         """Stages that ``total_steps`` is too small for: worth a warning before the run starts."""
         return tuple(stage for stage in self.stages if stage.num_steps == 0)
+
+    def crowded(self, pairs_by_tier: Mapping[int, int], batch: int) -> dict[Stage, int]:
+        """The stages that a run comes to whose pairs are fewer than a ``batch``, so that some come
+        up in it twice; with the number of their pairs.
+        """
+        pairs = {s: sum(pairs_by_tier.get(t, 0) for t in s.tiers) for s in self.stages}
+        return {s: count for s, count in pairs.items() if s.num_steps and count < batch}
 
     def stage_at(self, step: int) -> Stage:
         """The stage that optimiser step ``step`` (from 0) trains on."""

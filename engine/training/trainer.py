@@ -7,6 +7,7 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -205,10 +206,23 @@ class Trainer:
         if self.shards is not None:
             manifest = self.manifest
             rows.append(("pairs", f"{manifest.num_pairs} in {manifest.tiers} tiers; {stages}"))
+            rows += [("note", text) for text in self._repeats()]
         if self.pacing.unreached:
             never = ", ".join(str(stage.index + 1) for stage in self.pacing.unreached)
             rows.append(("note", f"stages {never} never open: train.steps ends before them"))
         return [*rows, *self.growth.describe()]
+
+    def _repeats(self) -> Iterator[str]:
+        """Of stages whose pairs do not fill a batch."""
+        by_tier: Counter[int] = Counter()
+        for entry in self.manifest.shards:
+            by_tier[entry.tier] += entry.count
+        batch = self.recipe.train.global_batch
+        for stage, pairs in self.pacing.crowded(by_tier, batch).items():
+            yield (
+                f"stage {stage.index + 1} has {pairs} pairs for train.global_batch={batch}: some "
+                "come up in a batch twice"
+            )
 
     # The run
 

@@ -44,6 +44,14 @@ def test_a_short_run_names_the_tiers_it_never_reaches():
     assert [stage.index for stage in short.unreached] == [2]
 
 
+def test_stages_whose_pairs_do_not_fill_a_batch_are_named():
+    found = pacing().crowded({1: 10, 2: 20, 3: 100}, batch=32)
+    assert {stage.tiers: pairs for stage, pairs in found.items()} == {(1,): 10, (1, 2): 30}
+    assert pacing().crowded({1: 10, 2: 20, 3: 100}, batch=10) == {}
+    one_at_a_time = pacing(total=15, cumulative=False).crowded({1: 40, 2: 20, 3: 10}, batch=32)
+    assert [stage.index for stage in one_at_a_time] == [1]  # the last is never reached
+
+
 @given(
     st.integers(1, 7),
     st.integers(1, 12),
