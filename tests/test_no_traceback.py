@@ -148,6 +148,7 @@ CHOSEN = [
     ("exported.json", "ENOSPC", "train", True),
     *(("shards", "ENOSPC", "prepare", True), ("contact_sheet.png", "swap", "prepare", True)),
     *(("shards/tier-#-#.tar", "torn", "train", True), ("lora", "absent", "compare", False)),
+    ("lora", "empty", "compare", True),
     *(
         *(("compare/base", "swap", "compare", True), ("metrics.jsonl", "EACCES", "train", True)),
         ("compare/results.json", "EROFS", "compare", True),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..basics.errors import DataError, RecipeError
+from ..basics.errors import DataError, RecipeError, told_by
 from ..models import Backbone, known_fingerprints, load_backbone
 from ..models.fingerprints import changed_parts, named
 from ..recipe import Model, Recipe
@@ -185,10 +185,16 @@ def _shown(value: object) -> str:
 def load_tuned(recipe: Recipe, backbone: Backbone) -> None:
     """Put what a finished run exported into a fresh backbone, as any user of it would."""
     folder = tuned_folder(recipe)
-    if folder.name == FOLDERS["merged"]:
-        backbone.load_denoiser(folder)
-    else:
-        backbone.load_adapter(folder)
+    is_merged = folder.name == FOLDERS["merged"]
+    try:
+        (backbone.load_denoiser if is_merged else backbone.load_adapter)(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the tuned weights in {folder} cannot be read: {told_by(error)}; remove the folder, "
+            "and train writes it again",
+            str(folder),
+            "unreadable",
+        ) from None
 
 
 def tuned_folder(recipe: Recipe) -> Path:
