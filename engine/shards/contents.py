@@ -126,7 +126,7 @@ class ArrayContents:
             raise ShardError(shard, reason, key, self.members[0], "mismatch")
         with np.errstate(over="ignore"):
             half = np.ascontiguousarray(pair, dtype=self.dtype)
-        if not_finite(half):
+        if not np.isfinite(half).all():
             worst = float(np.abs(pair).max())
             reason = f"{self.name} do not fit float16 (|x| up to {worst:g})"
             raise ShardError(shard, reason, key, self.members[0], "non-finite")
@@ -147,18 +147,12 @@ class ArrayContents:
         return pair
 
     def check(self, pair: np.ndarray, shard: str, key: str) -> None:
-        if any(map(not_finite, pair)):
-            reason = f"{self.name} hold NaN or infinity"
-            raise ShardError(shard, reason, key, self.members[0], "non-finite")
-        bits = [half.view(np.int16) for half in pair]
-        for side, own in zip(("winner", "loser"), bits, strict=True):
-            if not own.any():
-                reason = f"the {self.name} of the {side} are all zero"
-                raise ShardError(shard, reason, key, self.members[0], "out-of-range")
-            if _beyond(own):
-                reason = f"the {self.name} of the {side} are no VAE's: beyond {FARTHEST:g}"
-                raise ShardError(shard, reason, key, self.members[0], "out-of-range")
-        refuse_equal(*bits, shard=shard, key=key, member=self.members[0])
+        for side, half in zip(("winner", "loser"), pair, strict=True):
+            if flaw := flaw_of(half):
+                kind, reason = flaw
+                reason = f"{self.name} of the {side} {reason}"
+                raise ShardError(shard, reason, key, self.members[0], kind)
+        refuse_equal(*pair, shard=shard, key=key, member=self.members[0])
 
     def _data_offset(self, data: Buffer, shard: str, key: str) -> int:
         """Where the array starts, after a version 1.0 header of float16 and the shape."""
@@ -220,29 +214,30 @@ class ImageContents:
         refuse_equal(*pair, shard=shard, key=key, member=self.members[0])
 
 
-def not_finite(half: np.ndarray) -> bool:
-    """Whether any float16 is NaN or infinite: numpy's isfinite converts float16 in software and
-    costs more than reading the sample.
+def flaw_of(half: np.ndarray) -> tuple[str, str] | None:
+    """Kind of error and reason where float16, contiguous, are those of no image.
 
-    By their bits: positive ones are the largest as signed integers, from 0x7C00 on, negative ones
-    as unsigned, from 0xFC00 on.
+    By their bits, for numpy's isfinite converts float16 in software and costs more than reading the
+    sample: positive ones rise as signed integers, infinity is 0x7C00; negative ones, which are
+    negative as such, as unsigned, from 0x8000, which is -0, to infinity at 0xFC00.
     """
-    return bool(half.view(np.int16).max() >= 0x7C00 or half.view(np.uint16).max() >= 0xFC00)
+    positive, negative = int(half.view(np.int16).max()), int(half.view(np.uint16).max()) - 0x8000
+    if positive >= 0x7C00 or negative >= 0x7C00:
+        return "non-finite", "hold NaN or infinity"
+    if positive > _FARTHEST_BITS or negative > _FARTHEST_BITS:
+        return "out-of-range", f"are no VAE's: beyond {FARTHEST:g}"
+    if positive <= 0 and negative <= 0:
+        return "out-of-range", "are all zero"
+    return None
 
 
 _FARTHEST_BITS = int(np.float16(FARTHEST).view(np.int16))
 
 
-def _beyond(bits: np.ndarray) -> bool:
-    """Whether any finite float16, given by its bits as int16, is farther from 0 than FARTHEST."""
-    negative = bits.view(np.uint16).max()
-    return bool(bits.max() > _FARTHEST_BITS or negative > 0x8000 + _FARTHEST_BITS)
-
-
 def refuse_equal(
     winner: np.ndarray, loser: np.ndarray, *, shard: str, key: str, member: str
 ) -> None:
-    """ShardError where both are the same, bit for bit: nobody prefers an image to itself."""
+    """ShardError where both are the same: nobody prefers an image to itself."""
     if winner.flat[0] == loser.flat[0] and np.array_equal(winner, loser):
         reason = "winner and loser are the same"
         raise ShardError(shard, reason, key, member, "no-preference")

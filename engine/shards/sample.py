@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..basics.errors import ShardError
 from .contents import Contents
@@ -40,20 +40,6 @@ class PairMeta(BaseModel):
     """Height and width of each image before it was resized and cropped."""
     crop: tuple[Corner, Corner]
     """Top and left of each crop."""
-
-    @model_validator(mode="after")
-    def _is_a_preference(self) -> PairMeta:
-        """The winner is another image, ranked above the loser, with a higher score; with a lower
-        one only as the first of two, where a label is kept against the scores.
-        """
-        if self.images[0] == self.images[1]:
-            raise ValueError(f"winner and loser are one image, {self.images[0][:80]}")
-        if self.ranks[0] >= self.ranks[1]:
-            raise ValueError(f"the winner's rank {self.ranks[0]} is not above {self.ranks[1]}")
-        ours, theirs = self.scores
-        if ours == theirs or (ours < theirs and self.ranks != (1, 2)):
-            raise ValueError(f"the winner's score {ours:g} is not above the loser's {theirs:g}")
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +76,10 @@ def encode_sample(
     meta: PairMeta, images: np.ndarray, contents: Contents, shard: str
 ) -> dict[str, bytes]:
     """The members of a sample as bytes; ``images`` (2, ...) as ``contents`` takes them, which
-    raises ShardError for what it cannot hold.
+    raises ShardError for what it cannot hold; so does a record that states no preference.
     """
     key = sample_key(meta.pair_id)
+    refuse_no_preference(meta, shard, key)
     files = contents.encode(images, shard, key)
     text = json.dumps(meta.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode()
     if len(text) > MAX_META_BYTES:
@@ -111,4 +98,21 @@ def decode_meta(data: bytes, shard: str, key: str) -> PairMeta:
     if sample_key(meta.pair_id) != key:
         reason = f"pair_id {meta.pair_id} is not that of its key"
         raise ShardError(shard, reason, key, META, "mismatch")
+    refuse_no_preference(meta, shard, key)
     return meta
+
+
+def refuse_no_preference(meta: PairMeta, shard: str, key: str) -> None:
+    """ShardError unless the winner is another image, ranked above the loser, with a higher score;
+    with a lower one only as the first of two, where a label is kept against the scores.
+    """
+    (winner, loser), (ours, theirs), ranks = meta.images, meta.scores, meta.ranks
+    if winner == loser:
+        reason = f"winner and loser are one image, {winner[:80]}"
+    elif ranks[0] >= ranks[1]:
+        reason = f"the winner's rank {ranks[0]} is not above the loser's {ranks[1]}"
+    elif ours == theirs or (ours < theirs and ranks != (1, 2)):
+        reason = f"the winner's score {ours:g} is not above the loser's {theirs:g}"
+    else:
+        return
+    raise ShardError(shard, reason, key, META, "no-preference")

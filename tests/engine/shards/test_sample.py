@@ -1,7 +1,11 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+from cdpo.engine.basics.errors import ShardError
+from cdpo.engine.shards.writer import write_shard
+from refusals import refused
 
 
 def changed(good, position, data):
@@ -57,7 +61,9 @@ def test_latents_as_far_as_any_vae_gives_them_are_read(read_bytes, good, small):
     ("winner", "loser", "kind"),
     [
         ([1, 2, 3], [1, 2, 3], "no-preference"),
+        ([0, 1], [-0.0, 1], "no-preference"),
         ([1, 2, 3], 0, "out-of-range"),
+        ([1, 2, 3], [0, -0.0], "out-of-range"),
         (0, [1, 2, 3], "out-of-range"),
         ([0.5, 1001], 1, "out-of-range"),
         (1, [0.5, -1001], "out-of-range"),
@@ -76,6 +82,29 @@ def test_members_too_large_for_what_they_are(refuse, good, small):
     refuse(small.tar(changed(good, 2, b" " * 70_000)), "too-large", key, "json")
 
 
+NO_PREFERENCE = [
+    {"images": ("a", "a")},
+    {"ranks": (2, 1)},
+    {"ranks": (1, 1)},
+    {"scores": (0.5, 0.5)},
+    {"scores": (0.25, 0.75), "ranks": (2, 5)},
+]
+
+
+@pytest.mark.parametrize("change", NO_PREFERENCE)
+def test_what_is_no_preference_is_not_written(small, tmp_path, change):
+    meta = small.meta(1, 0).model_copy(update=change)
+    with refused(ShardError, "no-preference") as told:
+        write_shard(tmp_path / "x.tar", [(meta, small.latents(meta))], small.CONTENTS)
+    assert (told.value.key, told.value.member) == (f"{meta.pair_id:016x}", "json")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_label_kept_against_the_scores_is_a_preference(small, tmp_path):
+    meta = small.meta(1, 0).model_copy(update={"scores": (0.25, 0.75)})
+    assert write_shard(tmp_path / "x.tar", [(meta, small.latents(meta))], small.CONTENTS)
+
+
 @pytest.mark.parametrize(
     ("record", "kind"),
     [
@@ -86,11 +115,7 @@ def test_members_too_large_for_what_they_are(refuse, good, small):
         (lambda m: m.update(pair_id=5), "mismatch"),
         (lambda m: m.update(pair_id=2**63), "damaged"),
         (lambda m: m.update(scores=[1, float("nan")]), "damaged"),
-        (lambda m: m.update(images=["a", "a"]), "damaged"),
-        (lambda m: m.update(ranks=[2, 1]), "damaged"),
-        (lambda m: m.update(ranks=[1, 1]), "damaged"),
-        (lambda m: m.update(scores=[0.5, 0.5]), "damaged"),
-        (lambda m: m.update(scores=[0.25, 0.75], ranks=[2, 5]), "damaged"),
+        *((partial(dict.update, **change), "no-preference") for change in NO_PREFERENCE),
         (lambda m: m.update(prompt="x" * 20_000), "damaged"),
         (lambda m: m.update(crop=[[0, 0]]), "damaged"),
         *((data, "damaged") for data in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 60_000)),

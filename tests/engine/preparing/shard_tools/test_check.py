@@ -56,7 +56,10 @@ def test_everything_that_is_wrong_is_listed(folder, capsys):
     assert code == 3
     lines = [line.removeprefix("error: ") for line in err.splitlines()]
     assert re.fullmatch(rf"shard {nan}: sha256 .* is not the manifest's .*", lines[0])
-    assert lines[1] == f"shard {nan}, key {key}, member latents.npy: latents hold NaN or infinity"
+    of_nan = (
+        f"shard {nan}, key {key}, member latents.npy: latents of the winner hold NaN or infinity"
+    )
+    assert lines[1] == of_nan
     assert lines[2].startswith(f"shard {header}: sha256 ")
     assert lines[3] == f"shard {header}: header at byte 0 does not match its checksum"
     assert lines[4].startswith(f"shard {cut}: truncated: ")
