@@ -15,8 +15,10 @@ from .left_out import LeftOut
 from .rows import Row
 
 TIE, UNLABELLED, CONTRADICTORY = "ties", "without a label", "label contradicts best_image"
+MAX_ID = 256  # characters
 _WORDS = {"": False, "false": False, "0": False, "0.0": False, "nan": False}
 _WORDS |= {"true": True, "1": True, "1.0": True}
+ONE_IMAGE = "winner and loser have one id or path"
 NO_CAPTION, HELD_OUT = f"no caption of 1 to {MAX_PROMPT_CHARACTERS} characters", "held-out prompt"
 
 
@@ -82,15 +84,19 @@ class RecordMaker:
             winner = HELD_OUT
         elif self.label:
             winner = self._winner(row, where)
+        names = self._names(row)
+        if isinstance(winner, int) and len(set(names)) < len(names):
+            winner = ONE_IMAGE
         if isinstance(winner, str):
             left_out.leave_out(file, row.where, winner, self._column(winner), caption)
             return None
         assert winner is not None
-        return Record(row, caption, winner, self._names(row), self._scores(row, where))
+        return Record(row, caption, winner, names, self._scores(row, where))
 
     def _column(self, reason: str) -> str:
         """The column that a row is left out for."""
         named = {TIE: self.label, UNLABELLED: self.judged or self.label, CONTRADICTORY: self.best}
+        named[ONE_IMAGE] = ", ".join(self.ids or ())
         return named.get(reason, self.spec.caption) or ""
 
     def _winner(self, row: Row, where: str) -> int | str:
@@ -119,8 +125,12 @@ class RecordMaker:
 
     def _names(self, row: Row) -> tuple[str, ...]:
         if self.ids and all(row.values[name] for name in self.ids):
-            names = (str(row.values[name])[:256] for name in self.ids)
-            return tuple(name.encode(errors="replace").decode() for name in names)
+            ids = [str(row.values[name]) for name in self.ids]
+            names = tuple(name[:MAX_ID].encode(errors="replace").decode() for name in ids)
+            if len(set(names)) == len(
+                set(ids)
+            ):  # else they differ in what a record has no room for
+                return names
         return row.paths if all(row.paths) else ()
 
     def _scores(self, row: Row, where: str) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from cdpo.engine.sources.records import (
     CONTRADICTORY,
     HELD_OUT,
     NO_CAPTION,
+    ONE_IMAGE,
     TIE,
     UNLABELLED,
     Record,
@@ -56,6 +57,9 @@ def test_a_label_says_how_the_first_image_did(label, winner):
         ({"has_label": "False", "label_0": "0"}, UNLABELLED),
         ({"has_label": None}, UNLABELLED),
         ({"label_0": 1, "best_image_uid": "b"}, CONTRADICTORY),
+        ({"image_0_uid": "b"}, ONE_IMAGE),
+        ({"image_0_uid": 7, "image_1_uid": "7"}, ONE_IMAGE),
+        ({"image_0_uid": "b", "label_0": 0.5}, TIE),
         ({"caption": "A\u00a0dog."}, HELD_OUT),
         ({"caption": "\u200b"}, NO_CAPTION),
         ({"caption": ""}, NO_CAPTION),
@@ -123,6 +127,21 @@ def test_scores_of_which_the_lower_one_is_better():
     values = {"caption": "x", "rank_a": 1, "rank_b": "3"}
     record = maker.make(Row(0, 0, values, tuple(names)), "", "", LeftOut())
     assert record is not None and record.scores == (-1, -3)
+
+
+def test_ids_that_a_record_has_no_room_for_still_name_two_images():
+    """Of 300 characters, the last of which differs: the places in the data name them then."""
+    long = {"image_0_uid": "u" * 300 + "0", "image_1_uid": "u" * 300 + "1"}
+    record = make(paired(), **long)
+    assert record is not None and record.names == ()
+    record = make(paired(), **long | {"image_0_uid": "v" * 300})
+    assert record is not None and record.names == ("v" * 256, "u" * 256)
+
+
+def test_one_path_on_both_sides_is_no_preference():
+    maker, left_out = RecordMaker(Paired(path="p", label=None), ["caption"], ()), LeftOut()
+    assert maker.make(Row(0, 0, {"caption": "x"}, ("a.png",) * 2), "", "", left_out) is None
+    assert left_out.counts == {ONE_IMAGE: 1}
 
 
 def test_given_scores():
