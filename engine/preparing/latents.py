@@ -25,7 +25,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone
 from ..models.autoencoder import pixels_of
 from ..ranks import Ranks
-from ..shards.contents import Kind
+from ..shards.contents import Kind, flaw_of
 from ..sources.pictures import Picture, Size, Tolerance
 from .parts import Parts, do_missing, part_of
 from .scores import batches
@@ -50,9 +50,9 @@ class Pixels:
         picture = self._cached(record)[place]
         return np.asarray(picture.image), (picture.original, picture.crop)
 
-    def digest(self, image: int) -> int:
+    def digests(self, image: int) -> tuple[int, ...]:
         """Of its pixels: equal pictures have equal ones."""
-        return digest_of(self.image(image)[0])
+        return (digest_of(self.image(image)[0]),)
 
     def _load(self, record: int) -> tuple[Picture, ...]:
         part = part_of(self.parts, record)
@@ -60,16 +60,16 @@ class Pixels:
         return loaded.pictures
 
 
-def digest_of(pixels: np.ndarray) -> int:
-    """63 bits of the sha256 of pixels."""
-    return int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "big") >> 1
+def digest_of(values: np.ndarray) -> int:
+    """63 bits of the sha256 of pixels or latents, to which -0 is 0."""
+    return int.from_bytes(hashlib.sha256((values + 0).tobytes()).digest()[:8], "big") >> 1
 
 
 def shard_images(kind: Kind, backbone: Backbone, images: Sequence[Image.Image], of: str) -> Tensor:
     """What shards of a kind hold of N images, in host memory: latents (N, C, h, w) or moments
     (N, 2C, h, w) in fp16, or pixels (N, H, W, 3) uint8.
 
-    DataError, naming what they are ``of``, where fp16 cannot hold them.
+    DataError, naming what they are ``of``, where fp16 cannot hold them or they are of no image.
     """
     if kind == "raw":
         return pixels_of(images).permute(0, 2, 3, 1).contiguous()
@@ -85,6 +85,9 @@ def shard_images(kind: Kind, backbone: Backbone, images: Sequence[Image.Image], 
             "model.vae",
             "non-finite",
         )
+    for kind_of_flaw, reason in filter(None, map(flaw_of, half.numpy())):
+        told = f"{kind} of {of} {reason}: name the VAE of this model as model.vae"
+        raise DataError(told, "model.vae", kind_of_flaw)
     return half
 
 
@@ -101,7 +104,7 @@ class Latents:
             "kind": kind,
             "source": parts.content,
             "resolution": f"{height}x{width}",
-            "layout": "3",
+            "layout": "4",
         }
         self.remarks: dict[int, Sequence[tuple[str, str]]] = {}
         """Of images that were read, by number: what there is to say, with a detail."""
@@ -146,11 +149,13 @@ class Latents:
         height, width, top, left = file.get_slice("framing")[row].tolist()
         return file.get_slice("latents")[row], ((height, width), (top, left))
 
-    def digest(self, image: int) -> int:
-        """Of its pixels: equal pictures have equal ones."""
+    def digests(self, image: int) -> tuple[int, ...]:
+        """Of its pixels and of what the shards hold of it: two that are alike in either are one to
+        training, and equal pixels in other batches need not give equal latents.
+        """
         part = part_of(self.parts, image // self.parts.each)
         _, images, digests = self._opened(part)
-        return int(digests[np.searchsorted(images, image - self._first(part))])
+        return tuple(digests[np.searchsorted(images, image - self._first(part))].tolist())
 
     def _encode_part(
         self,
@@ -181,13 +186,16 @@ class Latents:
             framings += [(*picture.original, *picture.crop) for picture in pictures]
             name = self.parts.describe(part)
             shown = [picture.image for picture in pictures]
-            digests += [digest_of(np.asarray(image)) for image in shown]
             latents.append(shard_images(self.kind, backbone, shown, name))
+            digests += [
+                (digest_of(np.asarray(image)), digest_of(own))
+                for image, own in zip(shown, latents[-1].numpy(), strict=True)
+            ]
         tensors = {
             "latents": torch.cat(latents) if latents else torch.zeros(0),
             "framing": torch.tensor(framings, dtype=torch.int32).reshape(-1, 4),
             "images": torch.tensor(encoded, dtype=torch.int64),
-            "digests": torch.tensor(digests, dtype=torch.int64),
+            "digests": torch.tensor(digests, dtype=torch.int64).reshape(-1, 2),
         }
         said = {"problems": problems, "remarks": remarks}
         metadata = self._metadata(images) | {name: json.dumps(what) for name, what in said.items()}

@@ -142,3 +142,11 @@ def test_latents_that_half_precision_cannot_hold_are_refused(tmp_path, encode, b
         encode([0, 2])
     assert list((tmp_path / "latents").iterdir()) == []
     assert torch.isfinite(backbone.backbone.encode_images(pictures(0))).all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-9, 1e4])
+def test_latents_of_no_vae_are_refused_before_a_shard_is_written(encode, backbone, factor):
+    """A scaling factor that is none: 1e-9 of any latent is 0 or -0 in half precision."""
+    backbone.change = lambda latents: latents / latents.abs().max() * factor
+    with refused(DataError, "out-of-range", "model.vae"):
+        encode([0, 2])
