@@ -45,7 +45,8 @@ _NAMED = re.compile(
     r"=[^\s&'\"]+"
 )
 _TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_)\w{16,}")
-_OF_ENVIRONMENT = re.compile(r"(.*_)?(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)")
+_ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY", "ACCESS_KEY_ID")
+_OF_ENVIRONMENT = re.compile(rf"(.*_)?({'|'.join(_ENDINGS)})")
 _SHORTEST = 8  # characters of a variable's value that is looked for
 
 
@@ -74,11 +75,13 @@ def redact(text: str) -> str:
     Whatever a run says or writes of names and texts that are not its own goes through here; and a
     recipe in which there is something to cut out is refused.
     """
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and value in text and _OF_ENVIRONMENT.fullmatch(name):
-            text = text.replace(value, "…")
+    for name in os.environ:  # their values are decoded each time: only of those that may be secret
+        if name.endswith(_ENDINGS) and _OF_ENVIRONMENT.fullmatch(name):
+            value = os.environ[name]
+            text = text.replace(value, "…") if len(value) >= _SHORTEST else text
     text = _URL.sub(r"\1://\g<place>", text) if "://" in text else text
-    return _TOKEN.sub(r"\1…", _NAMED.sub(r"\1=…", text))
+    text = _NAMED.sub(r"\1=…", text) if "=" in text else text
+    return _TOKEN.sub(r"\1…", text)
 
 
 def plain(text: str, most: int = MOST_CHARACTERS) -> str:
