@@ -61,6 +61,14 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
+@pytest.fixture(autouse=True)
+def same_rounding() -> Iterator[None]:
+    """Sums round by the number of threads: no test changes it for those that follow."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads
+
+
 @pytest.fixture(scope="session")
 def of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all processes of this run of the tests."""

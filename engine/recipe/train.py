@@ -109,7 +109,8 @@ class Train(Section):
     """`auto`: Triton on CUDA, PyTorch elsewhere; on a CPU `triton` wants TRITON_INTERPRET=1."""
     threads: NonNegativeInt = 0
     """CPU threads a rank computes with; 0 divides the machine's cores among its ranks. Fix it
-    where float32 results should repeat to the last bit on other machines."""
+    where float32 results, those of `prepare` among them, should repeat to the last bit on other
+    machines or other numbers of ranks."""
     max_skipped: PositiveInt = 5
     """Stop after so many non-finite steps in a row."""
     log_every: PositiveInt = 10
