@@ -72,12 +72,7 @@ PLACES = (
     "checkpoints/step-#/deepspeed/zero_pp_rank_#_mp_rank_#_optim_states.pt",
     "checkpoints/step-#/lora/pytorch_lora_weights.safetensors",
     *("compare", "compare/base", "compare/base/#.tar", "compare/divergence"),
-    *(
-        "compare/divergence/#.safetensors",
-        "compare/left_out.csv",
-        "compare/made_of.json",
-        "compare/recipe.yaml",
-    ),
+    *("compare/divergence/#.safetensors", "compare/made_of.json", "compare/recipe.yaml"),
     *("compare/report.html", "compare/results.json", "compare/scores", "compare/scores/#"),
     *("compare/scores/#.safetensors", "compare/scores/#/#.scores", "compare/side_by_side.png"),
     *("compare/tuned", "compare/tuned/#.tar", "contact_sheet.png", "csv", "csv/train_loss.csv"),

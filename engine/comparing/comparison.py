@@ -130,8 +130,11 @@ class Comparison:
             write_comparison(
                 self.recipe, self.runs, measured, self.folder, self.ranks.device, self.terminal
             )
-            with naming(self.folder / NAME) as names:
-                names.copy(self.left_out.lines())
+            if self.left_out.counts:
+                with naming(self.folder / NAME) as names:
+                    names.copy(self.left_out.lines())
+            else:
+                (self.folder / NAME).unlink(missing_ok=True)
             made_of = {"inputs": self.inputs, "parts": self.made_by}
             with replacing(self.folder / MADE_OF) as file:
                 file.write(json.dumps(made_of, indent=1).encode())

@@ -16,11 +16,13 @@ WRITTEN = {
         scores.parquet shards/ shards/manifest.json source/
     """,
     "train": """
-        checkpoints/ checkpoints/latest csv/ ema/ exported.json lora/ merged/ metrics.jsonl
-        recipe.yaml samples/ tensorboard/
+        checkpoints/ checkpoints/latest csv/ ema/ evaluations/ evaluations.jsonl exported.json
+        kohya/ lora/ lora_with_lcm/ merged/ metrics.jsonl recipe.yaml samples/ starts.log
+        tensorboard/
     """,
     "compare": """
-        compare/ compare/base/ compare/divergence/ compare/made_of.json compare/recipe.yaml
+        compare/ compare/base/ compare/divergence/ compare/left_out.csv compare/made_of.json
+        compare/recipe.yaml
         compare/report.html compare/results.json compare/scores/ compare/side_by_side.png
     """,
 }
