@@ -10,6 +10,7 @@ An image pair with a NaN on either side counts for neither model; callers report
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,11 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+
+def or_null(value: float) -> float | None:
+    """A number as JSON has it, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

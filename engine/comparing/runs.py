@@ -61,10 +61,7 @@ class ComparedRun:
     @property
     def chosen(self) -> tuple[str | None, int | None]:
         """Who chose the step whose weights it exported, None where that is the last; which step."""
-        try:
-            exported = json.loads((self.folder / STAMP).read_bytes())
-        except (OSError, ValueError):
-            return None, None
+        exported = _exported(self.folder)
         return exported.get("chosen_by"), exported.get("step")
 
     def facts(self) -> RunFacts:

@@ -143,9 +143,7 @@ class Latents:
 
     def image(self, image: int) -> tuple[np.ndarray, Framing]:
         """What the shards hold of an image, such as fp16 (C, h, w) of latents; its framing."""
-        part = part_of(self.parts, image // self.parts.each)
-        file, images, _ = self._opened(part)
-        row = int(np.searchsorted(images, image - self._first(part)))
+        file, _, row = self._find(image)
         height, width, top, left = file.get_slice("framing")[row].tolist()
         return file.get_slice("latents")[row], ((height, width), (top, left))
 
@@ -153,9 +151,14 @@ class Latents:
         """Of its pixels and of what the shards hold of it: two that are alike in either are one to
         training, and equal pixels in other batches need not give equal latents.
         """
+        _, digests, row = self._find(image)
+        return tuple(digests[row].tolist())
+
+    def _find(self, image: int) -> tuple[Any, np.ndarray, int]:
+        """The file and the digests of an image's part, and its row in both."""
         part = part_of(self.parts, image // self.parts.each)
-        _, images, digests = self._opened(part)
-        return tuple(digests[np.searchsorted(images, image - self._first(part))].tolist())
+        file, images, digests = self._opened(part)
+        return file, digests, int(np.searchsorted(images, image - self._first(part)))
 
     def _encode_part(
         self,

@@ -97,9 +97,7 @@ def run_verb(
         _leave_for(_of_system(error, verb), terminal, peers)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
-    except MemoryError as error:
-        _leave_for(_out_of_memory(error), terminal, peers)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             _leave_for(_out_of_memory(error), terminal, peers)
         if not _is_of_a_collective(error):
@@ -175,7 +173,7 @@ def _leave_with_traceback(peers: Peers) -> NoReturn:
     leave(_told(EXIT_DEFECT, peers))
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def _is_of_a_collective(error: Exception) -> bool:
     """Gloo raises plain RuntimeErrors, which name its source files."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 

@@ -147,25 +147,24 @@ def read_prompts(spec: Prompts, seed: int, left_out: LeftOut | None = None) -> P
             key = f"prompts.{side}"
             sets["train"], sets[side] = _divided(sets["train"], split, key, stream, seed)
     sets = {side: prompts[: spec.limit] for side, prompts in sets.items()}
-    for one, other in combinations(sets, 2):
-        _refuse_shared(spec, one, sets[one], other, sets[other])
+    _refuse_shared(spec, sets)
     return PromptSets(**sets)
 
 
-def _refuse_shared(
-    spec: Prompts, one: str, known: Sequence[str], other: str, prompts: Sequence[str]
-) -> None:
-    there = {identity_of(prompt): prompt for prompt in known}
-    both = sorted(prompt for prompt in prompts if identity_of(prompt) in there)
-    if both:
-        first, same = both[0], there[identity_of(both[0])]
-        shown = repr(first) if first == same else f"{first!r}, there {same!r}"
-        raise DataError(
-            f"{_named(spec, other)} shares {len(both)} prompts with {_named(spec, one)}, e.g. "
-            f"{shown}: {WHY_APART[one, other]}",
-            f"prompts.{other}",
-            "duplicate",
-        )
+def _refuse_shared(spec: Prompts, sets: dict[str, list[str]]) -> None:
+    """DataError if two of the sets have a prompt in common, in whatever spelling."""
+    known = {side: {identity_of(prompt): prompt for prompt in own} for side, own in sets.items()}
+    for one, other in combinations(known, 2):
+        both = known[one].keys() & known[other].keys()
+        if both:
+            first, same = min((known[other][identity], known[one][identity]) for identity in both)
+            shown = repr(first) if first == same else f"{first!r}, there {same!r}"
+            raise DataError(
+                f"{_named(spec, other)} shares {len(both)} prompts with {_named(spec, one)}, e.g. "
+                f"{shown}: {WHY_APART[one, other]}",
+                f"prompts.{other}",
+                "duplicate",
+            )
 
 
 def _read(spec: Prompts, side: str, left_out: LeftOut) -> list[str]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..basics import keyed
 from ..basics.errors import NumericsError
-from ..basics.estimates import mean_estimate, paired_difference
+from ..basics.estimates import Estimate, mean_estimate, or_null, paired_difference
 from ..basics.failpoints import failpoint
 from ..basics.keyed import Stream, content_id
 from ..display.terminal import Terminal
@@ -161,7 +161,7 @@ class Evaluation:
             "divergence": float(measured["divergence"].mean()),
             "others": estimates,
             "seconds": round(seconds, 3),
-            "gains": [[_or_none(value) for value in own] for own in gains.tolist()],
+            "gains": [[or_null(value) for value in own] for own in gains.tolist()],
         }
 
     def _measure(self, policy: nn.Module) -> dict[str, NDArray[np.float64]] | None:
@@ -284,10 +284,5 @@ class Evaluation:
         return paired_difference(then, now, resamples, seed).high < 0
 
 
-def _finite(estimate: Any) -> tuple[float | None, float | None, float | None]:
-    return _or_none(estimate.mean), _or_none(estimate.low), _or_none(estimate.high)
-
-
-def _or_none(value: float) -> float | None:
-    """A number that JSON can hold."""
-    return value if np.isfinite(value) else None
+def _finite(estimate: Estimate) -> tuple[float | None, float | None, float | None]:
+    return or_null(estimate.mean), or_null(estimate.low), or_null(estimate.high)

@@ -7,7 +7,6 @@ is a cursor of integers (steps taken, batches skipped); everything else is a fun
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +32,7 @@ from ..recipe import Recipe
 from ..recipe.identity import save_resolved
 from ..shards.batch import PairBatch
 from ..shards.lanes import LanePlan
-from ..shards.manifest import Manifest, manifest_hash
+from ..shards.manifest import Manifest, manifest_hash, shards_by_tier
 from ..shards.reader import ShardReaders
 from ..shards.remote.store import open_store
 from ..shards.store import ShardStore
@@ -214,9 +213,8 @@ class Trainer:
 
     def _repeats(self) -> Iterator[str]:
         """Of stages whose pairs do not fill a batch."""
-        by_tier: Counter[int] = Counter()
-        for entry in self.manifest.shards:
-            by_tier[entry.tier] += entry.count
+        shards = shards_by_tier(self.manifest.shards)
+        by_tier = {tier: sum(entry.count for entry in own) for tier, own in shards.items()}
         batch = self.recipe.train.global_batch
         for stage, pairs in self.pacing.crowded(by_tier, batch).items():
             yield (
@@ -239,7 +237,7 @@ class Trainer:
         self._tell_changes()
         if cursor is not None:
             self.cursor = self.came_from = cursor
-            self.evaluation.start_after(cursor.step)
+        self.evaluation.start_after(self.cursor.step)
         return cursor is not None
 
     def _tell_changes(self) -> None:
@@ -289,9 +287,7 @@ class Trainer:
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml", self.checkpoints.changes)
             self.samples.start_after(self.cursor.step)
-        self.evaluation.start_after(self.cursor.step)
-        if self.evaluation.chooses_weights and self.evaluation.rows:
-            self.checkpoints.best = self.evaluation.best
+        self._keep_best()
         steps = self.recipe.train.steps
         label = "train" if self.cursor.step == 0 else "train (resumed)"
         progress = self.terminal.progress(label, steps, self.cursor.step, "steps")
@@ -461,8 +457,8 @@ class Trainer:
         if row is None:  # asked to stop: where pairs are fetched all ranks do
             return False
         self.log.tell_evaluation(row)
+        self._keep_best()
         if evaluation.chooses_weights and (step == evaluation.best or evaluation.is_over):
-            self.checkpoints.best = evaluation.best
             self._save()
         if evaluation.is_over:
             self.terminal.line(
@@ -470,6 +466,10 @@ class Trainer:
                 f"evaluations since step {evaluation.best}: the run ends, and that step is exported"
             )
         return True
+
+    def _keep_best(self) -> None:
+        if self.evaluation.chooses_weights and self.evaluation.rows:
+            self.checkpoints.best = self.evaluation.best
 
     @contextmanager
     def _drawing(self) -> Iterator[nn.Module]:

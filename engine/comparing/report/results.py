@@ -46,7 +46,6 @@ runs, win_rates, diversity and divergence.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...basics.estimates import Estimate
+from ...basics.estimates import Estimate, or_null
 from ...basics.files import replacing
 from .content import Diversity, PromptSet, ReportData, ScorerResult
 from .findings import findings
@@ -88,8 +87,8 @@ def results_dict(data: ReportData) -> dict[str, Any]:
                 "prompt": loss.prompt,
                 "prompt_set": loss.prompt_set,
                 "run": loss.run,
-                "base_score": _finite(loss.base_score),
-                "tuned_score": _finite(loss.tuned_score),
+                "base_score": or_null(loss.base_score),
+                "tuned_score": or_null(loss.tuned_score),
             }
             for loss in data.worst
         ],
@@ -169,12 +168,8 @@ def _diversity(diversity: Diversity | None) -> dict[str, Any] | None:
 
 
 def _table(scores: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[_finite(score) for score in row] for row in scores]
+    return [[or_null(score) for score in row] for row in scores]
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    return {name: _finite(getattr(estimate, name)) for name in ("mean", "low", "high")}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return {name: or_null(getattr(estimate, name)) for name in ("mean", "low", "high")}

@@ -37,6 +37,7 @@ from ...recipe import Recipe
 from ...recipe.identity import (
     CHANGEABLE,
     Change,
+    diff_identity,
     differences,
     recipe_hash,
     save_resolved,
@@ -261,8 +262,8 @@ class CheckpointStore:
         self.ranks.together(lambda: self._refuse_strangers(folder, manifest))
         return self._read(folder, manifest, read)
 
-    def load(self, step: int, read: Callable[[Path, int], object]) -> Path:
-        """The checkpoint of ``step``, read as :meth:`load_newest` does. CheckpointError if it is
+    def load(self, step: int, read: Callable[[Path, int], object]) -> None:
+        """Read the checkpoint of ``step`` as :meth:`load_newest` does. CheckpointError if it is
         gone, or not whole.
         """
         folder = self.folder_of(step)
@@ -276,7 +277,6 @@ class CheckpointStore:
                 "damaged",
             ) from None
         self._read(folder, manifest, read)
-        return folder
 
     def _read(
         self, folder: Path, manifest: dict[str, Any], read: Callable[[Path, int], object]
@@ -333,7 +333,7 @@ class CheckpointStore:
         found = differences(manifest["identity"], identity, by_name=by_name)
         refused = [key for key in found if key not in self.allowed]
         if refused:
-            lines = [f"{key}: checkpoint {found[key][0]}, recipe {found[key][1]}" for key in found]
+            lines = diff_identity(manifest["identity"], identity, by_name=by_name)
             remedy = "Restore these values, or give another run_dir"
             if all(map(CHANGEABLE.fullmatch, refused)):
                 options = " ".join(f"--allow-change {key}" for key in found)
