@@ -28,6 +28,7 @@ from cdpo.engine.recipe.reading import load_recipe
 from launching import CALM, ForkServer, World, losses, make_world, once
 from pictures import draw_picture
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
@@ -151,3 +152,20 @@ def plain(calm: Path) -> list[float]:
 def picture() -> Callable[..., Image.Image]:
     """Draws a picture of a size and a hue."""
     return draw_picture
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation: on a GPU each is a launch or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operations() -> Operations:
+    return Operations()

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from cdpo.engine.models import load_backbone
 from cdpo.engine.models.adapters import add_lora, twin_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import Conditioning, Draw
-from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective
+from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective, signal_weights
 from cdpo.engine.recipe import Adapter, Model, Objective
 from consistency_cases import clean_and_noise, scalings
 from torch import Tensor, nn
@@ -48,17 +48,24 @@ class Step:
         return build_objective(spec)(self.networks(), self.batch)
 
 
-def make(folder, prediction: str = "epsilon", perturb: float = 0.3, precision: str = "fp32"):  # type: ignore[no-untyped-def]
+def make(  # type: ignore[no-untyped-def]
+    folder,
+    prediction: str = "epsilon",
+    perturb: float = 0.3,
+    precision: str = "fp32",
+    spec: Objective = SPEC,
+):
+    """A step; what only a teacher needs is there if the objective asks one."""
     tiny.pipeline(prediction_type=prediction).save_pretrained(folder / "sd")
     tiny.lcm_unet().save_pretrained(folder / "lcm")
-    spec = Model(
+    model = Model(
         backbone="lcm",
         path=str(folder / "sd"),
         unet=str(folder / "lcm"),
         resolution=(16, 16),
         guidance_range=(1.0, 4.0),
     )
-    backbone = load_backbone(spec, CPU, precision)
+    backbone = load_backbone(model, CPU, precision)
     reference = twin_of(backbone.denoiser)
     policy = add_lora(backbone.denoiser, Adapter(rank=2, alpha=2.0), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -70,14 +77,15 @@ def make(folder, prediction: str = "epsilon", perturb: float = 0.3, precision: s
     draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
     noisy, target = backbone.noise.corrupt(latents, draw)
     prompts = ["red apple", "house", "tree"]
-    batch = TrainingBatch(
-        noisy,
-        target,
-        draw,
-        backbone.encode_prompts([*prompts, *prompts]),
-        unconditional=backbone.encode_prompts([""] * 6),
-    )
-    teacher = backbone.load_teacher()
+    batch = TrainingBatch(noisy, target, draw, backbone.encode_prompts([*prompts, *prompts]))
+    if spec.timestep_weighting == "signal":
+        levels = backbone.noise.at(torch.arange(1000))
+        weights = signal_weights(levels.alpha, levels.sigma)[draw.timesteps]
+        batch = replace(batch, weights=weights)
+    teacher = nn.Identity()
+    if spec.needs_teacher:
+        teacher = backbone.load_teacher()
+        batch = replace(batch, unconditional=backbone.encode_prompts([""] * 6))
     return Step(backbone, policy, reference, teacher, batch, latents, [])
 
 
@@ -88,7 +96,9 @@ def guidance_embedding(w: float, width: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)]))[None]
 
 
-def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, Tensor]:
+def recomputed(
+    step: Step, prediction: str, trained: str = "loss", spec: Objective = SPEC
+) -> dict[str, Tensor]:
     """METHOD, image by image, in float64: x_prev, target, both distances, logits, loss, and the
     mean distance of the winners; with the gradient of ``trained``, one of the last two.
     """
@@ -100,7 +110,7 @@ def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, 
         parameter.grad = None
     abar = step.backbone.pipeline.scheduler.alphas_cumprod.double()
     draw: Draw = step.batch.draw
-    assert draw.solver is not None and step.batch.unconditional is not None
+    assert draw.solver is not None
 
     def factors(t: int) -> tuple[Tensor, Tensor]:
         return abar[t].sqrt(), (1 - abar[t]).sqrt()
@@ -112,13 +122,11 @@ def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, 
         return c_skip * x + c_out * clean_and_noise(x, out, *factors(t), prediction)[0]
 
     found: dict[str, list[Tensor]] = {"x_prev": [], "target": [], "d_policy": [], "d_reference": []}
-    for row in range(2 * PAIRS):
-        pair = row % PAIRS
-        t = int(draw.timesteps[pair])
+
+    def taught(row: int, x: Tensor, t: int, w: float, text: Tensor) -> Tensor:
+        """The target that the teacher leads to."""
+        assert step.batch.unconditional is not None
         t_next = max(t - 20, 0)
-        w = float(draw.solver.guidance[pair])
-        x = step.batch.noisy[row : row + 1].double()
-        text = step.batch.conditioning.text[row : row + 1].double()
         empty = step.batch.unconditional.text[row : row + 1].double()
         told, untold = (
             clean_and_noise(
@@ -132,20 +140,35 @@ def recomputed(step: Step, prediction: str, trained: str = "loss") -> dict[str, 
         clean, noise = (a + w * (a - b) for a, b in zip(told, untold, strict=True))
         alpha, sigma = factors(t_next)
         x_prev = (alpha * clean + sigma * noise).detach()
-        target = consistency("reference", x_prev, t_next, w, text).detach()
+        found["x_prev"].append(x_prev)
+        return consistency("reference", x_prev, t_next, w, text).detach()
+
+    for row in range(2 * PAIRS):
+        pair = row % PAIRS
+        t, w = int(draw.timesteps[pair]), float(draw.solver.guidance[pair])
+        x = step.batch.noisy[row : row + 1].double()
+        text = step.batch.conditioning.text[row : row + 1].double()
+        image = spec.target == "image"
+        target = step.latents[row : row + 1].double() if image else taught(row, x, t, w, text)
 
         def distance(y: Tensor, target: Tensor = target) -> Tensor:
             return (((y - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
 
-        found["x_prev"].append(x_prev)
         found["target"].append(target)
         found["d_policy"].append(distance(consistency("policy", x, t, w, text)))
         found["d_reference"].append(distance(consistency("reference", x, t, w, text)).detach())
-    stacked = {name: torch.stack([v.squeeze(0) for v in values]) for name, values in found.items()}
+    stacked = {
+        name: torch.stack([v.squeeze(0) for v in values])
+        for name, values in found.items()
+        if values
+    }
     gain = stacked["d_policy"] - stacked["d_reference"]
-    stacked["logits"] = -200 * (gain[:PAIRS] - gain[PAIRS:])
+    weights = torch.ones(PAIRS)
+    if spec.timestep_weighting == "signal":
+        weights = (abar / abar.mean())[draw.timesteps]
+    stacked["logits"] = -200 * weights * (gain[:PAIRS] - gain[PAIRS:])
     stacked["loss"] = -torch.log(torch.sigmoid(stacked["logits"])).mean()
-    stacked["winners"] = stacked["d_policy"][:PAIRS].mean()
+    stacked["winners"] = (weights * stacked["d_policy"][:PAIRS]).mean()
     stacked[trained].backward()
     return stacked | {
         f"grad {name}": parameter.grad

@@ -31,6 +31,7 @@ def test_missing_recipe(server: ForkServer, tmp_path: Path) -> None:
             "model.backbone=lcm objective.type=consistency_dpo",
             ["model.teacher", "model.unet", "model.lcm_lora"],
         ),
+        ("objective.target=image", ["target=image", "diffusion_dpo", "consistency_dpo"]),
         ("adapter.targets=[to_qq]", ["to_qq", "to_q"]),
     ],
 )

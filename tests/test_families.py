@@ -161,13 +161,22 @@ def test_killed_on_two_ranks_the_curve_is_that_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        (),
+        long(("objective.target=image", "objective.timestep_weighting=signal")),
+    ],
+    ids=["teacher", "image"],
+)
 def test_a_killed_consistency_run_goes_on_to_the_last_bit(
-    family_of: Callable[[str], Family], tmp_path: Path
+    family_of: Callable[[str], Family], tmp_path: Path, knobs: tuple[str, ...]
 ) -> None:
-    world, steps, run = family_of("lcm").world, "train.steps=3", tmp_path / "killed"
-    world.train(tmp_path / "whole", steps).succeeded()
-    assert world.train(run, steps, failpoint="train.step@3:kill").code == KILLED
-    world.train(run, steps).succeeded()
+    world, run = family_of("lcm").world, tmp_path / "killed"
+    knobs = ("train.steps=3", *knobs)
+    world.train(tmp_path / "whole", *knobs).succeeded()
+    assert world.train(run, *knobs, failpoint="train.step@3:kill").code == KILLED
+    world.train(run, *knobs).succeeded()
     assert losses(run) == losses(tmp_path / "whole")
 
 

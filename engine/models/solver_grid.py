@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ...kernels import SchedulePoint
+from ...kernels import SchedulePoint, paired_add_noise
 from ..basics import keyed
 from ..basics.errors import RecipeError
 from ..basics.keyed import Stream
@@ -73,5 +73,16 @@ class SolverGrid:
     def corrupt(
         self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        # float32 whatever the networks compute in: the consistency functions take the noisy latents
-        return self._diffusion.corrupt(latents, draw, torch.float32)
+        """Noisy latents, and the clean ones (2B, C, h, w): a perfect consistency function's answer.
+
+        Both are float32 whatever the networks compute in: the consistency functions take them.
+        """
+        point = self.at(draw.timesteps)
+        return paired_add_noise(
+            latents,
+            draw.noise_keys,
+            point.alpha,
+            point.sigma,
+            target="sample",
+            dtype=torch.float32,
+        )

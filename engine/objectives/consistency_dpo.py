@@ -1,14 +1,16 @@
 """Consistency-DPO (Croitoru et al., arXiv 2405.13637): preferences for latent consistency models.
 
 ``loss = -mean logsigmoid( -beta * [(d(f_policy, y) - d(f_reference, y))_winner - (...)_loser] )``,
-d the mean pseudo-Huber distance, f(x, t) = c_skip x + c_out x0(x, prediction), and
+d the mean pseudo-Huber distance, f(x, t) = c_skip x + c_out x0(x, prediction), and y by ``target``
 
-    x_prev   one DDIM step of the teacher, guided by w, from the noisy latents at t to t_next
-    y        f_reference(x_prev, t_next)
+    teacher  f_reference(x_prev, t_next), x_prev one DDIM step of the teacher, guided by w, from the
+             noisy latents at t to t_next: as published
+    image    the latents that were corrupted: the winner's for the winner, the loser's for the loser
 
-Timestep, w and noise are shared by winner and loser. Four network calls, none repeated: reference
-on 2B images, teacher on 4B (with and without the caption), reference again on 2B (the target),
-policy on 2B. All that is elementwise between them is two launches (``kernels/consistency_step``).
+Timestep, w and noise are shared by winner and loser. No network call is repeated. With the teacher
+there are four: reference on 2B images, teacher on 4B (with and without the caption), reference
+again on 2B (the target), policy on 2B. With the image there are two, reference and policy on 2B.
+All that is elementwise between them is two launches (``kernels/consistency_step``), or one.
 """
 
 from __future__ import annotations
@@ -18,40 +20,33 @@ from torch import Tensor
 
 from ...kernels import consistency_outputs, consistency_solver_step
 from ..basics.phases import phase
+from ..models.protocol import Conditioning
 from ..recipe import Objective as ObjectiveSpec
 from .preference import PreferenceLoss
 from .protocol import Loss, Networks, TrainingBatch
 
 
 class ConsistencyDPO:
-    """The published loss over a teacher's solver step."""
+    """The published loss, over a teacher's solver step or over the pair's own latents."""
 
-    trained_images, frozen_passes = 2, 8
+    trained_images = 2
 
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.preference = PreferenceLoss(spec, scale=spec.beta)
+        self.needs_teacher = spec.needs_teacher
+        self.frozen_passes = 8 if spec.needs_teacher else 2
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
-        solver, unconditional = batch.draw.solver, batch.unconditional
-        assert networks.teacher is not None
+        solver = batch.draw.solver
         assert solver is not None
-        assert unconditional is not None
         noisy, timesteps = batch.noisy, _twice(solver.now.timesteps)
         guided = batch.conditioning.with_extras(guidance=_twice(solver.guidance))
+        previous = target = earlier = None
         with torch.no_grad():
             reference = networks.reference(noisy, timesteps, guided)
-            both = batch.conditioning.followed_by(unconditional)
-            teacher = networks.teacher(_twice(noisy), _twice(timesteps), both)
-            with phase("solver"):
-                previous = consistency_solver_step(
-                    teacher,
-                    noisy,
-                    solver.guidance,
-                    solver.now,
-                    solver.earlier,
-                    prediction=solver.prediction,
-                )
-            target = networks.reference(previous, _twice(solver.earlier.timesteps), guided)
+            if self.needs_teacher:
+                previous, target = _one_step_nearer(networks, batch, guided)
+                earlier = solver.earlier
         policy = networks.policy(noisy, timesteps, guided)
         with phase("loss"):
             outputs = consistency_outputs(
@@ -61,15 +56,37 @@ class ConsistencyDPO:
                 noisy,
                 previous,
                 solver.now,
-                solver.earlier,
+                earlier,
                 prediction=solver.prediction,
             )
             assert outputs.reference is not None
-            assert outputs.target is not None
-            return self.preference(outputs.policy, outputs.reference, outputs.target, None)
+            y = batch.target if outputs.target is None else outputs.target
+            return self.preference(outputs.policy, outputs.reference, y, batch.weights)
 
 
 build = ConsistencyDPO
+
+
+def _one_step_nearer(
+    networks: Networks, batch: TrainingBatch, guided: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """Where the teacher's step leads (2B, ...), and the reference's prediction there."""
+    solver, unconditional = batch.draw.solver, batch.unconditional
+    assert networks.teacher is not None
+    assert solver is not None
+    assert unconditional is not None
+    both = batch.conditioning.followed_by(unconditional)
+    teacher = networks.teacher(_twice(batch.noisy), _twice(_twice(solver.now.timesteps)), both)
+    with phase("solver"):
+        previous = consistency_solver_step(
+            teacher,
+            batch.noisy,
+            solver.guidance,
+            solver.now,
+            solver.earlier,
+            prediction=solver.prediction,
+        )
+    return previous, networks.reference(previous, _twice(solver.earlier.timesteps), guided)
 
 
 def _twice(tensor: Tensor) -> Tensor:

@@ -1,73 +1,94 @@
 """Consistency distillation on the winners alone: the baseline of Consistency-DPO.
 
-``loss = mean d(f_policy(x_t, t), y)`` over winners, with the target y, the distance d and the
-teacher's step of ``consistency_dpo.py``: what the model was distilled with (Luo et al., arXiv
-2310.04378), on the images that won. Losers are never looked at and the frozen reference makes the
-target alone, so margin and errors against the reference are not known.
+``loss = mean w * d(f_policy(x_t, t), y)`` over winners, with the targets y, the distance d and the
+teacher's step of ``consistency_dpo.py``, and a pair's timestep weight w. With ``target=teacher`` it
+is what the model was distilled with (Luo et al., arXiv 2310.04378), on the images that won. Losers
+are never looked at and the frozen reference makes the target alone, so margin and errors against
+the reference are not known.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...kernels import consistency_outputs, consistency_solver_step
 from ..basics.phases import phase
+from ..models.protocol import Conditioning
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Networks, TrainingBatch
 from .sft import mean_errors
 
 
 class ConsistencyFineTuning:
-    """Three network calls: the teacher on 2B images, reference and policy on B."""
+    """Three network calls: the teacher on 2B images, reference and policy on B; or the last."""
 
-    trained_images, frozen_passes = 1, 3
+    trained_images = 1
 
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
+        self.frozen_passes = 3 if spec.needs_teacher else 0
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
-        solver, unconditional = batch.draw.solver, batch.unconditional
-        assert networks.teacher is not None
+        solver = batch.draw.solver
         assert solver is not None
-        assert unconditional is not None
         pairs = len(solver.guidance)
-        noisy, now, earlier = batch.noisy[:pairs], solver.now, solver.earlier
+        noisy = batch.noisy[:pairs]
         prompts = batch.conditioning.select(range(pairs))
         guided = prompts.with_extras(guidance=solver.guidance)
-        with torch.no_grad():
-            both = prompts.followed_by(unconditional.select(range(pairs)))
-            conditional, empty = networks.teacher(
-                torch.cat([noisy, noisy]), torch.cat([now.timesteps, now.timesteps]), both
-            ).chunk(2)
-            # The kernels take pairs. A winner is its own loser here: arithmetic between two network
-            # calls is cheap, the calls themselves are not.
-            doubled = torch.cat([noisy, noisy])
-            with phase("solver"):
-                previous = consistency_solver_step(
-                    torch.cat([conditional, conditional, empty, empty]),
-                    doubled,
-                    solver.guidance,
-                    now,
-                    earlier,
-                    prediction=solver.prediction,
-                )
-            target = networks.reference(previous[:pairs], earlier.timesteps, guided)
-        policy = networks.policy(noisy, now.timesteps, guided)
+        previous = target = earlier = None
+        if self.spec.needs_teacher:
+            with torch.no_grad():
+                previous, target = _one_step_nearer(networks, batch, prompts, guided)
+            earlier = solver.earlier
+        policy = networks.policy(noisy, solver.now.timesteps, guided)
         with phase("loss"):
             outputs = consistency_outputs(
                 torch.cat([policy, policy]),
                 None,
-                torch.cat([target, target]),
-                doubled,
+                target,
+                torch.cat([noisy, noisy]),
                 previous,
-                now,
+                solver.now,
                 earlier,
                 prediction=solver.prediction,
             )
-            assert outputs.target is not None
-            errors = mean_errors((outputs.policy - outputs.target)[:pairs], self.spec)
+            y = batch.target if outputs.target is None else outputs.target
+            errors = mean_errors((outputs.policy - y)[:pairs], self.spec)
+            loss = (errors if batch.weights is None else errors * batch.weights).mean()
             unknown = torch.full_like(errors, float("nan")).detach()
-        return Loss(errors.mean(), unknown, unknown, unknown)
+        return Loss(loss, unknown, unknown, unknown)
 
 
 build = ConsistencyFineTuning
+
+
+def _one_step_nearer(
+    networks: Networks, batch: TrainingBatch, prompts: Conditioning, guided: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """Where the teacher's step leads from winners, and the reference's predictions there.
+
+    The kernels take pairs: a winner is its own loser here, so both are (2B, ...). Arithmetic
+    between two network calls is cheap, the calls themselves are not.
+    """
+    solver, unconditional = batch.draw.solver, batch.unconditional
+    assert networks.teacher is not None
+    assert solver is not None
+    assert unconditional is not None
+    pairs, now, earlier = len(solver.guidance), solver.now, solver.earlier
+    doubled = torch.cat([batch.noisy[:pairs]] * 2)
+    both = prompts.followed_by(unconditional.select(range(pairs)))
+    conditional, empty = networks.teacher(
+        doubled, torch.cat([now.timesteps, now.timesteps]), both
+    ).chunk(2)
+    with phase("solver"):
+        previous = consistency_solver_step(
+            torch.cat([conditional, conditional, empty, empty]),
+            doubled,
+            solver.guidance,
+            now,
+            earlier,
+            prediction=solver.prediction,
+        )
+    target = networks.reference(previous[:pairs], earlier.timesteps, guided)
+    return previous, torch.cat([target, target])

@@ -34,7 +34,8 @@ class TrainingBatch:
     """(2B, C, h, w) in the dtype the networks compute in, winners first; float32 for consistency
     models, whose functions of it are float32."""
     target: Tensor
-    """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w)."""
+    """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w): of a consistency model
+    the clean latents."""
     draw: Draw
     """Timesteps, and whatever else was drawn for each pair."""
     conditioning: Conditioning
@@ -42,7 +43,8 @@ class TrainingBatch:
     weights: Tensor | None = None
     """(B,) float32, how much each pair's timestep counts; None if all count the same."""
     unconditional: Conditioning | None = None
-    """Of 2B images without their captions, for the guidance of a consistency model's teacher."""
+    """Of 2B images without their captions, for the guidance of a consistency model's teacher;
+    None where no teacher is asked."""
 
 
 @dataclass(frozen=True)

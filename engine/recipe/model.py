@@ -31,7 +31,7 @@ class Model(Section):
     """`backbone: lcm` only: an LCM-LoRA (folder, file or hub id) that makes `path` an LCM."""
     teacher: str | None = None
     """`backbone: lcm` only: the diffusion model the LCM was distilled from; where `unet` or
-    `lcm_lora` turned `path` into an LCM, `path` as it was."""
+    `lcm_lora` turned `path` into an LCM, `path` as it was. `objective.target=image` reads none."""
     solver_steps: PositiveInt = 50
     """`backbone: lcm` only: steps of the teacher's DDIM solver the LCM was distilled with."""
     guidance_range: tuple[NonNegativeFloat, NonNegativeFloat] = (5.0, 15.0)

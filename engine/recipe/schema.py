@@ -90,17 +90,18 @@ class Recipe(Section):
                 f"train.global_batch={self.train.global_batch} is not a multiple of "
                 f"data.lanes={self.data.lanes}: every lane gives equally many pairs to a batch"
             )
-        if (self.model.backbone == "lcm") != self.objective.type.startswith("consistency"):
+        if (self.model.backbone == "lcm") != self.objective.is_consistency:
             raise ValueError(
                 f"model.backbone={self.model.backbone} does not go with "
                 f"objective.type={self.objective.type}: lcm is trained with consistency_dpo or "
                 "consistency_sft, the others with diffusion_dpo or sft"
             )
         model = self.model
-        if model.backbone == "lcm" and not (model.teacher or model.unet or model.lcm_lora):
+        taught = self.objective.needs_teacher
+        if taught and not (model.teacher or model.unet or model.lcm_lora):
             raise ValueError(
-                "model.teacher is not given: training needs the diffusion model that "
-                f"model.path={model.path} was distilled from; if that is the diffusion model "
+                "model.teacher is not given: objective.target=teacher needs the diffusion model "
+                f"that model.path={model.path} was distilled from; if that is the diffusion model "
                 "itself, make an LCM of it with model.unet or model.lcm_lora"
             )
         check_source(

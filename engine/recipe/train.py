@@ -26,6 +26,10 @@ class Objective(Section):
     type: Literal["diffusion_dpo", "consistency_dpo", "sft", "consistency_sft"] = "diffusion_dpo"
     """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta); `sft` and
     `consistency_sft` train either on the winners alone: the baselines."""
+    target: Literal["teacher", "image"] = "teacher"
+    """What a consistency model's answer is held to: the reference's answer one step of the teacher
+    nearer to the image (as published), or the image's own latents, which needs no teacher and half
+    the work."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
     distance: Literal["mse", "pseudo_huber"] = "mse"
@@ -37,8 +41,9 @@ class Objective(Section):
     widening it for ever."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
-    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
-    """How much a timestep counts: all the same (as published), or min-SNR-5 with a mean of 1."""
+    timestep_weighting: Literal["uniform", "min_snr", "signal"] = "uniform"
+    """How much a timestep counts: all the same (as published), or with a mean of 1 min-SNR-5
+    (diffusion) or the image's share of the noisy latents' variance (`target=image`)."""
     loser_gradient: Fraction = 1.0
     """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
     errors of winner and loser rise together."""
@@ -56,12 +61,32 @@ class Objective(Section):
             raise ValueError(
                 f"{', '.join(given)} has no effect with type={self.type}, which compares nothing"
             )
-        if self.type.startswith("consistency") and self.timestep_weighting != "uniform":
+        if self.target == "image" and not self.is_consistency:
+            raise ValueError(
+                f"target=image has no effect with type={self.type}: it is for consistency_dpo and "
+                "consistency_sft"
+            )
+        if self.timestep_weighting == "signal" and self.target != "image":
+            raise ValueError(
+                "timestep_weighting=signal needs target=image: other targets are known at every "
+                "timestep"
+            )
+        if self.is_consistency and self.timestep_weighting == "min_snr":
             raise ValueError(
                 "timestep_weighting=min_snr is for diffusion models: a consistency model always "
                 "predicts x0"
             )
         return self
+
+    @property
+    def is_consistency(self) -> bool:
+        """Whether it trains a consistency model."""
+        return self.type.startswith("consistency")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the diffusion model that a consistency model was distilled from is asked."""
+        return self.is_consistency and self.target == "teacher"
 
 
 class Optimizer(Section):

@@ -14,7 +14,7 @@ from ..basics.keyed import Stream
 from ..basics.phases import phase
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
-from ..objectives import TrainingBatch, min_snr_weights
+from ..objectives import TrainingBatch, min_snr_weights, signal_weights
 from ..recipe import Recipe
 from ..shards.batch import PairBatch
 from ..shards.contents import Kind
@@ -39,13 +39,7 @@ class BatchMaker:
         self.device = device
         self.kind = kind
         self._dtype = DTYPES[recipe.train.precision]
-        self._weights = None
-        if recipe.objective.timestep_weighting == "min_snr":
-            noise = backbone.noise
-            all_timesteps = noise.at(torch.arange(noise.num_timesteps, device=device))
-            self._weights = min_snr_weights(
-                all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
-            )
+        self._weights = self._timestep_weights()
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
         """The batch of B pairs, on the device."""
@@ -60,11 +54,21 @@ class BatchMaker:
             prompts = self._drop_captions(pairs)
             conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
             unconditional = None
-            if draw.solver is not None:
+            if self.recipe.objective.needs_teacher:
                 nothing = [""] * (2 * len(prompts))
                 unconditional = self.backbone.encode_prompts(nothing, framing)
         weights = None if self._weights is None else self._weights[draw.timesteps]
         return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
+
+    def _timestep_weights(self) -> torch.Tensor | None:
+        """(T,) float32 weights of all timesteps; None if all count the same."""
+        kind, noise = self.recipe.objective.timestep_weighting, self.backbone.noise
+        if kind == "uniform":
+            return None
+        at = noise.at(torch.arange(noise.num_timesteps, device=self.device))
+        if kind == "signal":
+            return signal_weights(at.alpha, at.sigma)
+        return min_snr_weights(at.alpha, at.sigma, noise.prediction_type)
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
         """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.

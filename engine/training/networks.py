@@ -86,8 +86,9 @@ def build_networks(
         policy = add_lora(denoiser, recipe.adapter, recipe.seed)
     policy.train()
     reference.requires_grad_(False).eval()
+    teacher = backbone.load_teacher() if recipe.objective.needs_teacher else None
     networks = PolicyAndReference(
-        policy, reference, backbone, objective, backbone.load_teacher(), offloaded=offloaded
+        policy, reference, backbone, objective, teacher, offloaded=offloaded
     )
     networks.tuning = tune_for_training(
         recipe, backbone, policy, networks.frozen, zero_stage=zero_stage

@@ -14,7 +14,6 @@ import torch
 from cdpo.kernels import use
 from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 TRITON_RUNS = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
 
@@ -93,20 +92,3 @@ class Fences:
 @pytest.fixture
 def fences() -> Fences:
     return Fences()
-
-
-class Operations(TorchDispatchMode):
-    """Notes the name of every operation: on a GPU each is a launch or more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(op.name())
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def operations() -> Operations:
-    return Operations()

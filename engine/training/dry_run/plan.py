@@ -155,7 +155,7 @@ def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:
     """Parameters of frozen networks beside the policy; 0 where they are the policy's own."""
     size = count_parameters(model.denoiser)
     frozen = {"reference": size if recipe.adapter.type == "full" else 0}
-    if recipe.model.backbone == "lcm":
+    if recipe.objective.needs_teacher:
         # The diffusion model before it was distilled: without the projection of the guidance.
         told = getattr(model.denoiser.time_embedding, "cond_proj", None)
         frozen["teacher"] = size - (count_parameters(told) if told is not None else 0)

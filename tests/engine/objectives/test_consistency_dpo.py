@@ -1,20 +1,27 @@
 """Consistency-DPO against METHOD: every tensor of a step again, with separate calls, in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from consistency_steps import PAIRS, make, recomputed
+from consistency_steps import PAIRS, SPEC, make, recomputed
 from torch import Tensor
 
-
-@pytest.fixture(params=["epsilon", "v_prediction", "sample"])
-def prediction(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+IMAGE = SPEC.model_copy(update={"target": "image"})
+WEIGHTED = IMAGE.model_copy(update={"timestep_weighting": "signal"})
 
 
-def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, monkeypatch):
-    step = make(tmp_path, prediction)
+@pytest.mark.parametrize(
+    ("prediction", "spec"),
+    [
+        *itertools.product(["epsilon", "v_prediction", "sample"], [SPEC, IMAGE]),
+        ("epsilon", WEIGHTED),
+    ],
+    ids=lambda x: x if isinstance(x, str) else f"{x.target}-{x.timestep_weighting}",
+)
+def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spec, monkeypatch):
+    step = make(tmp_path, prediction, spec=spec)
     seen: dict[str, Tensor] = {}
     import cdpo.engine.objectives.consistency_dpo as module
 
@@ -26,17 +33,18 @@ def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, mon
 
     def spy_outputs(*args, **options):  # type: ignore[no-untyped-def]
         made = outputs(*args, **options)
-        seen["target"] = made.target
+        seen["target"] = step.batch.target if made.target is None else made.target
         return made
 
     monkeypatch.setattr(module, "consistency_solver_step", spy_solve)
     monkeypatch.setattr(module, "consistency_outputs", spy_outputs)
-    found = step.run()
+    found = step.run(spec)
     found.loss.backward()
-    truth = recomputed(step, prediction)
+    truth = recomputed(step, prediction, spec=spec)
 
     assert truth["logits"].abs().min() > 1e-3  # the example says something
-    for name in ("x_prev", "target"):
+    assert ("x_prev" in seen) is ("x_prev" in truth) is (spec.target == "teacher")
+    for name in seen:
         largest = truth[name].abs().max().item()
         torch.testing.assert_close(seen[name].double(), truth[name], rtol=0, atol=2e-5 * largest)
     # The pseudo-Huber distance is nearly linear: errors of its inputs come through as they are.
@@ -71,10 +79,24 @@ def test_four_network_calls_none_repeated_and_the_policy_last(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_fresh_adapter_starts_at_log_2_exactly(tmp_path, precision):
-    step = make(tmp_path, perturb=0.0, precision=precision)
-    found = step.run()
+def test_the_image_as_target_takes_two_calls_and_one_launch_to_the_loss_each_way(
+    tmp_path, operations
+):
+    step = make(tmp_path, spec=IMAGE)
+    with operations:
+        step.run(IMAGE).loss.backward()
+    assert step.calls == [("reference", 2 * PAIRS, False), ("policy", 2 * PAIRS, True)]
+    ours = [name for name in operations.names if name.startswith("cdpo::")]
+    forward = ["cdpo::consistency_outputs", "cdpo::paired_dpo_loss"]
+    assert ours == [*forward, *(f"{name}_backward" for name in reversed(forward))]
+
+
+@pytest.mark.parametrize(
+    ("precision", "spec"), [("fp32", SPEC), ("bf16", SPEC), ("bf16", IMAGE), ("bf16", WEIGHTED)]
+)
+def test_a_fresh_adapter_starts_at_log_2_exactly(tmp_path, precision, spec):
+    step = make(tmp_path, perturb=0.0, precision=precision, spec=spec)
+    found = step.run(spec)
     assert not found.logits.any()
     assert found.loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert found.winner_error.isfinite().all() and not found.winner_error.any()

@@ -6,13 +6,18 @@ from cdpo.engine.recipe import Objective
 from consistency_steps import PAIRS, make, recomputed
 
 SPEC = Objective(type="consistency_sft", distance="pseudo_huber")
+WEIGHTED = SPEC.model_copy(update={"target": "image", "timestep_weighting": "signal"})
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_mean_distance_of_the_winners_and_its_gradient(tmp_path, prediction):
-    step = make(tmp_path, prediction)
-    truth = recomputed(step, prediction, trained="winners")
-    found = step.run(SPEC)
+@pytest.mark.parametrize(
+    ("prediction", "spec"),
+    [("epsilon", SPEC), ("v_prediction", SPEC), ("sample", SPEC), ("epsilon", WEIGHTED)],
+    ids=str,
+)
+def test_mean_distance_of_the_winners_and_its_gradient(tmp_path, prediction, spec):
+    step = make(tmp_path, prediction, spec=spec)
+    truth = recomputed(step, prediction, trained="winners", spec=spec)
+    found = step.run(spec)
     found.loss.backward()
     size = truth["target"].abs().max().item()
     torch.testing.assert_close(
@@ -27,13 +32,11 @@ def test_mean_distance_of_the_winners_and_its_gradient(tmp_path, prediction):
         )
 
 
-def test_three_calls_and_no_loser(tmp_path):
-    step = make(tmp_path)
-    found = step.run(SPEC)
-    assert step.calls == [
-        ("teacher", 2 * PAIRS, False),
-        ("reference", PAIRS, False),
-        ("policy", PAIRS, True),
-    ]
+@pytest.mark.parametrize("spec", [SPEC, WEIGHTED], ids=["teacher", "image"])
+def test_three_calls_or_one_and_no_loser(tmp_path, spec):
+    step = make(tmp_path, spec=spec)
+    found = step.run(spec)
+    frozen = [("teacher", 2 * PAIRS, False), ("reference", PAIRS, False)]
+    assert step.calls == [*(frozen if spec.needs_teacher else []), ("policy", PAIRS, True)]
     for unknown in (found.logits, found.winner_error, found.loser_error):
         assert unknown.isnan().all() and not unknown.requires_grad

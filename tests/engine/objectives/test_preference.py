@@ -137,6 +137,8 @@ def test_loss_is_finite_where_the_sigmoid_underflows():
             {"type": "consistency_dpo", "timestep_weighting": "min_snr"},
             "min_snr is for diffusion models",
         ),
+        ({"target": "image"}, "target=image has no effect with type=diffusion_dpo"),
+        ({"timestep_weighting": "signal"}, "timestep_weighting=signal needs target=image"),
     ],
     ids=str,
 )

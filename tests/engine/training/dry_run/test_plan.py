@@ -86,10 +86,14 @@ def test_an_lcm_of_lora_weights_has_a_teacher_of_the_same_size() -> None:
 def test_a_consistency_baseline_takes_the_winner_through_three_networks() -> None:
     baseline = ("objective.type=consistency_sft", "objective.loser_gradient=1")
     unet = "model.unet=assets/emoji/lcm"
-    dpo, sft = (emoji("emoji_lcm_cdpo", unet, *more) for more in ((), baseline))
+    image = ("objective.target=image",)
+    dpo, sft, bare = (emoji("emoji_lcm_cdpo", unet, *more) for more in ((), baseline, image))
     assert sft.units_per_pair == pytest.approx((dpo.units_per_pair - 8) / 2 + 3)
     teachers = [device_bytes(plan)["teacher"] for plan in (dpo, sft)]
     assert teachers[0] == teachers[1] > 0
+    # The pair's own latents as target: 12.2 and 6.2 units where a policy's image takes 2.1.
+    assert bare.units_per_pair == pytest.approx(dpo.units_per_pair - 6)
+    assert bare.frozen_passes == 2 and "teacher" not in device_bytes(bare)
 
 
 def test_checkpoints_leave_a_quarter_of_the_activations(plan: Plan, checkpointed: Plan) -> None:
