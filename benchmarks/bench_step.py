@@ -1,6 +1,6 @@
 """Times our training step beside the straightforward one of the same loss, and each of our knobs.
 
-    python benchmarks/bench_step.py             on a GPU: SD1.5@512, SDXL@1024 and LCM@768
+    python benchmarks/bench_step.py             on a GPU: SD1.5@512, SDXL@1024, both LCM@768
     python benchmarks/bench_step.py --tiny      small models: three to six minutes on a CPU
     python benchmarks/bench_step.py --count     real sizes, counted and not run: needs no GPU
 

@@ -6,7 +6,7 @@ with prompts of ten tokens. Their VAEs are as wide as it takes for encoding an i
 much, in forwards of the UNet, as it does at real size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,12 +85,15 @@ class StepModel:
     """Of the adapters on the attention, alpha the same."""
     tokens: int = TEXT_TOKENS
     """Length of an encoded prompt."""
+    target: str = "teacher"
+    """What a consistency model is held to: `teacher` or `image`."""
 
     @property
     def objective(self) -> Config:
-        """As a recipe has it: the published loss of the family."""
+        """As a recipe has it: the published loss of the family, or that of another target."""
         if self.family == "lcm":
-            return {"type": "consistency_dpo", "beta": 200.0, "distance": "pseudo_huber"}
+            published = {"type": "consistency_dpo", "beta": 200.0, "distance": "pseudo_huber"}
+            return published | {"target": self.target}
         return {"type": "diffusion_dpo", "beta": 5000.0}
 
 
@@ -101,6 +104,7 @@ REAL = {
     ),
     "LCM@768": StepModel("lcm", 768, SD15, {**VAE, "scaling_factor": 0.18215}, (CLIP_L,), 8, 8),
 }
+REAL["LCM-image@768"] = replace(REAL["LCM@768"], target="image")
 
 SMALL: Config = {
     "block_out_channels": (96, 192),
@@ -146,11 +150,12 @@ TINY = {
     ),
     "LCM@768": StepModel("lcm", 64, TINY_SD, _tiny_vae(24, 48, 56, 64), (TINY_TEXT,), 4, **_LAST),
 }
+TINY["LCM-image@768"] = replace(TINY["LCM@768"], target="image")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """A pipeline whose UNet is to be trained, and the teacher that a consistency model has."""
+    """A pipeline whose UNet is to be trained, and a consistency model's teacher if it has one."""
 
     pipeline: DiffusionPipeline
     teacher: UNet2DConditionModel | None
@@ -167,8 +172,8 @@ def build(model: StepModel, device: torch.device, dtype: torch.dtype) -> Network
         encoders += [CLIPTextModelWithProjection(_text_config(model, config)) for config in second]
         teacher = None
         if model.family == "lcm":
-            teacher = unet
-            unet = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=256)
+            teacher = unet if model.target == "teacher" else None
+            unet = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=256)
     for network in (unet, vae, teacher, *encoders):
         if network is not None:
             nn.Module.to(network, dtype).requires_grad_(False).eval()

@@ -170,7 +170,7 @@ def _noise_process(
 
 def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
     """What the engine's parts read in a recipe; its paths are not read."""
-    teacher = {"teacher": "unused"} if model.family == "lcm" else {}
+    teacher = {"teacher": "unused"} if model.objective.get("target") == "teacher" else {}
     return Recipe.model_validate(
         {
             "run_dir": "unused",

@@ -30,6 +30,7 @@ OURS = {
     "SD1.5@512": {"reference": [4], "policy": [4]},
     "SDXL@1024": {"reference": [4], "policy": [4]},
     "LCM@768": {"reference": [4, 4], "teacher": [8], "policy": [4]},
+    "LCM-image@768": {"reference": [4], "policy": [4]},
 }
 STRAIGHTFORWARD = {
     "SD1.5@512": {"vae": [4], "text 1": [2], "policy": [4], "reference": [4]},
@@ -41,9 +42,15 @@ STRAIGHTFORWARD = {
         "reference": [2] * 6,
         "policy": [2] * 2,
     },
+    "LCM-image@768": {"text 1": [2], "vae": [4], "reference": [2] * 2, "policy": [2] * 2},
 }
-VAE_UNITS = {"SD1.5@512": 1.39, "SDXL@1024": 0.72, "LCM@768": 1.21}
-UNITS = {"SD1.5@512": (6.2, 6.2 + 2.8), "SDXL@1024": (6.2, 6.2 + 1.4), "LCM@768": (12.2, 16.6)}
+VAE_UNITS = {"SD1.5@512": 1.39, "SDXL@1024": 0.72, "LCM@768": 1.21, "LCM-image@768": 1.21}
+UNITS = {
+    "SD1.5@512": (6.2, 6.2 + 2.8),
+    "SDXL@1024": (6.2, 6.2 + 1.4),
+    "LCM@768": (12.2, 16.6),
+    "LCM-image@768": (6.2, 8.6),
+}
 
 
 class Both:
