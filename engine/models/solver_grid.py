@@ -43,7 +43,7 @@ class SolverGrid:
                 "mismatch",
             )
         self._stride = self.num_timesteps // solver_steps
-        self._solver_steps = solver_steps
+        self.drawn = torch.arange(1, solver_steps + 1, device=device) * self._stride - 1
         self._guidance = guidance
         self._device = device
 
@@ -55,7 +55,7 @@ class SolverGrid:
             stream: keyed.make_keys(seed, stream, pair_ids, visits)
             for stream in (Stream.TIMESTEP, Stream.GUIDANCE, Stream.NOISE)
         }
-        step = keyed.integers(keys[Stream.TIMESTEP], self._solver_steps)
+        step = keyed.integers(keys[Stream.TIMESTEP], len(self.drawn))
         timesteps = ((step + 1) * self._stride - 1).to(self._device)
         low, high = self._guidance
         guidance = low + (high - low) * keyed.uniform(keys[Stream.GUIDANCE])

@@ -9,8 +9,9 @@ for a network that predicts
 ``sample``            ``min(SNR, gamma)``
 ====================  ======================================
 
-is its own error's weight, SNR = alpha^2 / sigma^2. It is divided by its mean over the timesteps, so
-that beta and the learning rate keep their meaning. Where sigma or alpha is 0 the limits are taken.
+is its own error's weight, SNR = alpha^2 / sigma^2. It is divided by its mean over the timesteps
+that are drawn, so that beta and the learning rate keep their meaning. Where sigma or alpha is 0 the
+limits are taken.
 
 Signal weights are for consistency models that are held to images:
 ``alpha^2 / (alpha^2 + sigma^2)``, the share of the noisy latents' variance that is the image's,
@@ -25,7 +26,7 @@ GAMMA = 5.0
 
 
 def min_snr_weights(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Weights (T,) float32 of all timesteps from the factors (T,) of latents and noise."""
+    """Weights (T,) float32 of the T timesteps drawn from the factors (T,) of latents and noise."""
     signal, noise = alpha.double() ** 2, sigma.double() ** 2
     clipped = (signal / noise.clamp(min=1e-20)).clamp(max=GAMMA)
     if prediction_type == "epsilon":  # min(1, gamma / SNR), 1 where there is no signal
@@ -38,7 +39,7 @@ def min_snr_weights(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tenso
 
 
 def signal_weights(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Weights (T,) float32 of all timesteps from the factors (T,) of latents and noise."""
+    """Weights (T,) float32 of the T timesteps drawn from the factors (T,) of latents and noise."""
     signal, noise = alpha.double() ** 2, sigma.double() ** 2
     weights = signal / (signal + noise)
     return (weights / weights.mean()).float()

@@ -61,14 +61,17 @@ class BatchMaker:
         return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
 
     def _timestep_weights(self) -> torch.Tensor | None:
-        """(T,) float32 weights of all timesteps; None if all count the same."""
+        """(T,) float32 weights, with a mean of 1 over those drawn; None if all count the same."""
         kind, noise = self.recipe.objective.timestep_weighting, self.backbone.noise
         if kind == "uniform":
             return None
-        at = noise.at(torch.arange(noise.num_timesteps, device=self.device))
+        _, alpha, sigma = noise.at(noise.drawn)
+        weights = torch.zeros(noise.num_timesteps, device=self.device)
         if kind == "signal":
-            return signal_weights(at.alpha, at.sigma)
-        return min_snr_weights(at.alpha, at.sigma, noise.prediction_type)
+            weights[noise.drawn] = signal_weights(alpha, sigma)
+        else:
+            weights[noise.drawn] = min_snr_weights(alpha, sigma, noise.prediction_type)
+        return weights
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
         """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.
