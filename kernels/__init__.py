@@ -27,10 +27,11 @@ if __name__ == "kernels":
     _hand_over()
 else:
     from .consistency_step import (
-        ConsistencyOutputs,
+        ConsistencyScales,
         SchedulePoint,
-        consistency_outputs,
+        consistency_scales,
         consistency_solver_step,
+        consistency_targets,
     )
     from .dispatch import use
     from .fuse import fuse, unfuse
@@ -41,12 +42,13 @@ else:
     from .philox import philox_normal, philox_uint32
 
     __all__ = [
-        "ConsistencyOutputs",
+        "ConsistencyScales",
         "PairedDifferences",
         "PairedLoss",
         "SchedulePoint",
-        "consistency_outputs",
+        "consistency_scales",
         "consistency_solver_step",
+        "consistency_targets",
         "fuse",
         "geglu",
         "group_norm_silu",

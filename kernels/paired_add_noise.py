@@ -7,6 +7,7 @@ With n ~ N(0, 1) the float32 normals of `philox_normal`, one field a pair, and a
     target = α · n − σ · latent           "v_prediction"
     target = n − latent                   "flow", the velocity
     target = latent                       "sample"
+    target = a · latent + b · n           "affine", with a pair's factors a and b
 
 Unfused, this reads and writes the noise three times and the latents twice; here the noise stays in
 registers. All arithmetic is float32, each product and sum rounded once, so that PyTorch, the
@@ -24,6 +25,7 @@ arXiv 2210.02747.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,16 +47,18 @@ from .dispatch import (
 from .philox import check_key_range, check_keys, philox_normal_ref, philox_normals
 
 MAX_BLOCK = 256  # counters a program; 8 elements a thread of 4 warps
-TARGETS = ("epsilon", "v_prediction", "flow", "sample")
+TARGETS = ("epsilon", "v_prediction", "flow", "sample", "affine")
 
 
 # ---------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def _target(latent, noise, alpha, sigma, TARGET: tl.constexpr):
+def _target(latent, noise, alpha, sigma, of_latent, of_noise, TARGET: tl.constexpr):
     if TARGET == "v_prediction":
         return alpha * noise - sigma * latent
+    elif TARGET == "affine":
+        return of_latent * latent + of_noise * noise
     elif TARGET == "flow":
         return noise - latent
     else:
@@ -67,6 +71,8 @@ def _add_noise_kernel(
     keys_ptr,
     alpha_ptr,
     sigma_ptr,
+    of_latent_ptr,  # None unless TARGET is "affine", as is the next
+    of_noise_ptr,
     noisy_ptr,
     target_ptr,
     num_elements,
@@ -95,8 +101,10 @@ def _add_noise_kernel(
     if TARGET == "epsilon":
         tl.store(target_ptr + winner + element, noise, mask)
     else:
-        target_w = _target(latent_w, noise, alpha, sigma, TARGET)
-        target_l = _target(latent_l, noise, alpha, sigma, TARGET)
+        of_latent = tl.load(of_latent_ptr + pair) if TARGET == "affine" else 0.0
+        of_noise = tl.load(of_noise_ptr + pair) if TARGET == "affine" else 0.0
+        target_w = _target(latent_w, noise, alpha, sigma, of_latent, of_noise, TARGET)
+        target_l = _target(latent_l, noise, alpha, sigma, of_latent, of_noise, TARGET)
         tl.store(target_ptr + winner + element, target_w, mask)
         tl.store(target_ptr + loser + element, target_l, mask)
 
@@ -105,7 +113,11 @@ def _add_noise_kernel(
 
 
 def _add_noise_triton(
-    latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype
+    latents: Tensor,
+    keys: Tensor,
+    per_pair: Sequence[Tensor | None],
+    target: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     noisy, target_out = _empty_outputs(latents, target, dtype)
     num_pairs, num_elements, channels = latents.shape[0] // 2, latents[0].numel(), latents.shape[1]
@@ -114,8 +126,7 @@ def _add_noise_triton(
         _add_noise_kernel[(num_pairs, triton.cdiv(num_elements, 4 * block))](
             latents,
             keys.contiguous(),
-            alpha.contiguous(),
-            sigma.contiguous(),
+            *(x if x is None else x.contiguous() for x in per_pair),
             noisy,
             target_out,
             num_elements,
@@ -135,10 +146,10 @@ def compile_specs() -> list[CompileSpec]:
     specs = []
     sizes = dict.fromkeys(("num_elements", "channels", "area"), "i32")
     pointers = {"keys_ptr": "*i64"} | dict.fromkeys(("alpha_ptr", "sigma_ptr"), "*fp32")
-    pointers |= {"target_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("target_ptr", "of_latent_ptr", "of_noise_ptr"), "*fp32")
     for dtype, last in itertools.product(("bf16", "fp16", "fp32"), (False, True)):
         types = sizes | pointers | dict.fromkeys(("latents_ptr", "noisy_ptr"), f"*{dtype}")
-        target = "v_prediction" if last else "epsilon"
+        target = "affine" if last else "epsilon"
         flags = {"TARGET": target, "CHANNELS_LAST": last, "BLOCK": MAX_BLOCK}
         name = f"paired_add_noise {dtype} {target}{', channels_last' * last}"
         specs.append(CompileSpec(name, _add_noise_kernel, types, flags, MAX_BLOCK // 64))
@@ -160,14 +171,22 @@ def _empty_outputs(latents: Tensor, target: str, dtype: torch.dtype) -> tuple[Te
 
 @torch.library.custom_op("cdpo::paired_add_noise", mutates_args=())
 def _op(
-    latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype
+    latents: Tensor,
+    keys: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    of_latent: Tensor | None,
+    of_noise: Tensor | None,
+    target: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if not keys.is_cuda:  # on CUDA a look at the values would wait for the device
         check_key_range(keys)
     if takes_triton(latents):
-        return _add_noise_triton(latents, keys, alpha, sigma, target, dtype)
+        return _add_noise_triton(latents, keys, (alpha, sigma, of_latent, of_noise), target, dtype)
     outputs = _empty_outputs(latents, target, dtype)
-    values = paired_add_noise_ref(latents, keys, alpha, sigma, target)
+    factors = None if of_latent is None or of_noise is None else (of_latent, of_noise)
+    values = paired_add_noise_ref(latents, keys, alpha, sigma, target, factors)
     for out, value in zip(outputs, values, strict=True):
         out.copy_(value)
     return outputs
@@ -188,6 +207,7 @@ def paired_add_noise(
     sigma: Tensor,
     *,
     target: str = "epsilon",
+    factors: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Corrupt B pairs, `[winners; losers]` on the batch axis: (noisy (2B, ...), target).
@@ -195,17 +215,18 @@ def paired_add_noise(
     latents: (2B, ...) bf16, fp16 or fp32.
     keys: int64 (B, 4), one a pair, as `philox_normal` takes them.
     alpha, sigma: (B,) float32, factors of the latents and of the noise.
-    target: "epsilon" gives the noise (B, ...); "v_prediction", "flow" and "sample" (2B, ...).
+    target: "epsilon" gives the noise (B, ...); the others (2B, ...).
+    factors: (B,) float32 each, of the latents and of the noise, for the target "affine" alone.
     dtype: of noisy; that of the latents if not given. The target is float32.
 
     The outputs have the latents' memory format, NCHW or channels_last; latents that lie otherwise
     are made contiguous first.
     """
     dtype = dtype or latents.dtype
-    _check(latents, keys, alpha, sigma, target, dtype)
+    _check(latents, keys, alpha, sigma, target, factors, dtype)
     if not (latents.is_contiguous() or _is_channels_last(latents)):
         latents = latents.contiguous()
-    noisy, target_out = _op(latents, keys, alpha, sigma, target, dtype)
+    noisy, target_out = _op(latents, keys, alpha, sigma, *(factors or (None, None)), target, dtype)
     return noisy, target_out
 
 
@@ -214,35 +235,58 @@ def _is_channels_last(latents: Tensor) -> bool:
 
 
 def _check(
-    latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype
+    latents: Tensor,
+    keys: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    target: str,
+    factors: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
 ) -> None:
     for name, given in (("latents are", latents.dtype), ("dtype is", dtype)):
         if given not in FLOATS:
             raise TypeError(f"{name} {given}; taken are bfloat16, float16 and float32")
     check_keys(keys)
-    check_same_device(latents=latents, keys=keys, alpha=alpha, sigma=sigma)
     check_choice("target", target, TARGETS)
+    if (factors is not None) != (target == "affine"):
+        raise ValueError(f"factors are for target='affine' and needed there; it is {target!r}")
+    per_pair = {"alpha": alpha, "sigma": sigma}
+    if factors is not None:
+        per_pair |= {"factors of the latents": factors[0], "factors of the noise": factors[1]}
+    check_same_device(latents=latents, keys=keys, **per_pair)
     check_pairs("latents are", latents)
     pairs = latents.shape[0] // 2
     if keys.shape[0] != pairs:
         raise ValueError(f"there are {keys.shape[0]} keys for {pairs} pairs; each pair has one")
-    check_per_pair(pairs, torch.float32, alpha=alpha, sigma=sigma)
+    check_per_pair(pairs, torch.float32, **per_pair)
 
 
 # -------------------------------------------------------------------------------------- reference
 
 
 def paired_add_noise_ref(
-    latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str
+    latents: Tensor,
+    keys: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    target: str,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch, both in float32."""
     noise = philox_normal_ref(keys, latents.shape[1:])
-    alpha, sigma, both = (torch.cat([x, x]) for x in (alpha, sigma, noise))
-    alpha, sigma = (x.view(-1, *[1] * (latents.ndim - 1)) for x in (alpha, sigma))
-    x = latents.float()
+    both, x = torch.cat([noise, noise]), latents.float()
+    alpha, sigma = _columns(latents, alpha, sigma)
     noisy = alpha * x + sigma * both
     if target == "epsilon":
         return noisy, noise
     if target == "v_prediction":
         return noisy, alpha * both - sigma * x
+    if factors is not None:
+        of_latent, of_noise = _columns(latents, *factors)
+        return noisy, of_latent * x + of_noise * both
     return noisy, both - x if target == "flow" else x
+
+
+def _columns(latents: Tensor, *numbers: Tensor) -> list[Tensor]:
+    """One number a pair, for winner and loser, broadcast over their elements."""
+    return [torch.cat([x, x]).view(-1, *[1] * (latents.ndim - 1)) for x in numbers]

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cdpo.kernels import (
-    ConsistencyOutputs,
+    ConsistencyScales,
     SchedulePoint,
-    consistency_outputs,
+    consistency_scales,
     consistency_solver_step,
+    consistency_targets,
 )
 from torch import Tensor
 
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # of SD 1.5
 STRIDE = 20
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-NETWORKS = ("policy", "reference", "target")
-LATENTS = (*NETWORKS, "noisy", "previous")
+LATENTS = ("answer", "noisy", "previous")
 
 
 def schedule_point(timesteps: Tensor) -> SchedulePoint:
@@ -34,41 +34,29 @@ class Case(NamedTuple):
     teacher: Tensor
     noisy: Tensor
     guidance: Tensor
-    policy: Tensor
-    reference: Tensor | None
-    target: Tensor | None
-    previous: Tensor | None
+    answer: Tensor
+    previous: Tensor
     now: SchedulePoint
-    earlier: SchedulePoint | None
+    earlier: SchedulePoint
+    scales: ConsistencyScales
+    earlier_scales: ConsistencyScales
     prediction: str
 
     def solve(self, dtype: torch.dtype | None = None) -> Tensor:
         tensors = (self.teacher, self.noisy, self.guidance, self.now, self.earlier)
         return consistency_solver_step(*tensors, prediction=self.prediction, dtype=dtype)
 
-    def outputs(self, **scalars: float) -> ConsistencyOutputs:
-        return consistency_outputs(
-            self.policy,
-            self.reference,
-            self.target,
-            self.noisy,
-            self.previous,
-            self.now,
-            self.earlier,
-            prediction=self.prediction,
-            **scalars,
-        )
-
-    def outputs_and_grad(self, grad_output: Tensor) -> tuple[ConsistencyOutputs, Tensor]:
-        policy = self.policy.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        result = self._replace(policy=policy).outputs()
-        (grad,) = torch.autograd.grad(result.policy, policy, grad_output)
-        return result, grad
+    def targets(self) -> Tensor:
+        latents = (self.answer, self.previous, self.noisy)
+        return consistency_targets(*latents, self.scales, self.earlier_scales)
 
     def points(self, change: Any) -> "Case":
-        """Both schedule points with each of their tensors changed."""
+        """Both schedule points and both functions with each of their tensors changed."""
         now, earlier = (SchedulePoint(*map(change, x)) for x in (self.now, self.earlier))
-        return self._replace(now=now, earlier=earlier)
+        scales, earlier_scales = (
+            ConsistencyScales(*map(change, x)) for x in (self.scales, self.earlier_scales)
+        )
+        return self._replace(now=now, earlier=earlier, scales=scales, earlier_scales=earlier_scales)
 
     def map(self, change: Any, *names: str) -> "Case":
         """The case with these tensors changed."""
@@ -78,31 +66,37 @@ class Case(NamedTuple):
 def make(
     pairs: int = 3,
     shape: tuple[int, ...] = (4, 5, 7),
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 6,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 4,
     *,
     prediction: str = "epsilon",
     timesteps: list[int] | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """dtypes: of teacher, noisy, policy, reference, target and previous."""
+    """dtypes: of teacher, noisy, answer and previous."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n, i: torch.randn(n * pairs, *shape, generator=generator).to(dtypes[i])  # noqa: E731
     steps = torch.randint(50, (pairs,), generator=generator)
     t = torch.tensor(timesteps) if timesteps else STRIDE * steps + STRIDE - 1
     t = t.to(device)
+    now, earlier = schedule_point(t), schedule_point((t - STRIDE).clamp(min=0))
     return Case(
         teacher=draw(4, 0).to(device),
         noisy=draw(2, 1).to(device),
         guidance=(5 + 10 * torch.rand(pairs, generator=generator)).to(device),
-        policy=draw(2, 2).to(device),
-        reference=draw(2, 3).to(device),
-        target=draw(2, 4).to(device),
-        previous=draw(2, 5).to(device),
-        now=schedule_point(t),
-        earlier=schedule_point((t - STRIDE).clamp(min=0)),
+        answer=draw(2, 2).to(device),
+        previous=draw(2, 3).to(device),
+        now=now,
+        earlier=earlier,
+        scales=rounded_scales(now, prediction),
+        earlier_scales=rounded_scales(earlier, prediction),
         prediction=prediction,
     )
+
+
+def rounded_scales(point: SchedulePoint, prediction: str) -> ConsistencyScales:
+    exact = consistency_scales(point, prediction=prediction)
+    return ConsistencyScales(*(x.float() for x in exact))
 
 
 class Truth(NamedTuple):
@@ -156,32 +150,33 @@ def scalings(t: int, timestep_scaling: float = 10.0, sigma_data: float = 0.5) ->
     return d**2 / (s**2 + d**2), s / math.sqrt(s**2 + d**2)
 
 
-def function_oracle(
-    x: Tensor, output: Tensor, point: SchedulePoint, prediction: str, **scalars: float
-) -> Truth:
-    value, size = np.empty_like(numbers(x)), np.empty_like(numbers(x))
-    for row, (x_row, p) in enumerate(zip(numbers(x), numbers(output), strict=True)):
-        t, a, s = (v[row % len(point.alpha)].item() for v in point)
-        c_skip, c_out = scalings(t, **scalars)
-        value[row] = c_skip * x_row + c_out * clean_and_noise(x_row, p, a, s, prediction)[0]
-        parts = clean_and_noise_sizes(np.abs(x_row), np.abs(p), a, s, prediction)
-        size[row] = c_skip * np.abs(x_row) + c_out * parts[0]
+def function_oracle(x: Any, p: Any, point: list[Any], prediction: str, **scalars: float) -> Truth:
+    """f(x, t) of a network's prediction p at a timestep with its alpha and sigma."""
+    c_skip, c_out = scalings(point[0], **scalars)
+    parts = clean_and_noise_sizes(np.abs(x), np.abs(p), *point[1:], prediction)
+    value = c_skip * x + c_out * clean_and_noise(x, p, *point[1:], prediction)[0]
+    return Truth(value, c_skip * np.abs(x) + c_out * parts[0])
+
+
+def targets_oracle(case: Case) -> Truth:
+    """The predictions at noisy whose f is that of the answers at previous: f is affine in them."""
+    answer, previous, noisy = (numbers(x) for x in (case.answer, case.previous, case.noisy))
+    value, size = np.zeros_like(noisy), np.zeros_like(noisy)
+    for row, x in enumerate(noisy):
+        now, earlier = (
+            [v[row % len(case.guidance)].item() for v in point]
+            for point in (case.now, case.earlier)
+        )
+        y = function_oracle(previous[row], answer[row], earlier, case.prediction)
+        at_0, at_1 = (function_oracle(x, p + 0 * x, now, case.prediction) for p in (0.0, 1.0))
+        if slope := slope_of(now, case.prediction):
+            np.testing.assert_allclose(at_1.value - at_0.value, slope, rtol=1e-9)
+            value[row] = (y.value - at_0.value) / slope
+            size[row] = (y.size + at_0.size) / abs(slope)
     return Truth(value, size)
 
 
-def outputs_oracle(case: Case, **scalars: float) -> dict[str, Truth]:
-    now, later = (case.noisy, case.now), (case.previous, case.earlier)
-    return {
-        name: function_oracle(x, getattr(case, name), point, case.prediction, **scalars)
-        for name, (x, point) in zip(NETWORKS, (now, now, later), strict=True)
-    }
-
-
-def gradient_oracle(case: Case, grad_output: Tensor) -> Truth:
-    slopes = []
-    for t, a, s in zip(*(x.tolist() for x in case.now), strict=True):
-        by_type = {"epsilon": -s / a, "v_prediction": -s, "sample": 1.0}
-        slopes.append(scalings(t)[1] * by_type[case.prediction])
-    slope = np.array(slopes * 2).reshape(-1, *[1] * (case.policy.ndim - 1))
-    value = numbers(grad_output) * slope
-    return Truth(value, np.abs(value))
+def slope_of(point: list[Any], prediction: str) -> float:
+    """The derivative of f by the prediction."""
+    t, a, s = point
+    return scalings(t)[1] * {"epsilon": -s / a, "v_prediction": -s, "sample": 1.0}[prediction]

@@ -79,9 +79,9 @@ def make(  # type: ignore[no-untyped-def]
     prompts = ["red apple", "house", "tree"]
     batch = TrainingBatch(noisy, target, draw, backbone.encode_prompts([*prompts, *prompts]))
     if spec.timestep_weighting == "signal":
-        levels = backbone.noise.at(torch.arange(1000))
-        weights = signal_weights(levels.alpha, levels.sigma)[draw.timesteps]
-        batch = replace(batch, weights=weights)
+        levels = backbone.noise.at(backbone.noise.drawn)
+        weights = torch.zeros(1000).index_put((levels.timesteps,), signal_weights(*levels[1:]))
+        batch = replace(batch, weights=weights[draw.timesteps])
     teacher = nn.Identity()
     if spec.needs_teacher:
         teacher = backbone.load_teacher()
@@ -165,7 +165,7 @@ def recomputed(
     gain = stacked["d_policy"] - stacked["d_reference"]
     weights = torch.ones(PAIRS)
     if spec.timestep_weighting == "signal":
-        weights = (abar / abar.mean())[draw.timesteps]
+        weights = (abar / abar[19::20].mean())[draw.timesteps]
     stacked["logits"] = -200 * weights * (gain[:PAIRS] - gain[PAIRS:])
     stacked["loss"] = -torch.log(torch.sigmoid(stacked["logits"])).mean()
     stacked["winners"] = (weights * stacked["d_policy"][:PAIRS]).mean()

@@ -4,7 +4,6 @@ Written as a careful user would: a target that winner and loser share is broadca
 nothing runs that the result does not need.
 """
 
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -89,33 +88,18 @@ def consistency_solver_step(
     return previous.to(noisy.dtype)
 
 
-def consistency_outputs(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    noisy: Tensor,
+def consistency_targets(
+    answer: Tensor,
     previous: Tensor,
-    timesteps: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    earlier_timesteps: Tensor,
-    earlier_alpha: Tensor,
-    earlier_sigma: Tensor,
-) -> list[Tensor]:
-    """Consistency functions of all three networks; only the policy's is differentiated."""
-    now = _consistency_at(timesteps, alpha, sigma)
-    earlier = _consistency_at(earlier_timesteps, earlier_alpha, earlier_sigma)
-    output = now(policy, noisy)
-    with torch.no_grad():
-        return [output, now(reference, noisy), earlier(target, previous)]
-
-
-def _consistency_at(timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Callable[..., Tensor]:
-    """`c_skip · noisy + c_out · x0`, the scalings those of diffusers' LCM scripts."""
-    scaled = timesteps * 10.0
-    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
-    c_skip, c_out, alpha, sigma = (_per_image(x) for x in (c_skip, c_out, alpha, sigma))
-    return lambda x, noisy: c_skip * noisy + c_out * ((noisy - sigma * x) / alpha)
+    noisy: Tensor,
+    of_noisy: Tensor,
+    of_prediction: Tensor,
+    earlier_of_noisy: Tensor,
+    earlier_of_prediction: Tensor,
+) -> Tensor:
+    """The frozen network's answer at previous, as a prediction at noisy."""
+    y = _per_image(earlier_of_noisy) * previous + _per_image(earlier_of_prediction) * answer
+    return (y - _per_image(of_noisy) * noisy) / _per_image(of_prediction)
 
 
 def _per_image(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def _loss_case(
     elements = 2 * pairs * prod(latents)
     target = (elements if distance == "pseudo_huber" else elements // 2) * FP32
     reference = 2 * pairs * FP32 if cached else elements * BF16
-    results = (1 + pairs + 4 * pairs) * FP32  # loss, logits, errors of policy and reference
+    results = (1 + 2 * pairs + 4 * pairs) * FP32  # loss, logits, shares kept, both errors
     return Case(
         kernel=name,
         model=model,
@@ -62,7 +62,7 @@ def _loss_case(
         ours=ours,
         eager=eager_loss,
         bytes_forward=elements * BF16 + reference + target + results,
-        bytes_backward=elements * BF16 + target + elements * BF16 + (1 + pairs) * FP32,
+        bytes_backward=elements * BF16 + target + elements * BF16 + (1 + 2 * pairs) * FP32,
         **more,
     )
 

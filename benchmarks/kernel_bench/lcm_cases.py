@@ -5,10 +5,11 @@ from math import prod
 
 import torch
 from cdpo.kernels import (
-    ConsistencyOutputs,
+    ConsistencyScales,
     SchedulePoint,
-    consistency_outputs,
+    consistency_scales,
     consistency_solver_step,
+    consistency_targets,
 )
 from kernel_bench import eager_baselines as eager
 from kernel_bench.case import BF16, DTYPE, FP32, Case, name_of
@@ -34,17 +35,25 @@ def _solver_step(teacher: Tensor, noisy: Tensor, guidance: Tensor, **points: Ten
     return consistency_solver_step(teacher, noisy, guidance, *_schedule_points(**points))
 
 
-def _outputs(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    noisy: Tensor,
+def _targets(
+    answer: Tensor,
     previous: Tensor,
-    **points: Tensor,
-) -> ConsistencyOutputs:
-    return consistency_outputs(
-        policy, reference, target, noisy, previous, *_schedule_points(**points)
-    )
+    noisy: Tensor,
+    of_noisy: Tensor,
+    of_prediction: Tensor,
+    earlier_of_noisy: Tensor,
+    earlier_of_prediction: Tensor,
+) -> Tensor:
+    now = ConsistencyScales(of_noisy, of_prediction)
+    earlier = ConsistencyScales(earlier_of_noisy, earlier_of_prediction)
+    return consistency_targets(answer, previous, noisy, now, earlier)
+
+
+def _scales(pairs: int, device: torch.device) -> Points:
+    now, earlier = _schedule_points(**_points(pairs, device))
+    scales = [x.float() for point in (now, earlier) for x in consistency_scales(point)]
+    names = ("of_noisy", "of_prediction", "earlier_of_noisy", "earlier_of_prediction")
+    return dict(zip(names, scales, strict=True))
 
 
 def _schedule_points(
@@ -72,11 +81,8 @@ def consistency_cases(model: str, pairs: int) -> Iterator[Case]:
         more = {"teacher": torch.cat([*teacher]), "guidance": guidance}
         return networks(device, "noisy") | more | _points(pairs, device)
 
-    def output_inputs(device: torch.device) -> dict[str, Tensor]:
-        names = ("policy", "reference", "target", "noisy", "previous")
-        inputs = networks(device, *names) | _points(pairs, device)
-        inputs["policy"].requires_grad_()
-        return inputs
+    def target_inputs(device: torch.device) -> dict[str, Tensor]:
+        return networks(device, "answer", "previous", "noisy") | _scales(pairs, device)
 
     yield Case(
         kernel="consistency_solver_step",
@@ -90,14 +96,13 @@ def consistency_cases(model: str, pairs: int) -> Iterator[Case]:
         bytes_forward=4 * elements * BF16 + 5 * pairs * FP32,
     )
     yield Case(
-        kernel="consistency_outputs",
+        kernel="consistency_targets",
         model=model,
         pairs=pairs,
         shape=name_of(latents),
-        make_inputs=output_inputs,
-        ours=_outputs,
-        eager=eager.consistency_outputs,
-        # three predictions and two latents in, three outputs; two timesteps and pairs of factors
-        bytes_forward=5 * elements * BF16 + 3 * elements * FP32 + pairs * (2 * 8 + 4 * FP32),
-        bytes_backward=elements * (FP32 + BF16) + pairs * (8 + 2 * FP32),
+        make_inputs=target_inputs,
+        ours=_targets,
+        eager=eager.consistency_targets,
+        # a prediction and two latents in, the targets out; four factors
+        bytes_forward=3 * elements * BF16 + elements * FP32 + 4 * pairs * FP32,
     )

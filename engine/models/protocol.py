@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from ...kernels import SchedulePoint
+from ...kernels import ConsistencyScales, SchedulePoint
 from .fingerprint_store import Kept
 from .masking import PromptMask
 
@@ -71,6 +71,10 @@ class SolverStep:
     """Where the noisy latents are."""
     earlier: SchedulePoint
     """Where the step leads: nearer to the clean latents."""
+    scales: ConsistencyScales
+    """The consistency function of predictions at ``now``."""
+    earlier_scales: ConsistencyScales
+    """That of predictions at ``earlier``."""
     guidance: Tensor
     """(B,) float32: w of ``conditional + w (conditional - unconditional)``."""
     prediction: str

@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ...kernels import SchedulePoint, paired_add_noise
+from ...kernels import ConsistencyScales, SchedulePoint, consistency_scales, paired_add_noise
 from ..basics import keyed
 from ..basics.errors import RecipeError
 from ..basics.keyed import Stream
@@ -44,6 +44,12 @@ class SolverGrid:
             )
         self._stride = self.num_timesteps // solver_steps
         self.drawn = torch.arange(1, solver_steps + 1, device=device) * self._stride - 1
+        every = self.at(torch.arange(self.num_timesteps, device=device))
+        a, b = consistency_scales(every, prediction=self.prediction_type)
+        self._scales = (a.float(), b.float())
+        # x0 = a (alpha x0 + sigma noise) + b q, solved for q; 0 where no prediction counts
+        image = ((1 - a * every.alpha) / b, -a * every.sigma / b)
+        self._image = tuple(torch.where(b == 0, 0, factor).float() for factor in image)
         self._guidance = guidance
         self._device = device
 
@@ -57,6 +63,7 @@ class SolverGrid:
         }
         step = keyed.integers(keys[Stream.TIMESTEP], len(self.drawn))
         timesteps = ((step + 1) * self._stride - 1).to(self._device)
+        earlier = (timesteps - self._stride).clamp(min=0)
         low, high = self._guidance
         guidance = low + (high - low) * keyed.uniform(keys[Stream.GUIDANCE])
         return Draw(
@@ -64,7 +71,9 @@ class SolverGrid:
             noise_keys=keys[Stream.NOISE].to(self._device),
             solver=SolverStep(
                 now=self.at(timesteps),
-                earlier=self.at((timesteps - self._stride).clamp(min=0)),
+                earlier=self.at(earlier),
+                scales=ConsistencyScales(*(scale[timesteps] for scale in self._scales)),
+                earlier_scales=ConsistencyScales(*(scale[earlier] for scale in self._scales)),
                 guidance=guidance.to(self._device),
                 prediction=self.prediction_type,
             ),
@@ -73,16 +82,18 @@ class SolverGrid:
     def corrupt(
         self, latents: Tensor, draw: Draw, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Noisy latents, and the clean ones (2B, C, h, w): a perfect consistency function's answer.
+        """Noisy latents, and the predictions whose consistency function is the clean ones.
 
-        Both are float32 whatever the networks compute in: the consistency functions take them.
+        Both are (2B, C, h, w), and float32 whatever the networks compute in: the functions are.
         """
         point = self.at(draw.timesteps)
+        of_latents, of_noise = (factor[draw.timesteps] for factor in self._image)
         return paired_add_noise(
             latents,
             draw.noise_keys,
             point.alpha,
             point.sigma,
-            target="sample",
+            target="affine",
+            factors=(of_latents, of_noise),
             dtype=torch.float32,
         )

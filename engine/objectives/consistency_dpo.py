@@ -10,7 +10,10 @@ d the mean pseudo-Huber distance, f(x, t) = c_skip x + c_out x0(x, prediction), 
 Timestep, w and noise are shared by winner and loser. No network call is repeated. With the teacher
 there are four: reference on 2B images, teacher on 4B (with and without the caption), reference
 again on 2B (the target), policy on 2B. With the image there are two, reference and policy on 2B.
-All that is elementwise between them is two launches (``kernels/consistency_step``), or one.
+
+f is affine in the prediction, so f_policy - y is a slope times policy minus the prediction whose f
+is y (``kernels/consistency_step``): the loss is one launch each way over predictions. With the
+teacher two more make its step and those predictions; with the image the corruption writes them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import consistency_outputs, consistency_solver_step
+from ...kernels import consistency_solver_step, consistency_targets
 from ..basics.phases import phase
 from ..models.protocol import Conditioning
 from ..recipe import Objective as ObjectiveSpec
@@ -41,36 +44,22 @@ class ConsistencyDPO:
         assert solver is not None
         noisy, timesteps = batch.noisy, _twice(solver.now.timesteps)
         guided = batch.conditioning.with_extras(guidance=_twice(solver.guidance))
-        previous = target = earlier = None
         with torch.no_grad():
             reference = networks.reference(noisy, timesteps, guided)
+            target = batch.target
             if self.needs_teacher:
-                previous, target = _one_step_nearer(networks, batch, guided)
-                earlier = solver.earlier
+                target = _one_step_nearer(networks, batch, guided)
         policy = networks.policy(noisy, timesteps, guided)
         with phase("loss"):
-            outputs = consistency_outputs(
-                policy,
-                reference,
-                target,
-                noisy,
-                previous,
-                solver.now,
-                earlier,
-                prediction=solver.prediction,
-            )
-            assert outputs.reference is not None
-            y = batch.target if outputs.target is None else outputs.target
-            return self.preference(outputs.policy, outputs.reference, y, batch.weights)
+            slopes = solver.scales.of_prediction
+            return self.preference(policy, reference, target, batch.weights, slopes)
 
 
 build = ConsistencyDPO
 
 
-def _one_step_nearer(
-    networks: Networks, batch: TrainingBatch, guided: Conditioning
-) -> tuple[Tensor, Tensor]:
-    """Where the teacher's step leads (2B, ...), and the reference's prediction there."""
+def _one_step_nearer(networks: Networks, batch: TrainingBatch, guided: Conditioning) -> Tensor:
+    """The predictions (2B, ...) that say what the reference says where the teacher's step leads."""
     solver, unconditional = batch.draw.solver, batch.unconditional
     assert networks.teacher is not None
     assert solver is not None
@@ -86,7 +75,11 @@ def _one_step_nearer(
             solver.earlier,
             prediction=solver.prediction,
         )
-    return previous, networks.reference(previous, _twice(solver.earlier.timesteps), guided)
+    answer = networks.reference(previous, _twice(solver.earlier.timesteps), guided)
+    with phase("solver"):
+        return consistency_targets(
+            answer, previous, batch.noisy, solver.scales, solver.earlier_scales
+        )
 
 
 def _twice(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import consistency_outputs, consistency_solver_step
+from ...kernels import consistency_solver_step, consistency_targets
 from ..basics.phases import phase
 from ..models.protocol import Conditioning
 from ..recipe import Objective as ObjectiveSpec
@@ -33,28 +33,16 @@ class ConsistencyFineTuning:
         solver = batch.draw.solver
         assert solver is not None
         pairs = len(solver.guidance)
-        noisy = batch.noisy[:pairs]
         prompts = batch.conditioning.select(range(pairs))
         guided = prompts.with_extras(guidance=solver.guidance)
-        previous = target = earlier = None
+        target = batch.target
         if self.spec.needs_teacher:
             with torch.no_grad():
-                previous, target = _one_step_nearer(networks, batch, prompts, guided)
-            earlier = solver.earlier
-        policy = networks.policy(noisy, solver.now.timesteps, guided)
+                target = _one_step_nearer(networks, batch, prompts, guided)
+        policy = networks.policy(batch.noisy[:pairs], solver.now.timesteps, guided)
         with phase("loss"):
-            outputs = consistency_outputs(
-                torch.cat([policy, policy]),
-                None,
-                target,
-                torch.cat([noisy, noisy]),
-                previous,
-                solver.now,
-                earlier,
-                prediction=solver.prediction,
-            )
-            y = batch.target if outputs.target is None else outputs.target
-            errors = mean_errors((outputs.policy - y)[:pairs], self.spec)
+            slopes = solver.scales.of_prediction[:, None, None, None]
+            errors = mean_errors(slopes * (policy.float() - target[:pairs]), self.spec)
             loss = (errors if batch.weights is None else errors * batch.weights).mean()
             unknown = torch.full_like(errors, float("nan")).detach()
         return Loss(loss, unknown, unknown, unknown)
@@ -65,10 +53,10 @@ build = ConsistencyFineTuning
 
 def _one_step_nearer(
     networks: Networks, batch: TrainingBatch, prompts: Conditioning, guided: Conditioning
-) -> tuple[Tensor, Tensor]:
-    """Where the teacher's step leads from winners, and the reference's predictions there.
+) -> Tensor:
+    """The predictions that say what the reference says where the teacher's step leads.
 
-    The kernels take pairs: a winner is its own loser here, so both are (2B, ...). Arithmetic
+    The kernels take pairs: a winner is its own loser here, so these are (2B, ...). Arithmetic
     between two network calls is cheap, the calls themselves are not.
     """
     solver, unconditional = batch.draw.solver, batch.unconditional
@@ -90,5 +78,8 @@ def _one_step_nearer(
             earlier,
             prediction=solver.prediction,
         )
-    target = networks.reference(previous[:pairs], earlier.timesteps, guided)
-    return previous, torch.cat([target, target])
+    answer = networks.reference(previous[:pairs], earlier.timesteps, guided)
+    with phase("solver"):
+        return consistency_targets(
+            torch.cat([answer, answer]), previous, doubled, solver.scales, solver.earlier_scales
+        )

@@ -8,6 +8,8 @@ With ``d = e^policy - e^reference`` of an image, B pairs, a pair's weight w of m
 ``label_smoothing``   ``-mean [(1 - s) logsigmoid(logit) + s logsigmoid(-logit)]``    cDPO [2]
 ``loss=ipo``          ``mean (logit - 1/2)^2``                                        IPO [3]
 ``loser_gradient``    the loss as it is, the gradient of ``d_loser`` times a factor   damping
+``loser_safeguard``   the same with a factor for each pair (see                       SDPO [4]
+                      ``kernels/paired_dpo_loss/differences.py``)
 ====================  ==============================================================  ============
 
 IPO's published form is ``(h - 1/(2 tau))^2`` with the log-ratio ``h = logit / scale`` and tau the
@@ -15,7 +17,8 @@ scale; it is multiplied by ``scale^2`` here, so that its size does not depend on
 would be 1e-8, which is the epsilon of AdamW).
 
 [1] Wallace et al., arXiv 2311.12908. [2] Mitchell, *A note on DPO with noisy preferences*, 2023.
-[3] Azar et al., arXiv 2310.12036.
+[3] Azar et al., arXiv 2310.12036. [4] Fu et al., Diffusion-SDPO, arXiv 2511.03317, with one factor
+a batch.
 """
 
 from __future__ import annotations
@@ -31,40 +34,43 @@ from .protocol import Loss
 
 
 class PreferenceLoss:
-    """The loss a recipe asks for; plain DPO in one fused kernel, the others in PyTorch."""
+    """The loss a recipe asks for; DPO in one fused kernel, the others in PyTorch."""
 
     def __init__(self, spec: ObjectiveSpec, scale: float) -> None:
         self.spec = spec
         self.scale = scale
-        self._is_plain = (
-            spec.loss == "sigmoid" and spec.label_smoothing == 0 and spec.loser_gradient == 1
-        )
+        self._options: dict[str, Any] = {
+            "distance": spec.distance,
+            "huber_c": spec.huber_c,
+            "loser_gradient": spec.loser_gradient,
+            "safeguard": spec.loser_safeguard,
+        }
 
     def __call__(
-        self, policy: Tensor, reference: Tensor, target: Tensor, weights: Tensor | None
+        self,
+        policy: Tensor,
+        reference: Tensor,
+        target: Tensor,
+        weights: Tensor | None,
+        slopes: Tensor | None = None,
     ) -> Loss:
-        """Loss of predictions (2B, ...), winners first, and target (B, ...) or (2B, ...)."""
-        options: dict[str, Any] = {"distance": self.spec.distance, "huber_c": self.spec.huber_c}
-        if self._is_plain and weights is None:
-            paired = paired_dpo_loss(policy, reference, target, self.scale, **options)
-            winner, loser = (paired.policy_error - paired.reference_error).chunk(2)
-            return Loss(paired.loss, paired.logits, winner, loser)
-        winner, loser = paired_differences(policy, reference, target, **options).difference.chunk(2)
-        logits = self._scaled(winner - self._damped(loser), weights)
-        return Loss(self._of(logits), logits.detach(), winner.detach(), loser.detach())
+        """Loss of predictions (2B, ...), winners first, and target (B, ...) or (2B, ...).
 
-    def _damped(self, loser: Tensor) -> Tensor:
-        """The same value with a fraction of the gradient.
-
-        The loser's error can grow without bound, and drags the winner's along: the known failure
-        of DPO, which a smaller gradient of the loser holds back.
+        Weights and slopes (B,) are those of pairs: of the logit, and of prediction minus target.
         """
-        kept = self.spec.loser_gradient
-        return loser if kept == 1 else kept * loser + (1 - kept) * loser.detach()
-
-    def _scaled(self, margin: Tensor, weights: Tensor | None) -> Tensor:
-        logits = -self.scale * margin
-        return logits if weights is None else logits * weights
+        options = self._options | {"slopes": slopes}
+        given = (policy, reference, target)
+        if self.spec.loss == "sigmoid" and self.spec.label_smoothing == 0:
+            paired = paired_dpo_loss(*given, self.scale, weights=weights, **options)
+            loss, logits = paired.loss, paired.logits
+            winner, loser = (paired.policy_error - paired.reference_error).chunk(2)
+        else:
+            found = paired_differences(*given, **options)
+            logits = -self.scale * found.margin
+            logits = logits if weights is None else logits * weights
+            loss, logits = self._of(logits), logits.detach()
+            winner, loser = (found.policy_error - found.reference_error).chunk(2)
+        return Loss(loss, logits, winner, loser)
 
     def _of(self, logits: Tensor) -> Tensor:
         if self.spec.loss == "ipo":

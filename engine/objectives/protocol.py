@@ -34,8 +34,8 @@ class TrainingBatch:
     """(2B, C, h, w) in the dtype the networks compute in, winners first; float32 for consistency
     models, whose functions of it are float32."""
     target: Tensor
-    """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w): of a consistency model
-    the clean latents."""
+    """float32, (B, C, h, w) shared by winner and loser, or (2B, C, h, w): what predictions are held
+    to; of a consistency model those whose consistency function is the clean latents."""
     draw: Draw
     """Timesteps, and whatever else was drawn for each pair."""
     conditioning: Conditioning

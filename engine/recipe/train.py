@@ -47,6 +47,9 @@ class Objective(Section):
     loser_gradient: Fraction = 1.0
     """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
     errors of winner and loser rise together."""
+    loser_safeguard: Fraction | None = None
+    """Keep of each loser's gradient only what leaves its winner this share of the gain it would
+    have alone, to first order (published: 0.9 for SD 1.5, 0.6 for SDXL); null: off."""
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Objective:
@@ -56,6 +59,7 @@ class Objective(Section):
                 "no labels to smooth"
             )
         without_pairs = {"loss": "sigmoid", "label_smoothing": 0, "loser_gradient": 1}
+        without_pairs |= {"loser_safeguard": None}
         given = [name for name, off in without_pairs.items() if getattr(self, name) != off]
         if self.type.endswith("sft") and given:
             raise ValueError(

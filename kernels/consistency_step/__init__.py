@@ -1,10 +1,17 @@
-"""The teacher's step and the boundary functions of consistency models."""
+"""The teacher's step and the targets of consistency models."""
 
-from .op import ConsistencyOutputs, SchedulePoint, consistency_outputs, consistency_solver_step
+from .op import (
+    ConsistencyScales,
+    SchedulePoint,
+    consistency_scales,
+    consistency_solver_step,
+    consistency_targets,
+)
 
 __all__ = [
-    "ConsistencyOutputs",
+    "ConsistencyScales",
     "SchedulePoint",
-    "consistency_outputs",
+    "consistency_scales",
     "consistency_solver_step",
+    "consistency_targets",
 ]

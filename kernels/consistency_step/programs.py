@@ -1,4 +1,4 @@
-"""The Triton programs of `consistency_step`: two launches forward, one backward.
+"""The Triton programs of `consistency_step`, a launch each.
 
 Formulas, layout and what a program does are told in `consistency_step.py`, which launches them.
 """
@@ -46,21 +46,7 @@ def _noise(noisy, prediction, alpha, sigma, PREDICTION: tl.constexpr):
         return tl.div_rn(noisy - alpha * prediction, sigma)
 
 
-@triton.jit
-def _scalings(timestep, timestep_scaling, sigma_data):
-    """c_skip and c_out; exactly 1 and 0 where the timestep is 0."""
-    s = timestep_scaling * timestep.to(tl.float32)
-    variance = sigma_data * sigma_data
-    total = s * s + variance
-    return tl.div_rn(variance, total), tl.div_rn(s, tl.sqrt_rn(total))
-
-
-@triton.jit
-def _consistency(noisy, prediction, alpha, sigma, c_skip, c_out, PREDICTION: tl.constexpr):
-    return c_skip * noisy + c_out * _clean(noisy, prediction, alpha, sigma, PREDICTION)
-
-
-# ---------------------------------------------------------------------------------------- forward
+# --------------------------------------------------------------------------------------- programs
 
 
 @triton.jit
@@ -100,89 +86,34 @@ def solver_kernel(
 
 
 @triton.jit
-def outputs_kernel(
-    policy_ptr,
-    reference_ptr,
-    target_ptr,
-    noisy_ptr,
+def targets_kernel(
+    prediction_ptr,
     previous_ptr,
-    timesteps_ptr,
-    alpha_ptr,
-    sigma_ptr,
-    earlier_timesteps_ptr,
-    earlier_alpha_ptr,
-    earlier_sigma_ptr,
-    policy_out_ptr,
-    reference_out_ptr,
-    target_out_ptr,
-    timestep_scaling,
-    sigma_data,
+    noisy_ptr,
+    of_noisy_ptr,
+    of_prediction_ptr,
+    earlier_of_noisy_ptr,
+    earlier_of_prediction_ptr,
+    targets_ptr,
     num_pairs,
     num_elements,
     num_chunks,
-    policy_stride,
-    reference_stride,
-    target_stride,
-    noisy_stride,
+    prediction_stride,
     previous_stride,
-    REFERENCE: tl.constexpr,  # without it, whatever is called reference is None
-    TARGET: tl.constexpr,  # without it, whatever is called target, previous or earlier is None
-    PREDICTION: tl.constexpr,
+    noisy_stride,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of one sample: up to three consistency functions."""
+    """One chunk of one sample: the frozen network's answer, as a prediction at noisy."""
     row, pair, offset, mask = _place(num_pairs, num_elements, num_chunks, BLOCK)
-    out_offset = row * num_elements + offset
-    alpha = tl.load(alpha_ptr + pair)
-    sigma = tl.load(sigma_ptr + pair)
-    c_skip, c_out = _scalings(tl.load(timesteps_ptr + pair), timestep_scaling, sigma_data)
+    of_noisy = tl.load(of_noisy_ptr + pair)
+    of_prediction = tl.load(of_prediction_ptr + pair)
+    earlier_of_noisy = tl.load(earlier_of_noisy_ptr + pair)
+    earlier_of_prediction = tl.load(earlier_of_prediction_ptr + pair)
 
+    prediction = _load(prediction_ptr, row, prediction_stride, offset, mask)
+    previous = _load(previous_ptr, row, previous_stride, offset, mask)
     noisy = _load(noisy_ptr, row, noisy_stride, offset, mask)
-    policy = _load(policy_ptr, row, policy_stride, offset, mask)
-    policy = _consistency(noisy, policy, alpha, sigma, c_skip, c_out, PREDICTION)
-    tl.store(policy_out_ptr + out_offset, policy, mask)
-    if REFERENCE:
-        reference = _load(reference_ptr, row, reference_stride, offset, mask)
-        reference = _consistency(noisy, reference, alpha, sigma, c_skip, c_out, PREDICTION)
-        tl.store(reference_out_ptr + out_offset, reference, mask)
-    if TARGET:
-        alpha = tl.load(earlier_alpha_ptr + pair)
-        sigma = tl.load(earlier_sigma_ptr + pair)
-        timestep = tl.load(earlier_timesteps_ptr + pair)
-        c_skip, c_out = _scalings(timestep, timestep_scaling, sigma_data)
-        previous = _load(previous_ptr, row, previous_stride, offset, mask)
-        target = _load(target_ptr, row, target_stride, offset, mask)
-        target = _consistency(previous, target, alpha, sigma, c_skip, c_out, PREDICTION)
-        tl.store(target_out_ptr + out_offset, target, mask)
-
-
-# --------------------------------------------------------------------------------------- backward
-
-
-@triton.jit
-def backward_kernel(
-    grad_output_ptr,
-    timesteps_ptr,
-    alpha_ptr,
-    sigma_ptr,
-    grad_ptr,
-    timestep_scaling,
-    sigma_data,
-    num_pairs,
-    num_elements,
-    num_chunks,
-    grad_output_stride,
-    PREDICTION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One chunk of one sample: f is affine in the prediction, with one slope a pair."""
-    row, pair, offset, mask = _place(num_pairs, num_elements, num_chunks, BLOCK)
-    alpha = tl.load(alpha_ptr + pair)
-    sigma = tl.load(sigma_ptr + pair)
-    _, slope = _scalings(tl.load(timesteps_ptr + pair), timestep_scaling, sigma_data)
-    if PREDICTION == "epsilon":
-        slope = slope * tl.div_rn(-sigma, alpha)
-    elif PREDICTION == "v_prediction":
-        slope = slope * -sigma
-    grad_output = _load(grad_output_ptr, row, grad_output_stride, offset, mask)
-    tl.store(grad_ptr + row * num_elements + offset, grad_output * slope, mask)
+    answer = earlier_of_noisy * previous + earlier_of_prediction * prediction
+    targets = tl.div_rn(answer - of_noisy * noisy, of_prediction)
+    targets = tl.where(of_prediction == 0, 0.0, targets)
+    tl.store(targets_ptr + row * num_elements + offset, targets, mask)

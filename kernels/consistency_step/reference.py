@@ -1,10 +1,7 @@
 """The formulas of `consistency_step` in plain PyTorch, in float32 or float64.
 
-They follow the Triton programs operation by operation, so that the bits are the same. PyTorch can
-differentiate them.
+They follow the Triton programs operation by operation, so that the bits are the same.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,51 +29,22 @@ def solver_step(
     return _column(earlier_alpha, x, dtype) * clean + _column(earlier_sigma, x, dtype) * noise
 
 
-def consistency_function(
-    output: Tensor,
-    x: Tensor,
-    point: Sequence[Tensor],
-    prediction: str,
-    timestep_scaling: float,
-    sigma_data: float,
-    dtype: torch.dtype,
+def targets(
+    prediction: Tensor,
+    previous: Tensor,
+    noisy: Tensor,
+    of_noisy: Tensor,
+    of_prediction: Tensor,
+    earlier_of_noisy: Tensor,
+    earlier_of_prediction: Tensor,
 ) -> Tensor:
-    """f(x, t) of a network's output at x, (2B, ...); the point is timesteps, α and σ."""
-    timesteps, alpha, sigma = point
-    c_skip, c_out = scalings(timesteps, timestep_scaling, sigma_data, dtype)
-    levels = (_column(alpha, x, dtype), _column(sigma, x, dtype))
-    clean = _clean(x.to(dtype), output.to(dtype), *levels, prediction)
-    return _column(c_skip, x, dtype) * x.to(dtype) + _column(c_out, x, dtype) * clean
-
-
-def consistency_gradient(
-    grad_output: Tensor,
-    point: Sequence[Tensor],
-    prediction: str,
-    timestep_scaling: float,
-    sigma_data: float,
-) -> Tensor:
-    """The gradient of the network's output from that of f."""
-    dtype = compute_dtype(grad_output)
-    timesteps, alpha, sigma = point
-    _, slope = scalings(timesteps, timestep_scaling, sigma_data, dtype)
-    if prediction == "epsilon":
-        slope = slope * (-sigma.to(dtype) / alpha.to(dtype))
-    elif prediction == "v_prediction":
-        slope = slope * -sigma.to(dtype)
-    return grad_output.to(dtype) * _column(slope, grad_output, dtype)
-
-
-def scalings(
-    timesteps: Tensor, timestep_scaling: float, sigma_data: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out (B,)."""
-    s = timestep_scaling * timesteps.to(dtype)
-    # A tensor, for PyTorch takes number / tensor as number · (1 / tensor), which rounds twice
-    variance = torch.full_like(s, sigma_data * sigma_data)
-    total = s * s + variance
-    # By way of float64, for a CPU's float32 root is not always the nearest number
-    return variance / total, s / total.double().sqrt().to(dtype)
+    """The frozen network's answer at previous, as a prediction at noisy: (2B, ...)."""
+    x, dtype = prediction, compute_dtype(prediction, previous, noisy)
+    answer = _column(earlier_of_noisy, x, dtype) * previous.to(dtype)
+    answer = answer + _column(earlier_of_prediction, x, dtype) * prediction.to(dtype)
+    slope = _column(of_prediction, x, dtype)
+    found = (answer - _column(of_noisy, x, dtype) * noisy.to(dtype)) / slope
+    return torch.where(slope == 0, 0.0, found)
 
 
 def _column(numbers: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

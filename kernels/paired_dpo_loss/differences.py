@@ -1,14 +1,22 @@
 """What `paired_dpo_loss` compares, in plain PyTorch, and the arguments that both take.
 
-For an image with n elements, x = prediction − target, per `distance`:
+For an image with n elements, x = s · (prediction − target), s a pair's slope or 1, per `distance`:
 
-    mse            e = 1/n Σ x²                    e_p − e_r = 1/n Σ (p − r)(x_p + x_r)
+    mse            e = 1/n Σ x²                    e_p − e_r = 1/n Σ (x_p − x_r)(x_p + x_r)
     pseudo_huber   e = 1/n Σ x² / (√(x² + c²) + c)
-                   e_p − e_r = 1/n Σ (p − r)(x_p + x_r) / (√(x_p² + c²) + √(x_r² + c²))
+                   e_p − e_r = 1/n Σ (x_p − x_r)(x_p + x_r) / (√(x_p² + c²) + √(x_r² + c²))
 
-The difference is accumulated itself, so that identical networks give exactly 0; a subtraction of
-two rounded means would not. Losses of another form than DPO's are built on it: they are a few
-microseconds of a step, and PyTorch differentiates them.
+with x_p − x_r = s · (p − r). The difference is accumulated itself, so that identical networks give
+exactly 0; a subtraction of two rounded means would not. Losses of another form than DPO's are built
+on it: they are a few microseconds of a step, and PyTorch differentiates them.
+
+The loser's gradient is multiplied by a share κ, the value is not. With g = ∂e_p/∂p of winner and
+loser, a step along −(g_w − κ g_l) changes the winner's error by −(‖g_w‖² − κ ⟨g_w, g_l⟩), so that
+
+    κ = loser_gradient · min(1, (1 − μ) ‖g_w‖² / ⟨g_w, g_l⟩)       where ⟨g_w, g_l⟩ > 0, else 1
+
+leaves the winner a share μ of what it gained without the loser (Diffusion-SDPO, arXiv 2511.03317,
+a pair at a time). μ is `safeguard`; without one κ is `loser_gradient`.
 """
 
 from typing import NamedTuple
@@ -21,6 +29,7 @@ from ..dispatch import (
     check_choice,
     check_floating,
     check_pairs,
+    check_per_pair,
     check_positive,
     check_same_device,
     compute_dtype,
@@ -32,9 +41,10 @@ DISTANCES = ("mse", "pseudo_huber")
 class PairedDifferences(NamedTuple):
     """What `paired_differences` returns; float32, unless an input was float64."""
 
-    difference: Tensor  # (2B,) policy minus reference error, differentiable in policy
-    policy_error: Tensor  # (2B,) detached
-    reference_error: Tensor  # (2B,) detached
+    margin: Tensor  # (B,) winner's minus loser's (policy minus reference) error, differentiable
+    policy_error: Tensor  # (2B,) detached, as are the next two
+    reference_error: Tensor  # (2B,)
+    loser_kept: Tensor  # (B,) the share of the loser's gradient
 
 
 def paired_differences(
@@ -44,23 +54,41 @@ def paired_differences(
     *,
     distance: str = "mse",
     huber_c: float = 1e-3,
+    slopes: Tensor | None = None,
+    loser_gradient: float = 1.0,
+    safeguard: float | None = None,
 ) -> PairedDifferences:
     """What `paired_dpo_loss` compares, for losses of another form: plain PyTorch on any device.
 
-    Arguments are those of `paired_dpo_loss`. The difference is accumulated itself, so that
-    identical networks give exactly 0.
+    Arguments are those of `paired_dpo_loss`. The margin is accumulated itself, so that identical
+    networks give exactly 0.
     """
-    check_comparison(policy, reference, target, 1.0, distance, huber_c)
-    difference, *errors = differences(policy, reference, target, distance, as_float32(huber_c))
-    return PairedDifferences(difference, *(error.detach() for error in errors))
+    check_comparison(
+        policy, reference, target, 1.0, distance, huber_c, slopes, None, loser_gradient, safeguard
+    )
+    numbers = as_float32(huber_c), slopes, *shares(loser_gradient, safeguard)
+    return differences(policy, reference, target, distance, *numbers)
+
+
+def shares(loser_gradient: float, safeguard: float | None) -> tuple[float, float | None]:
+    """Both as kernels see them."""
+    return as_float32(loser_gradient), None if safeguard is None else as_float32(safeguard)
 
 
 def check_comparison(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    scale: float,
+    distance: str,
+    huber_c: float,
+    slopes: Tensor | None,
+    weights: Tensor | None,
+    loser_gradient: float,
+    safeguard: float | None,
 ) -> None:
     """Refuse, before any launch, what a comparison of pairs cannot take."""
     check_floating(policy=policy, reference=reference, target=target)
-    check_same_device(policy=policy, reference=reference, target=target)
     check_positive(scale=scale, huber_c=huber_c)
     check_choice("distance", distance, DISTANCES)
     check_pairs("policy is", policy)
@@ -77,24 +105,77 @@ def check_comparison(
             f"target is {tuple(target.shape)}; it must be {tuple(policy.shape)} like policy, or "
             f"{(batch[0] // 2, *sample)} shared by winner and loser"
         )
+    numbers = {"slopes": slopes, "weights": weights}
+    given = {name: x for name, x in numbers.items() if x is not None}
+    check_per_pair(batch[0] // 2, torch.float32, **given)
+    check_same_device(policy=policy, reference=reference, target=target, **given)
+    for name, share in (("loser_gradient", loser_gradient), ("safeguard", safeguard)):
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; it must be from 0 to 1")
 
 
 def differences(
-    policy: Tensor, reference: Tensor, target: Tensor, distance: str, huber_c: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(2B,) each: policy minus reference error without cancellation, and both errors."""
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    distance: str,
+    huber_c: float,
+    slopes: Tensor | None,
+    loser_gradient: float,
+    safeguard: float | None,
+) -> PairedDifferences:
+    """What `paired_differences` returns, of arguments that are right."""
     dtype, sample = compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
-    if target.shape[0] != policy.shape[0]:
-        target = torch.cat([target, target])
-    huber, t, p, r = distance == "pseudo_huber", *(x.to(dtype) for x in (target, policy, reference))
-    x_p = p - t
-    root_p = (x_p * x_p + huber_c * huber_c).sqrt() if huber else x_p
-    policy_error = (x_p * x_p / (root_p + huber_c) if huber else x_p * x_p).mean(sample)
+    p, r, t = (x.to(dtype) for x in (policy, reference, target))
+    x_p, slope = residuals(p, t, slopes)
+    root_p = _root(x_p, distance, huber_c)
+    policy_error = _errors(x_p, root_p, distance, huber_c).mean(sample)
     if r.ndim == 1:
-        return policy_error - r, policy_error, r.clone()
-    x_r = r - t
-    root_r = (x_r * x_r + huber_c * huber_c).sqrt() if huber else x_r
-    reference_error = (x_r * x_r / (root_r + huber_c) if huber else x_r * x_r).mean(sample)
-    difference = (p - r) * (x_p + x_r)
-    difference = (difference / (root_p + root_r) if huber else difference).mean(sample)
-    return difference, policy_error, reference_error
+        reference_error, difference = r.clone(), policy_error - r
+    else:
+        x_r, _ = residuals(r, t, slopes)
+        root_r = _root(x_r, distance, huber_c)
+        reference_error = _errors(x_r, root_r, distance, huber_c).mean(sample)
+        difference = slope * (p - r) * (x_p + x_r)
+        if distance == "pseudo_huber":
+            difference = difference / (root_p + root_r)
+        difference = difference.mean(sample)
+    winner, loser = difference.chunk(2)
+    kept = torch.full_like(loser, loser_gradient).detach()
+    if safeguard is not None:
+        pull = x_p if distance == "mse" else x_p / root_p
+        kept = kept * _harmless(pull.detach(), safeguard)
+    # The loser's value, with a share of its gradient: what is subtracted from itself is exactly 0
+    damped = loser.detach() + kept * (loser - loser.detach())
+    return PairedDifferences(winner - damped, policy_error.detach(), reference_error.detach(), kept)
+
+
+def residuals(
+    prediction: Tensor, target: Tensor, slopes: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
+    """Of tensors that are alike in dtype: x = s · (prediction − target), (2B, ...), and s."""
+    if target.shape[0] != prediction.shape[0]:
+        target = torch.cat([target, target])
+    if slopes is None:
+        return prediction - target, 1.0
+    slope = torch.cat([slopes, slopes]).to(prediction.dtype)
+    slope = slope.view(-1, *[1] * (prediction.ndim - 1))
+    return slope * (prediction - target), slope
+
+
+def _root(x: Tensor, distance: str, huber_c: float) -> Tensor:
+    return (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else x
+
+
+def _errors(x: Tensor, root: Tensor, distance: str, huber_c: float) -> Tensor:
+    return x * x / (root + huber_c) if distance == "pseudo_huber" else x * x
+
+
+def _harmless(pull: Tensor, safeguard: float) -> Tensor:
+    """(B,) the share of the loser's gradient that the winner bears.
+
+    pull: (2B, ...) the errors' slopes, whatever factor they have in common.
+    """
+    winner, loser = pull.flatten(1).chunk(2)
+    own, shared = (winner * winner).sum(1), (winner * loser).sum(1)
+    return torch.where(shared > 0, ((1 - safeguard) * own / shared).clamp(max=1), 1.0)

@@ -1,18 +1,23 @@
 """Paired DPO loss: both errors, the logit, the log-sigmoid and the mean in one launch each way.
 
-For B pairs, winners first, x = prediction − target and n elements in a sample:
+For B pairs, winners first, x = s · (prediction − target) and n elements in a sample, with a slope s
+and a weight w of each pair, 1 if not given, and a share κ of the loser's gradient:
 
     e(x)   = 1/n Σ x²                                        distance "mse"
     e(x)   = 1/n Σ √(x² + c²) − c                            distance "pseudo_huber"
-    logit  = −scale · [(e_w^policy − e_w^ref) − (e_l^policy − e_l^ref)]
+    logit  = −scale · w · [(e_w^policy − e_w^ref) − (e_l^policy − e_l^ref)]
     loss   = −1/B Σ log σ(logit)
-    ∂loss/∂policy_w = + scale · σ(−logit) · e'(x_w) / B      (minus for the loser)
+    ∂loss/∂policy_w = + scale · w · σ(−logit) · s · e'(x_w) / B
+    ∂loss/∂policy_l = − κ · the same of x_l                  (κ: see `differences.py`)
+
+A slope makes x the error of what is affine in a prediction, as consistency functions are: the loss
+of those takes predictions, too (`consistency_step`).
 
 If the reference is given as predictions r, the policy-minus-reference difference is accumulated
-itself: Σ (p − r)(p + r − 2t) for MSE, the same over √(x_p² + c²) + √(x_r² + c²) for pseudo-Huber.
-Identical networks then give logit 0 and loss log 2 exactly; subtracting two rounded means gives
-logits up to 2.2 at β = 5000 in fp16. The pseudo-Huber error is evaluated as x²/(√(x² + c²) + c),
-the same number without the cancellation.
+itself: s² Σ (p − r)(p + r − 2t) for MSE, the same over √(x_p² + c²) + √(x_r² + c²) for
+pseudo-Huber. Identical networks then give logit 0 and loss log 2 exactly; subtracting two rounded
+means gives logits up to 2.2 at β = 5000 in fp16. The pseudo-Huber error is evaluated as
+x²/(√(x² + c²) + c), the same number without the cancellation.
 
 Layout: a program reduces one chunk of one pair, winner and loser together, so that a shared target
 is read once. It stores its sums and draws a ticket; the program that draws a pair's last ticket
@@ -20,7 +25,7 @@ adds the chunks in a fixed order (no float atomics: bitwise deterministic) and w
 results, and the one that finishes the last pair writes the mean. The chunk size depends on n alone,
 so a pair's logit does not depend on the batch it is in. Sums are trees in float32; only the mean
 over pairs is in float64, which makes B equal losses average to that loss exactly. The backward
-needs the logits, nothing else of the forward. Samples are walked in memory order, so NCHW and
+needs the logits and κ, nothing else of the forward. Samples are walked in memory order, so NCHW and
 channels_last are both read as they lie.
 
 Source: Wallace et al., arXiv 2311.12908; Croitoru et al., arXiv 2405.13637.
@@ -44,7 +49,7 @@ from ..dispatch import (
     zero_tickets,
 )
 from ..layout import empty_samples, match_samples, sample_strides
-from .differences import DISTANCES, check_comparison, differences
+from .differences import DISTANCES, check_comparison, differences, residuals, shares
 from .programs import backward_kernel, forward_kernel
 
 MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
@@ -59,6 +64,7 @@ class PairedLoss(NamedTuple):
     logits: Tensor  # (B,), detached, as are the next two
     policy_error: Tensor  # (2B,)
     reference_error: Tensor  # (2B,)
+    loser_kept: Tensor  # (B,) κ, the share of the loser's gradient
 
 
 # --------------------------------------------------------------------------------------- launcher
@@ -87,8 +93,17 @@ def _forward_constants(num_pairs: int, num_elements: int) -> dict[str, int]:
 
 
 def _forward_triton(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    distance: str,
+    huber_c: float,
+    loser_gradient: float,
+    safeguard: float | None,
+) -> PairedLoss:
     cached = reference.ndim == 1
     if cached:
         policy, target = match_samples(policy, target)
@@ -98,18 +113,22 @@ def _forward_triton(
     num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
     block = _block(num_elements)
     num_chunks = triton.cdiv(num_elements, block)
-    partials = policy.new_empty((2 if cached else 5, num_pairs, num_chunks), dtype=torch.float32)
+    sums = (2 if cached else 5) + 2 * (safeguard is not None)
+    partials = policy.new_empty((sums, num_pairs, num_chunks), dtype=torch.float32)
     outputs = _empty_outputs(policy, torch.float32)
     with device_of(policy):
         forward_kernel[(num_pairs, num_chunks)](
             policy,
             reference,
             target,
+            *_contiguous(slopes, weights),
             partials,
             zero_tickets(1 + num_pairs, policy.device),
             *outputs,
             scale,
             huber_c,
+            loser_gradient,
+            1 - (safeguard or 0.0),
             num_elements,
             policy.stride(0),
             reference.stride(0),
@@ -117,6 +136,9 @@ def _forward_triton(
             HUBER=distance == "pseudo_huber",
             CACHED=cached,
             SHARED=target.shape[0] == num_pairs,
+            SLOPES=slopes is not None,
+            WEIGHTS=weights is not None,
+            SAFEGUARD=safeguard is not None,
             **_forward_constants(num_pairs, num_elements),
             num_warps=_num_warps(block),
             **NO_FUSION,
@@ -127,8 +149,11 @@ def _forward_triton(
 def _backward_triton(
     grad_loss: Tensor,
     logits: Tensor,
+    loser_kept: Tensor,
     policy: Tensor,
     target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
     scale: float,
     distance: str,
     huber_c: float,
@@ -143,8 +168,10 @@ def _backward_triton(
         backward_kernel[(num_pairs, triton.cdiv(num_elements, block))](
             grad_loss,
             logits,
+            loser_kept,
             policy,
             target,
+            *_contiguous(slopes, weights),
             written,
             scale,
             huber_c,
@@ -154,6 +181,8 @@ def _backward_triton(
             written.stride(0),
             HUBER=distance == "pseudo_huber",
             SHARED=target.shape[0] == num_pairs,
+            SLOPES=slopes is not None,
+            WEIGHTS=weights is not None,
             BLOCK=block,
             num_warps=_num_warps(block),
             **NO_FUSION,
@@ -161,22 +190,32 @@ def _backward_triton(
     return grad if direct else grad.copy_(written)
 
 
+def _contiguous(*numbers: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in numbers]
+
+
 def compile_specs() -> list[CompileSpec]:
     """The specialisations that `benchmarks/compile_report.py` compiles without a GPU."""
-    float32 = ("loss", "logits", "policy_error", "reference_error", "partials", "grad_loss")
+    float32 = ["loss", "logits", "policy_error", "reference_error", "partials", "grad_loss"]
+    float32 += ["slopes", "weights", "loser_kept"]
     common = {f"{name}_ptr": "*fp32" for name in float32} | {"tickets_ptr": "*i32"}
-    common |= {"scale": "fp32", "huber_c": "fp32", "num_elements": "i32"}
+    common |= dict.fromkeys(("scale", "huber_c", "loser_gradient", "given_up"), "fp32")
+    common |= {"num_elements": "i32"}
     common |= {f"{name}_stride": "i32" for name in ("policy", "reference", "target", "grad")}
     constants = {"SHARED": False, **_forward_constants(64, 4 * 128 * 128)}
+    plain = dict.fromkeys(("SLOPES", "WEIGHTS", "SAFEGUARD"), False)
+    whole = dict.fromkeys(plain, True) | {"CACHED": False}
     specs = []
     for dtype, distance in itertools.product(("bf16", "fp16", "fp32"), DISTANCES):
         types = common | dict.fromkeys(("policy_ptr", "target_ptr", "grad_ptr"), f"*{dtype}")
         flags = constants | {"HUBER": distance == "pseudo_huber"}
         name = f"paired_dpo_loss {dtype} {distance}"
         for suffix, kernel, more, reference in (
-            ("forward", forward_kernel, {"CACHED": False}, f"*{dtype}"),
-            ("forward, cached", forward_kernel, {"CACHED": True}, "*fp32"),
-            ("backward", backward_kernel, {}, ""),
+            ("forward", forward_kernel, plain | {"CACHED": False}, f"*{dtype}"),
+            ("forward, cached", forward_kernel, plain | {"CACHED": True}, "*fp32"),
+            ("forward, safeguard", forward_kernel, whole, f"*{dtype}"),
+            ("backward", backward_kernel, plain, ""),
+            ("backward, weights", backward_kernel, whole, ""),
         ):
             signature = types | {"reference_ptr": reference}
             specs.append(
@@ -188,27 +227,40 @@ def compile_specs() -> list[CompileSpec]:
 # ------------------------------------------------------------------------------------ torch.library
 
 
-def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(policy: Tensor, dtype: torch.dtype) -> PairedLoss:
     batch = policy.shape[0]
     loss = policy.new_empty((), dtype=dtype)
-    logits = policy.new_empty((batch // 2,), dtype=dtype)
-    return loss, logits, policy.new_empty((batch,), dtype=dtype), logits.new_empty((batch,))
+    logits, loser_kept = (policy.new_empty((batch // 2,), dtype=dtype) for _ in range(2))
+    policy_error, reference_error = (policy.new_empty((batch,), dtype=dtype) for _ in range(2))
+    return PairedLoss(loss, logits, policy_error, reference_error, loser_kept)
 
 
 @torch.library.custom_op("cdpo::paired_dpo_loss", mutates_args=())
 def _op(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    distance: str,
+    huber_c: float,
+    loser_gradient: float,
+    safeguard: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = _forward_triton if takes_triton(policy, reference, target) else paired_dpo_loss_ref
     scalars = as_float32(scale), distance, as_float32(huber_c)
-    loss, logits, policy_error, reference_error = run(policy, reference, target, *scalars)
-    return loss, logits, policy_error, reference_error
+    given = (policy, reference, target, slopes, weights)
+    loss, logits, policy_error, reference_error, loser_kept = run(
+        *given, *scalars, *shares(loser_gradient, safeguard)
+    )
+    return loss, logits, policy_error, reference_error, loser_kept
 
 
 @_op.register_fake
 def _(
     policy: Tensor, reference: Tensor, target: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(policy, compute_dtype(policy, reference, target))
 
 
@@ -216,34 +268,38 @@ def _(
 def _backward_op(
     grad_loss: Tensor,
     logits: Tensor,
+    loser_kept: Tensor,
     policy: Tensor,
     target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
     scale: float,
     distance: str,
     huber_c: float,
 ) -> Tensor:
     run = _backward_triton if takes_triton(policy, target, logits) else _backward_torch
-    scalars = as_float32(scale), distance, as_float32(huber_c)
-    return run(grad_loss, logits, policy, target, *scalars)
+    given = (grad_loss, logits, loser_kept, policy, target, slopes, weights)
+    return run(*given, as_float32(scale), distance, as_float32(huber_c))
 
 
 @_backward_op.register_fake
-def _(grad_loss: Tensor, logits: Tensor, policy: Tensor, *_: Any) -> Tensor:
+def _(grad_loss: Tensor, logits: Tensor, loser_kept: Tensor, policy: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(policy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy, _, target, *ctx.scalars = inputs
-    _, logits, policy_error, reference_error = output
-    ctx.mark_non_differentiable(logits, policy_error, reference_error)
-    ctx.set_materialize_grads(False)  # zeros for them would be three launches
-    ctx.save_for_backward(logits, policy, target)
+    policy, _, target, slopes, weights, *scalars = inputs
+    _, logits, policy_error, reference_error, loser_kept = output
+    ctx.scalars = scalars[:3]
+    ctx.mark_non_differentiable(logits, policy_error, reference_error, loser_kept)
+    ctx.set_materialize_grads(False)  # zeros for them would be four launches
+    ctx.save_for_backward(logits, loser_kept, policy, target, slopes, weights)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 6
-    return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 5
+        return (None,) * 10
+    return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 9
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -260,6 +316,10 @@ def paired_dpo_loss(
     *,
     distance: str = "mse",
     huber_c: float = 1e-3,
+    slopes: Tensor | None = None,
+    weights: Tensor | None = None,
+    loser_gradient: float = 1.0,
+    safeguard: float | None = None,
 ) -> PairedLoss:
     """DPO loss of B pairs of predictions, `[winners; losers]` on the batch axis.
 
@@ -268,43 +328,63 @@ def paired_dpo_loss(
     target: (B, ...) shared by winner and loser, or (2B, ...).
     scale: beta/2 for Diffusion-DPO, beta for Consistency-DPO; used as float32.
     distance: "mse" or "pseudo_huber" with constant huber_c.
+    slopes: (B,) float32, factors of prediction − target; 1 if not given.
+    weights: (B,) float32, factors of the logits; 1 if not given.
+    loser_gradient: share of the loser's gradient that is kept, from 0 to 1.
+    safeguard: share, from 0 to 1, of what the winner gains without the loser that the loser's
+        gradient has to leave it; none if not given.
 
-    Inputs may be bf16, fp16 or fp32, also mixed. reference and target are constants: no gradient
-    reaches them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
+    Inputs may be bf16, fp16 or fp32, also mixed. All but policy are constants: no gradient reaches
+    them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
+    Raises ValueError or TypeError that says what was given and what is taken.
     """
-    check_comparison(policy, reference, target, scale, distance, huber_c)
-    return PairedLoss(*_op(policy, reference, target, scale, distance, huber_c))
+    numbers, more = (slopes, weights), (loser_gradient, safeguard)
+    check_comparison(policy, reference, target, scale, distance, huber_c, *numbers, *more)
+    return PairedLoss(*_op(policy, reference, target, *numbers, scale, distance, huber_c, *more))
 
 
 # -------------------------------------------------------------------------------------- reference
 
 
 def paired_dpo_loss_ref(
-    policy: Tensor, reference: Tensor, target: Tensor, scale: float, distance: str, huber_c: float
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    distance: str,
+    huber_c: float,
+    loser_gradient: float,
+    safeguard: float | None,
 ) -> PairedLoss:
     """The same in plain PyTorch, differentiated by PyTorch."""
-    difference, policy_error, reference_error = differences(
-        policy, reference, target, distance, huber_c
+    found = differences(
+        policy, reference, target, distance, huber_c, slopes, loser_gradient, safeguard
     )
-    difference_w, difference_l = difference.chunk(2)
-    logits = -scale * (difference_w - difference_l)
+    logits = -scale * found.margin
+    if weights is not None:
+        logits = weights.to(logits.dtype) * logits
     loss = -F.logsigmoid(logits).double().mean().to(logits.dtype)
-    return PairedLoss(loss, logits.detach(), policy_error.detach(), reference_error.detach())
+    return PairedLoss(loss, logits.detach(), *found[1:])
 
 
 def _backward_torch(
     grad_loss: Tensor,
     logits: Tensor,
+    loser_kept: Tensor,
     policy: Tensor,
     target: Tensor,
+    slopes: Tensor | None,
+    weights: Tensor | None,
     scale: float,
     distance: str,
     huber_c: float,
 ) -> Tensor:
-    if target.shape[0] != policy.shape[0]:
-        target = torch.cat([target, target])
-    x = policy.to(logits.dtype) - target.to(logits.dtype)
-    slope = x / (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else 2 * x
+    x, slope = residuals(policy.to(logits.dtype), target.to(logits.dtype), slopes)
+    pull = x / (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else 2 * x
     weight = grad_loss * scale * torch.sigmoid(-logits) / logits.numel() / policy[0].numel()
-    weight = torch.cat([weight, -weight]).view(-1, *[1] * (policy.ndim - 1))
-    return torch.empty_like(policy).copy_(weight * slope)
+    if weights is not None:
+        weight = weights.to(logits.dtype) * weight
+    weight = torch.cat([weight, -loser_kept * weight]).view(-1, *[1] * (policy.ndim - 1))
+    return torch.empty_like(policy).copy_(weight * slope * pull)

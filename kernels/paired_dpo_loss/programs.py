@@ -22,14 +22,20 @@ def _error_terms(x, c, HUBER: tl.constexpr):
 
 
 @triton.jit
-def _difference_terms(p, r, t, c, HUBER: tl.constexpr):
-    """Per element: policy error, reference error, and their difference without cancellation."""
-    policy_term, policy_root = _error_terms(p - t, c, HUBER)
-    reference_term, reference_root = _error_terms(r - t, c, HUBER)
-    difference = (p - r) * ((p - t) + (r - t))
+def _residual(p, t, slope, SLOPES: tl.constexpr):
+    if SLOPES:
+        return slope * (p - t)
+    else:
+        return p - t
+
+
+@triton.jit
+def _pull(x, root, HUBER: tl.constexpr):
+    """Per element: the slope of the error, for MSE half of it."""
     if HUBER:
-        difference = difference / (policy_root + reference_root)
-    return policy_term, reference_term, difference
+        return x / root
+    else:
+        return x
 
 
 @triton.jit
@@ -53,14 +59,19 @@ def forward_kernel(
     policy_ptr,
     reference_ptr,
     target_ptr,
-    partials_ptr,  # (2 or 5, num_pairs, num_chunks)
+    slopes_ptr,
+    weights_ptr,
+    partials_ptr,  # (2 or 5, and 2 with SAFEGUARD, num_pairs, num_chunks)
     tickets_ptr,  # (1 + num_pairs,) int32, all 0
     loss_ptr,
     logits_ptr,
     policy_error_ptr,
     reference_error_ptr,
+    loser_kept_ptr,
     scale,
     huber_c,
+    loser_gradient,
+    given_up,  # 1 − the safeguard
     num_elements,
     policy_stride,
     reference_stride,
@@ -68,6 +79,9 @@ def forward_kernel(
     HUBER: tl.constexpr,
     CACHED: tl.constexpr,  # the reference is (2B,) errors, not predictions
     SHARED: tl.constexpr,  # one target for winner and loser
+    SLOPES: tl.constexpr,  # without them slopes_ptr is None
+    WEIGHTS: tl.constexpr,  # without them weights_ptr is None
+    SAFEGUARD: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
@@ -93,38 +107,61 @@ def forward_kernel(
     else:
         t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
 
+    slope = tl.load(slopes_ptr + winner) if SLOPES else 1.0
+    x_w = _residual(p_w, t_w, slope, SLOPES)
+    x_l = _residual(p_l, t_l, slope, SLOPES)
+    policy_w, root_w = _error_terms(x_w, huber_c, HUBER)
+    policy_l, root_l = _error_terms(x_l, huber_c, HUBER)
+
     plane = num_chunks.to(tl.int64) * num_pairs
     partial = partials_ptr + winner * num_chunks + chunk
-    if CACHED:
-        policy_w, _ = _error_terms(p_w - t_w, huber_c, HUBER)
-        policy_l, _ = _error_terms(p_l - t_l, huber_c, HUBER)
-    else:
+    tl.store(partial, tl.sum(policy_w))
+    tl.store(partial + plane, tl.sum(policy_l))
+    if not CACHED:
         r_ptr = reference_ptr + offset
         r_w = tl.load(r_ptr + winner * reference_stride, mask, 0.0).to(tl.float32)
         r_l = tl.load(r_ptr + loser * reference_stride, mask, 0.0).to(tl.float32)
-        policy_w, reference_w, gain_w = _difference_terms(p_w, r_w, t_w, huber_c, HUBER)
-        policy_l, reference_l, gain_l = _difference_terms(p_l, r_l, t_l, huber_c, HUBER)
+        y_w = _residual(r_w, t_w, slope, SLOPES)
+        y_l = _residual(r_l, t_l, slope, SLOPES)
+        reference_w, base_w = _error_terms(y_w, huber_c, HUBER)
+        reference_l, base_l = _error_terms(y_l, huber_c, HUBER)
+        # policy minus reference error without cancellation
+        gain_w = _residual(p_w, r_w, slope, SLOPES) * (x_w + y_w)
+        gain_l = _residual(p_l, r_l, slope, SLOPES) * (x_l + y_l)
+        if HUBER:
+            gain_w = gain_w / (root_w + base_w)
+            gain_l = gain_l / (root_l + base_l)
         tl.store(partial + 2 * plane, tl.sum(reference_w))
         tl.store(partial + 3 * plane, tl.sum(reference_l))
         tl.store(partial + 4 * plane, tl.sum(gain_w - gain_l))
-    tl.store(partial, tl.sum(policy_w))
-    tl.store(partial + plane, tl.sum(policy_l))
+    if SAFEGUARD:
+        pull_w = _pull(x_w, root_w, HUBER)
+        pull_l = _pull(x_l, root_l, HUBER)
+        own = partial + (2 if CACHED else 5) * plane
+        tl.store(own, tl.sum(pull_w * pull_w))
+        tl.store(own + plane, tl.sum(pull_w * pull_l))
     # The barrier puts the stores of all threads before the ticket, which publishes them.
     tl.debug_barrier()
     if tl.atomic_add(tickets_ptr + 1 + pair, 1, sem="acq_rel") == num_chunks - 1:
         tl.store(tickets_ptr + 1 + pair, 0)  # for the next launch
         _finish_pair(
             reference_ptr,
+            weights_ptr,
             partials_ptr,
             logits_ptr,
             policy_error_ptr,
             reference_error_ptr,
+            loser_kept_ptr,
             scale,
+            loser_gradient,
+            given_up,
             num_elements,
             winner,
             num_pairs,
             num_chunks,
             CACHED,
+            WEIGHTS,
+            SAFEGUARD,
             CHUNKS,
             CHUNK_TILES,
         )
@@ -137,35 +174,52 @@ def forward_kernel(
 @triton.jit
 def _finish_pair(
     reference_ptr,
+    weights_ptr,
     partials_ptr,
     logits_ptr,
     policy_error_ptr,
     reference_error_ptr,
+    loser_kept_ptr,
     scale,
+    loser_gradient,
+    given_up,
     num_elements,
     winner,
     num_pairs,
     num_chunks,
     CACHED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
 ):
-    """Errors and logit from the sums of a pair's chunks; run by the last program of the pair."""
+    """A pair's results from the sums of its chunks; run by the last program of the pair."""
     loser = winner + num_pairs
     plane = num_chunks.to(tl.int64) * num_pairs
     partial = partials_ptr + winner * num_chunks
     policy_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
     policy_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
+    partial += 2 * plane
     if CACHED:
         reference_w = tl.load(reference_ptr + winner)
         reference_l = tl.load(reference_ptr + loser)
         margin = (policy_w - reference_w) - (policy_l - reference_l)
     else:
-        partial += 2 * plane
         reference_w = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
         reference_l = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
         margin = _add_chunks(partial + 2 * plane, num_chunks, CHUNKS, CHUNK_TILES) / num_elements
-    tl.store(logits_ptr + winner, -scale * margin)
+        partial += 3 * plane
+    logit = -scale * margin
+    if WEIGHTS:
+        logit = tl.load(weights_ptr + winner) * logit
+    kept = loser_gradient
+    if SAFEGUARD:
+        own = _add_chunks(partial, num_chunks, CHUNKS, CHUNK_TILES)
+        shared = _add_chunks(partial + plane, num_chunks, CHUNKS, CHUNK_TILES)
+        harmless = tl.minimum(tl.div_rn(given_up * own, shared), 1.0)
+        kept = loser_gradient * tl.where(shared > 0, harmless, 1.0)
+    tl.store(logits_ptr + winner, logit)
+    tl.store(loser_kept_ptr + winner, kept)
     tl.store(policy_error_ptr + winner, policy_w)
     tl.store(policy_error_ptr + loser, policy_l)
     tl.store(reference_error_ptr + winner, reference_w)
@@ -201,8 +255,11 @@ def _mean_loss(logits_ptr, loss_ptr, num_pairs, PAIRS: tl.constexpr, PAIR_TILES:
 def backward_kernel(
     grad_loss_ptr,
     logits_ptr,
+    loser_kept_ptr,
     policy_ptr,
     target_ptr,
+    slopes_ptr,
+    weights_ptr,
     grad_ptr,
     scale,
     huber_c,
@@ -212,6 +269,8 @@ def backward_kernel(
     grad_stride,
     HUBER: tl.constexpr,
     SHARED: tl.constexpr,
+    SLOPES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One chunk of one pair: the gradient of both predictions from the pair's logit."""
@@ -223,6 +282,9 @@ def backward_kernel(
     logit = tl.load(logits_ptr + winner)
     weight = tl.load(grad_loss_ptr).to(tl.float32) * scale / (1.0 + tl.exp(logit))
     weight = weight / num_pairs / num_elements
+    if WEIGHTS:
+        weight = tl.load(weights_ptr + winner) * weight
+    kept = tl.load(loser_kept_ptr + winner)
 
     p_w = tl.load(policy_ptr + winner * policy_stride + offset, mask, 0.0).to(tl.float32)
     p_l = tl.load(policy_ptr + loser * policy_stride + offset, mask, 0.0).to(tl.float32)
@@ -231,13 +293,16 @@ def backward_kernel(
         t_l = t_w
     else:
         t_l = tl.load(target_ptr + loser * target_stride + offset, mask, 0.0).to(tl.float32)
-    x_w = p_w - t_w
-    x_l = p_l - t_l
+    slope = tl.load(slopes_ptr + winner) if SLOPES else 1.0
+    x_w = _residual(p_w, t_w, slope, SLOPES)
+    x_l = _residual(p_l, t_l, slope, SLOPES)
+    if SLOPES:
+        weight = weight * slope
     if HUBER:
         grad_w = weight * (x_w / tl.sqrt(x_w * x_w + huber_c * huber_c))
-        grad_l = -weight * (x_l / tl.sqrt(x_l * x_l + huber_c * huber_c))
+        grad_l = -weight * kept * (x_l / tl.sqrt(x_l * x_l + huber_c * huber_c))
     else:
         grad_w = 2.0 * weight * x_w
-        grad_l = -2.0 * weight * x_l
+        grad_l = -2.0 * weight * kept * x_l
     tl.store(grad_ptr + winner * grad_stride + offset, grad_w, mask)
     tl.store(grad_ptr + loser * grad_stride + offset, grad_l, mask)

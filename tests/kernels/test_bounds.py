@@ -111,10 +111,12 @@ def test_triton_geglu(watch, shape):
 def test_triton_noise(watch, shape, pairs):
     keys, ones = torch.zeros(pairs, 4, dtype=torch.int64), torch.ones(pairs)
     latents = torch.randn(2 * pairs, *shape)
-    for target in ("epsilon", "flow", "sample", "v_prediction"):
-        kernels.paired_add_noise(latents, keys, ones, ones, target=target)
+    for target in ("epsilon", "flow", "sample", "v_prediction", "affine"):
+        factors = (ones, ones) if target == "affine" else None
+        options = {"target": target, "factors": factors}
+        kernels.paired_add_noise(latents, keys, ones, ones, **options)
         image = torch.randn(2 * pairs, 3, 11, 5).to(memory_format=torch.channels_last)
-        kernels.paired_add_noise(image, keys, ones, ones, target=target)
+        kernels.paired_add_noise(image, keys, ones, ones, **options)
     kernels.philox_normal(keys, shape)
 
 
@@ -125,16 +127,17 @@ def test_triton_losses_and_consistency(watch, shape, pairs):
         policy = draw(2 * pairs).requires_grad_()
         reference = torch.rand(2 * pairs) if cached else draw(2 * pairs)
         target = draw(pairs if shared else 2 * pairs)
-        kernels.paired_dpo_loss(policy, reference, target, 1.0, distance=distance).loss.backward()
+        options = {"slopes": torch.ones(pairs), "weights": torch.ones(pairs), "safeguard": 0.9}
+        for more in ({}, options):
+            args = (policy, reference, target, 1.0)
+            kernels.paired_dpo_loss(*args, distance=distance, **more).loss.backward()
     point = SchedulePoint(
         torch.ones(pairs, dtype=torch.int64), torch.ones(pairs), torch.ones(pairs)
     )
     noisy = draw(2 * pairs)
     kernels.consistency_solver_step(draw(4 * pairs), noisy, point.alpha, point, point)
-    policy = draw(2 * pairs).requires_grad_()
-    all_three = kernels.consistency_outputs(policy, noisy, noisy, noisy, noisy, point, point)
-    alone = kernels.consistency_outputs(policy, None, None, noisy, None, point, None)
-    (all_three.policy.sum() + alone.policy.sum()).backward()
+    scales = kernels.ConsistencyScales(point.alpha, point.sigma)
+    kernels.consistency_targets(noisy, noisy, noisy, scales, scales)
     kernels.geglu(torch.randn(9, 300))  # the smallest shapes touch little
 
 

@@ -1,4 +1,4 @@
-"""The Consistency-DPO step: memory and strides, absent inputs, torch.library, bad input."""
+"""The Consistency-DPO step: memory and strides, torch.library, bad input."""
 
 import importlib
 import math
@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cdpo.kernels import consistency_outputs, consistency_solver_step, paired_dpo_loss
-from consistency_cases import LATENTS, NETWORKS, PREDICTIONS, Case, make
+from cdpo.kernels import (
+    consistency_scales,
+    consistency_solver_step,
+    consistency_targets,
+    paired_dpo_loss,
+)
+from consistency_cases import LATENTS, PREDICTIONS, Case, make
 from torch import Tensor
 
 module = importlib.import_module("cdpo.kernels.consistency_step.op")
@@ -19,43 +24,19 @@ module = importlib.import_module("cdpo.kernels.consistency_step.op")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_element_is_written(backend, device, poison, prediction):
     case = make(3, (5, 411), prediction=prediction, device=device)
-    found, grad = case.outputs_and_grad(torch.ones_like(case.noisy))
-    assert all(x.isfinite().all() for x in (case.solve(), *found, grad))
+    assert all(x.isfinite().all() for x in (case.solve(), case.targets()))
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 1001)], ids=str)
 def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch, shape):
     case = make(2, shape, device=device)
-    grad_output = torch.randn(case.policy.shape, device=device)
-    expected = (case.solve(), *case.outputs_and_grad(grad_output)[0])
-    expected_grad = case.outputs_and_grad(grad_output)[1]
+    expected = (case.solve(), case.targets())
     fenced = case.map(fences.around, "teacher", "guidance", *LATENTS).points(fences.around)
-    fenced.policy.requires_grad_()
-    grad_output = fences.around(grad_output)
     fences.watch(monkeypatch)
-    outputs = fenced.outputs()
-    found = (fenced.solve(), *outputs)
-    (grad,) = torch.autograd.grad(outputs.policy, fenced.policy, grad_output)
+    found = (fenced.solve(), fenced.targets())
     monkeypatch.undo()
     assert fences.intact()
-    assert torch.equal(grad, expected_grad)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_backward_is_one_operation_and_keeps_no_latents(backend, device, operations):
-    """By default autograd would make zeros for the two outputs that have no gradient."""
-    case = make(device=device)
-    policy = case.policy.requires_grad_()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        found = case.outputs()
-    assert [x.shape for x in kept] == [case.guidance.shape] * 3
-    grad_output = torch.ones_like(found.policy)
-    with operations:
-        torch.autograd.grad(found.policy, policy, grad_output)
-    assert [name for name in operations.names if name != "aten::detach"] == [
-        "cdpo::consistency_outputs_backward"
-    ]
 
 
 class Recorded:
@@ -88,22 +69,15 @@ def test_one_launch_reads_tensors_as_they_lie(backend, device, monkeypatch, layo
     case = make(2, (4, 17, 16), device=device)
     case = case.map(LAYOUTS[layout], "teacher", *LATENTS)
     launches: list[tuple[int, set[int]]] = []
-    for name in ("solver_kernel", "outputs_kernel", "backward_kernel"):
+    for name in ("solver_kernel", "targets_kernel"):
         monkeypatch.setattr(module, name, Recorded(getattr(module, name), launches))
-    previous = case.solve()
-    policy = case.policy.detach().requires_grad_()
-    outputs = case._replace(policy=policy).outputs()
-    grad_output = torch.randn_like(outputs.policy)
-    (grad,) = torch.autograd.grad(outputs.policy, policy, grad_output)
-
-    read = [(case.teacher, case.noisy), [getattr(case, n) for n in LATENTS], (grad_output,)]
-    written = [(previous,), outputs, (grad,)]
-    assert len(launches) == 3
-    for (programs, pointers), before, after in zip(launches, read, written, strict=True):
+    results = (case.solve(), case.targets())
+    read = [(case.teacher, case.noisy), [getattr(case, name) for name in LATENTS]]
+    assert len(launches) == 2
+    for (programs, pointers), before, after in zip(launches, read, results, strict=True):
         assert programs == 4 * math.ceil(4 * 17 * 16 / module.MAX_BLOCK)
-        assert {x.data_ptr() for x in (*before, *after)} <= pointers
+        assert {x.data_ptr() for x in (*before, after)} <= pointers
     if layout == "channels_last":
-        results = (previous, *outputs, grad)
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x in results)
 
 
@@ -118,26 +92,19 @@ del ODD_LAYOUTS["expanded"]  # other values
 @pytest.mark.parametrize("other", ODD_LAYOUTS)
 def test_any_strides(backend, device, leader, other):
     case = make(2, (3, 4, 5), device=device)
-    expected, expected_grad = case.outputs_and_grad(case.noisy)
-    previous = case.solve()
-    case = case.map(ODD_LAYOUTS[leader], "policy", "noisy")
-    case = case.map(ODD_LAYOUTS[other], "teacher", "reference", "target", "previous")
-    found, grad = case.outputs_and_grad(ODD_LAYOUTS[other](case.noisy))
-    assert torch.equal(case.solve(), previous)
-    assert torch.equal(grad, expected_grad)
+    expected = (case.solve(), case.targets())
+    case = case.map(ODD_LAYOUTS[leader], "answer", "noisy")
+    case = case.map(ODD_LAYOUTS[other], "teacher", "previous")
+    found = (case.solve(), case.targets())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_numbers_of_pairs_with_strides_and_expanded_gradient(backend, device):
+def test_numbers_of_pairs_with_strides(backend, device):
     case = make(device=device)
-    ones = torch.ones((), device=device).expand(case.policy.shape)
-    expected, expected_grad = case.outputs_and_grad(ones.contiguous())
     spread = lambda x: torch.stack([x, x], dim=1)[:, 0]  # noqa: E731
     again = case.map(spread, "guidance").points(spread)
-    found, grad = again.outputs_and_grad(ones)
     assert torch.equal(again.solve(), case.solve())
-    assert torch.equal(grad, expected_grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(again.targets(), case.targets())
 
 
 def test_a_pair_depends_on_itself_alone(backend, device):
@@ -146,78 +113,45 @@ def test_a_pair_depends_on_itself_alone(backend, device):
     alone = case.map(lambda x: x[pair], *LATENTS).points(lambda x: x[2:3])
     alone = alone._replace(teacher=case.teacher[[2, 6, 10, 14]], guidance=case.guidance[2:3])
     assert torch.equal(alone.solve(), case.solve()[pair])
-    for one, all_of_them in zip(alone.outputs(), case.outputs(), strict=True):
-        assert torch.equal(one, all_of_them[pair])
-
-
-# --------------------------------------------------------------------------------- cached passes
-
-NO_TARGET = {"target": None, "previous": None, "earlier": None}
-
-
-@pytest.mark.parametrize(
-    "absent", [{"reference": None}, NO_TARGET, {"reference": None} | NO_TARGET]
-)
-def test_cached_passes_are_neither_read_nor_written(backend, device, absent):
-    case = make(device=device)
-    grad_output = torch.randn_like(case.noisy)
-    expected, expected_grad = case.outputs_and_grad(grad_output)
-    found, grad = case._replace(**absent).outputs_and_grad(grad_output)
-    assert torch.equal(grad, expected_grad)
-    for name in NETWORKS:
-        if name in absent:
-            assert getattr(found, name) is None
-        else:
-            assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert torch.equal(alone.targets(), case.targets()[pair])
 
 
 # ------------------------------------------------------------------------------------ torch.library
 
 
-@pytest.mark.parametrize(
-    ("dtype", "absent"),
-    [
-        (torch.float32, {}),
-        (torch.bfloat16, {"reference": None}),
-        (torch.float32, {"reference": None} | NO_TARGET),
-    ],
-    ids=str,
-)
-def test_opcheck(backend, device, dtype, absent):
-    case = make(2, (2, 3, 3), (dtype,) * 6, device=device)
-    case = case.map(LAYOUTS["channels_last"], "policy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(backend, device, dtype):
+    case = make(2, (2, 3, 3), (dtype,) * 4, device=device)
+    case = case.map(LAYOUTS["channels_last"], "answer")
     teacher_step = (case.teacher, case.noisy, case.guidance, *case.now[1:], *case.earlier[1:])
     torch.library.opcheck(
         torch.ops.cdpo.consistency_solver_step, (*teacher_step, "epsilon", torch.float16)
     )
-    scalars = ("v_prediction", 10.0, 0.5)
-    given = case._replace(policy=case.policy.requires_grad_(), **absent)
-    args = [getattr(given, name) for name in LATENTS]
-    args += [*given.now, *(given.earlier or [None] * 3), *scalars]
-    torch.library.opcheck(torch.ops.cdpo.consistency_outputs, args)
-    grad_output = torch.randn(case.noisy.shape, device=device)
-    args = (grad_output, *case.now, *scalars, dtype)
-    torch.library.opcheck(torch.ops.cdpo.consistency_outputs_backward, args)
+    latents = (case.answer, case.previous, case.noisy)
+    torch.library.opcheck(
+        torch.ops.cdpo.consistency_targets, (*latents, *case.scales, *case.earlier_scales)
+    )
 
 
 def test_compiles_without_graph_breaks(backend, device):
-    def step(case: Case) -> tuple[Tensor | None, ...]:
-        case = case._replace(previous=case.solve(torch.float32), policy=case.policy.tanh())
-        outputs = case.outputs()
-        loss = paired_dpo_loss(*outputs, 200.0, distance="pseudo_huber").loss
-        cached = case._replace(reference=None).outputs()
-        return loss, *outputs, *cached
+    def step(case: Case, policy: Tensor) -> tuple[Tensor, Tensor]:
+        targets = case._replace(previous=case.solve(torch.float32)).targets()
+        loss = paired_dpo_loss(
+            *(policy.tanh(), case.answer, targets, 200.0),
+            distance="pseudo_huber",
+            slopes=case.scales.of_prediction,
+        ).loss
+        return loss, targets
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for pairs, width in ((2, 5), (3, 7)):
-        case = make(pairs, (2, width), (torch.bfloat16,) * 6, device=device)
-        case.policy.requires_grad_()
-        expected, found = step(case), compiled(case)
-        for a, b in zip(found, expected, strict=True):
-            assert a is b is None or torch.equal(a, b)
-        (grad,) = torch.autograd.grad(expected[0], case.policy)
-        (found_grad,) = torch.autograd.grad(found[0], case.policy)
+        case = make(pairs, (2, width), (torch.bfloat16,) * 4, device=device)
+        policy = case.noisy.clone().requires_grad_()
+        expected, found = step(case, policy), compiled(case, policy)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        (grad,) = torch.autograd.grad(expected[0], policy)
+        (found_grad,) = torch.autograd.grad(found[0], policy)
         torch.testing.assert_close(found_grad, grad)
 
 
@@ -265,31 +199,40 @@ def test_bad_input_of_the_solver(error, message, arguments):
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"policy is \(3, 3\); taken is \(2B", {"policy": torch.zeros(3, 3)}),
-        (ValueError, r"policy is \(0, 3\)", {"policy": torch.zeros(0, 3)}),
-        (ValueError, r"policy is \(2,\)", {"policy": torch.zeros(2)}),
+        (ValueError, r"prediction is \(3, 3\); taken is \(2B", {"prediction": torch.zeros(3, 3)}),
+        (ValueError, r"prediction is \(0, 3\)", {"prediction": torch.zeros(0, 3)}),
+        (ValueError, r"noisy is \(4, 3\); it must be \(2, 3\)", {"noisy": torch.zeros(4, 3)}),
+        (TypeError, r"previous is torch.complex64", {"previous": SMALL.previous.cfloat()}),
+        (
+            TypeError,
+            r"now.of_noisy is torch.float64",
+            {"now": SMALL.scales._replace(of_noisy=torch.zeros(1).double())},
+        ),
         (
             ValueError,
-            r"reference is \(2, 4\); it must be \(2, 3\)",
-            {"reference": torch.zeros(2, 4)},
+            r"earlier.of_prediction is \(2,\)",
+            {"earlier": SMALL.scales._replace(of_prediction=torch.zeros(2))},
         ),
-        (ValueError, r"noisy is \(4, 3\); it must be \(2, 3\)", {"noisy": torch.zeros(4, 3)}),
-        (TypeError, r"target is torch.int64", {"target": SMALL.target.long()}),
-        (TypeError, r"previous is torch.complex64", {"previous": SMALL.previous.cfloat()}),
-        (TypeError, r"now.timesteps is torch.int32", {"now": BAD_POINTS["int32 timesteps"]}),
-        (TypeError, r"earlier.alpha is torch.float64", {"earlier": BAD_POINTS["float64 alpha"]}),
-        (ValueError, r"now.sigma is \(2,\)", {"now": BAD_POINTS["one sigma too many"]}),
-        (ValueError, r"prediction is 'x0'; taken are epsilon", {"prediction": "x0"}),
-        (ValueError, r"timestep_scaling is 0", {"timestep_scaling": 0.0}),
-        (ValueError, r"sigma_data is -0.5; it must be positive", {"sigma_data": -0.5}),
-        (ValueError, r"sigma_data is nan", {"sigma_data": math.nan}),
-        (ValueError, r"previous is None; target, previous and earlier", {"previous": None}),
-        (ValueError, r"target and earlier is None", {"target": None, "earlier": None}),
-        (ValueError, r"one device; given.*target on meta", {"target": SMALL.target.to("meta")}),
+        (ValueError, r"one device; given.*noisy on meta", {"noisy": SMALL.noisy.to("meta")}),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
-def test_bad_input_of_the_functions(error, message, arguments):
-    good = {name: getattr(SMALL, name) for name in (*LATENTS, "now", "earlier")}
+def test_bad_input_of_the_targets(error, message, arguments):
+    good = {"prediction": SMALL.answer, "previous": SMALL.previous, "noisy": SMALL.noisy}
+    good |= {"now": SMALL.scales, "earlier": SMALL.earlier_scales}
     with pytest.raises(error, match=message):
-        consistency_outputs(**(good | arguments))
+        consistency_targets(**(good | arguments))
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"prediction is 'x0'; taken are epsilon", {"prediction": "x0"}),
+        (r"timestep_scaling is 0", {"timestep_scaling": 0.0}),
+        (r"sigma_data is -0.5; it must be positive", {"sigma_data": -0.5}),
+        (r"sigma_data is nan", {"sigma_data": math.nan}),
+    ],
+)
+def test_bad_input_of_the_scales(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        consistency_scales(SMALL.now, **arguments)

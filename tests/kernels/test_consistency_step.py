@@ -5,20 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from cdpo.kernels import SchedulePoint, paired_dpo_loss, use
+from cdpo.kernels import SchedulePoint, consistency_scales, paired_dpo_loss, use
 from consistency_cases import (
     ALPHAS_CUMPROD,
     LATENTS,
-    NETWORKS,
     PREDICTIONS,
     Case,
     Truth,
     clean_and_noise,
-    gradient_oracle,
     make,
     numbers,
-    outputs_oracle,
+    schedule_point,
+    slope_of,
     solver_oracle,
+    targets_oracle,
 )
 from diffusers import DDIMScheduler, LCMScheduler
 from hypothesis import given
@@ -45,7 +45,7 @@ def check(found: Tensor, truth: Truth, roundings: int = 10) -> None:
 @given(
     pairs=st.integers(1, 4),
     shape=st.lists(st.integers(1, 11), min_size=1, max_size=3).map(tuple),
-    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 6),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 4),
     out=st.sampled_from([None, *DTYPES]),
     prediction=st.sampled_from(PREDICTIONS),
     seed=st.integers(0, 1000),
@@ -56,13 +56,9 @@ def test_agrees_with_oracle(backend, device, pairs, shape, dtypes, out, predicti
     assert previous.dtype == (out or case.noisy.dtype)
     check(previous, solver_oracle(case))
 
-    grad_output = torch.randn(case.policy.shape, generator=torch.Generator().manual_seed(seed))
-    found, grad = case.outputs_and_grad(grad_output.to(device))
-    for name, truth in outputs_oracle(case).items():
-        assert getattr(found, name).dtype == torch.float32
-        check(getattr(found, name), truth)
-    assert grad.dtype == case.policy.dtype
-    check(grad, gradient_oracle(case, grad_output))
+    found = case.targets()
+    assert found.dtype == torch.float32
+    check(found, targets_oracle(case))
 
 
 def per_element(*per_pair: Tensor) -> tuple[Tensor, ...]:
@@ -90,22 +86,23 @@ def typed_function(x: Tensor, output: Tensor, point: SchedulePoint, prediction: 
     return 0.25 / (scaled**2 + 0.25) * x + scaled / (scaled**2 + 0.25) ** 0.5 * x0
 
 
-def typed_outputs(case: Case) -> tuple[Tensor, ...]:
-    now, later = (case.noisy, case.now), (case.previous, case.earlier)
-    return tuple(
-        typed_function(x, getattr(case, name), point, case.prediction)
-        for name, (x, point) in zip(NETWORKS, (now, now, later), strict=True)
-    )
+def typed_targets(case: Case) -> Tensor:
+    """f at previous, solved for the prediction whose f at noisy is the same."""
+    y = typed_function(case.previous, case.answer, case.earlier, case.prediction)
+    nothing = torch.zeros_like(case.noisy)
+    at_0 = typed_function(case.noisy, nothing, case.now, case.prediction)
+    at_1 = typed_function(nothing, nothing + 1, case.now, case.prediction)
+    return (y - at_0) / at_1
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loses_at_most_twice_what_plain_pytorch_loses(backend, device, dtype, prediction):
-    case = make(4, (4, 24, 25), (dtype,) * 6, prediction=prediction, device=device)
+    case = make(4, (4, 24, 25), (dtype,) * 4, prediction=prediction, device=device)
     single = case.map(Tensor.float, "teacher", *LATENTS)
-    found = (case.solve(), *case.outputs())
-    typed = (typed_solver_step(single), *typed_outputs(single))
-    truths = (solver_oracle(case), *outputs_oracle(case).values())
+    found = (case.solve(), case.targets())
+    typed = (typed_solver_step(single), typed_targets(single))
+    truths = (solver_oracle(case), targets_oracle(case))
     for result, plain, truth in zip(found, typed, truths, strict=True):
         lost = np.abs(numbers(plain) - truth.value).max()
         ulp = torch.finfo(result.dtype).eps * np.abs(truth.value)
@@ -117,62 +114,41 @@ def test_loses_at_most_twice_what_plain_pytorch_loses(backend, device, dtype, pr
 @pytest.mark.parametrize("shape", [(1,), (129,), (1023,), (2, 1025), (4, 33, 32)], ids=str)
 def test_same_bits_as_pytorch(backend, device, shape, prediction):
     """At sizes around blocks; where the interpreter rounds: it truncates to bf16."""
-    case = make(2, shape, (torch.float16,) * 6, prediction=prediction, device=device)
-    found, grad = case.outputs_and_grad(case.noisy.float())
-    both = [*(case.solve(dtype) for dtype in (None, torch.float32)), *found, grad]
+    case = make(2, shape, (torch.float16,) * 4, prediction=prediction, device=device)
+    found = [*(case.solve(dtype) for dtype in (None, torch.float32)), case.targets()]
     with use("torch"):
-        plain, plain_grad = case.outputs_and_grad(case.noisy.float())
-        expected = [*(case.solve(dtype) for dtype in (None, torch.float32)), *plain, plain_grad]
-    assert all(torch.equal(a, b) for a, b in zip(both, expected, strict=True))
+        expected = [*(case.solve(dtype) for dtype in (None, torch.float32)), case.targets()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_same_bits_as_pytorch_at_every_timestep_of_the_solver(backend, device):
     case = make(50, (3,), timesteps=list(range(19, 1000, 20)), device=device)
-    found, grad = case.outputs_and_grad(case.noisy)
+    found = case.targets()
     with use("torch"):
-        plain, plain_grad = case.outputs_and_grad(case.noisy)
-    assert all(torch.equal(a, b) for a, b in zip((*found, grad), (*plain, plain_grad), strict=True))
-
-
-def test_other_scalings_to_the_bit(backend, device):
-    """c_skip and c_out laid bare, beside NumPy in float32, for scalars that float32 has not."""
-    case = make(7, (1,), prediction="sample", timesteps=[0, 1, 2, 3, 4, 5, 19], device=device)
-    scalars = {"timestep_scaling": 0.3, "sigma_data": 1.3}
-    ones, zeros = torch.ones_like(case.noisy), torch.zeros_like(case.noisy)
-    c_skip = case._replace(noisy=ones, policy=zeros).outputs(**scalars).policy
-    policy = torch.ones_like(ones, requires_grad=True)
-    c_out = case._replace(noisy=zeros, policy=policy).outputs(**scalars).policy
-    (slope,) = torch.autograd.grad(c_out, policy, ones)
-
-    s = np.float32(0.3) * case.now.timesteps.cpu().numpy().astype(np.float32)
-    variance = np.float32(1.3) * np.float32(1.3)
-    expected = np.tile(s / np.sqrt(s * s + variance), 2)[:, None]
-    assert (c_skip.cpu().numpy() == np.tile(variance / (s * s + variance), 2)[:, None]).all()
-    assert (c_out.detach().cpu().numpy() == expected).all()
-    assert (slope.cpu().numpy() == expected).all()
+        assert torch.equal(found, case.targets())
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_target_at_time_zero_is_the_latents_themselves(backend, device, prediction):
+def test_at_time_zero_the_answer_is_the_latents_themselves(backend, device, prediction):
     case = make(timesteps=[19, 5, 0], prediction=prediction, device=device)
     assert torch.equal(case.earlier.timesteps, torch.zeros_like(case.now.timesteps))
-    found = case.outputs()
-    assert torch.equal(found.target, case.previous)
-    assert torch.equal(found.policy[[2, 5]], case.noisy[[2, 5]])
-    assert not torch.equal(found.policy[0], case.noisy[0])
+    answers = case.map(torch.zeros_like, "answer"), case
+    assert torch.equal(*(each.targets() for each in answers))  # whatever was predicted
+    assert case.scales.of_prediction[2] == 0 and case.scales.of_noisy[2] == 1
+    assert not case.targets()[[2, 5]].any()  # nor does it count what is
+    assert case.targets()[[0, 1, 3, 4]].all()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identical_networks_have_logit_zero(backend, device, dtype, prediction):
-    case = make(3, (4, 31, 17), (dtype,) * 6, prediction=prediction, device=device)
-    found = case._replace(reference=case.policy.clone()).outputs()
-    assert torch.equal(found.policy.view(torch.int32), found.reference.view(torch.int32))
-    result = paired_dpo_loss(*found, 200.0, distance="pseudo_huber")
+    case = make(3, (4, 31, 17), (dtype,) * 4, prediction=prediction, device=device)
+    options = {"distance": "pseudo_huber", "slopes": case.scales.of_prediction}
+    result = paired_dpo_loss(case.answer, case.answer.clone(), case.targets(), 200.0, **options)
     assert (result.logits == 0).all()
     assert np.float32(result.loss.item()) == np.float32(math.log(2))
-    cached = (found.policy, result.reference_error, found.target)
-    assert (paired_dpo_loss(*cached, 200.0, distance="pseudo_huber").logits == 0).all()
+    cached = (case.answer, result.reference_error, case.targets())
+    assert (paired_dpo_loss(*cached, 200.0, **options).logits == 0).all()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -180,22 +156,31 @@ def test_whole_step_against_plain_float64(backend, device, prediction):
     """Solver, functions and loss in a row, to the gradient of the policy's prediction."""
     beta, c = 3.0, 1e-3
     case = make(2, (4, 9, 9), prediction=prediction, timesteps=[119, 699], device=device)
-    policy = case.policy.requires_grad_()
+    policy = torch.randn(case.noisy.shape, device=device, requires_grad=True)
+    reference = torch.randn(case.noisy.shape, device=device)
+    case = case._replace(previous=case.solve())
     result = paired_dpo_loss(
-        *case._replace(previous=case.solve()).outputs(), beta, distance="pseudo_huber"
+        *(policy, reference, case.targets(), beta),
+        distance="pseudo_huber",
+        slopes=case.scales.of_prediction,
     )
     (grad,) = torch.autograd.grad(result.loss, policy)
 
     exact = case.map(lambda x: x.detach().double(), "teacher", *LATENTS)
-    exact = exact._replace(previous=typed_solver_step(exact), policy=exact.policy.requires_grad_())
-    f_policy, f_reference, y = typed_outputs(exact)
+    exact = exact._replace(previous=typed_solver_step(exact))
+    leaf = policy.detach().double().requires_grad_()
+    f_policy, f_reference = (
+        typed_function(exact.noisy, p, exact.now, prediction) for p in (leaf, reference.double())
+    )
+    y = typed_function(exact.previous, exact.answer, exact.earlier, prediction)
     d_policy, d_reference = (
         (((f - y) ** 2 + c**2).sqrt() - c).mean((1, 2, 3)) for f in (f_policy, f_reference)
     )
     winner, loser = (d_policy - d_reference).chunk(2)
     loss = -torch.nn.functional.logsigmoid(-beta * (winner - loser)).mean()
-    (expected,) = torch.autograd.grad(loss, exact.policy)
+    (expected,) = torch.autograd.grad(loss, leaf)
     assert abs(result.loss.item() - loss.item()) <= 1e-5
+    assert np.allclose(numbers(result.policy_error), numbers(d_policy), rtol=1e-5)
     # Near zero the slope of the pseudo-Huber distance changes within c of f − y
     torch.testing.assert_close(
         grad.double(), expected, rtol=1e-4, atol=1e-3 * expected.abs().max().item()
@@ -203,35 +188,44 @@ def test_whole_step_against_plain_float64(backend, device, prediction):
 
 
 def test_float64_computes_in_float64():
-    case = make(dtypes=(torch.float64,) * 6)
-    truths = (solver_oracle(case), *outputs_oracle(case).values())
-    for found, truth in zip((case.solve(), *case.outputs()), truths, strict=True):
+    case = make(dtypes=(torch.float64,) * 4)
+    # The scales of `case` are rounded to float32, which is all that the target loses
+    for found, truth, rtol in (
+        (case.solve(), solver_oracle(case), 1e-12),
+        (case.targets(), targets_oracle(case), 1e-6),
+    ):
         assert found.dtype == torch.float64
-        np.testing.assert_allclose(numbers(found), truth.value, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(numbers(found), truth.value, rtol=rtol, atol=rtol * 10)
     for name in LATENTS:
-        mixed = make().map(Tensor.double, name)
-        assert {x.dtype for x in mixed.outputs()} == {torch.float64}
+        assert make().map(Tensor.double, name).targets().dtype == torch.float64
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["teacher", *LATENTS])
 def test_non_finite_input_stays_in_its_sample(backend, device, where, bad):
     case = make(3, (2, 5), device=device)
-    expected = (case.solve(), *case.outputs())
+    expected = (case.solve(), case.targets())
     getattr(case, where)[4, 1, 3] = bad  # the loser of pair 1, and its conditional prediction
     healthy = torch.tensor([True, True, True, True, False, True], device=device)
-    found = (case.solve(), *case.outputs())
-    touched = {
-        "teacher": [0],
-        "noisy": [0, 1, 2],
-        "policy": [1],
-        "reference": [2],
-        "target": [3],
-        "previous": [3],
-    }[where]
+    found = (case.solve(), case.targets())
+    touched = {"teacher": [0], "noisy": [0, 1], "answer": [1], "previous": [1]}[where]
     for index, (result, right) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(result[healthy], right[healthy])
         assert result[4].isfinite().all() == (index not in touched)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_scales_are_those_of_the_formula(prediction):
+    point = schedule_point(torch.tensor([1, 19, 500, 999]))
+    found = consistency_scales(point, prediction=prediction)
+    assert {x.dtype for x in found} == {torch.float64}
+    for pair, b in enumerate(found.of_prediction.tolist()):
+        assert b == pytest.approx(slope_of([v[pair].item() for v in point], prediction), rel=1e-12)
+    other = {"timestep_scaling": 0.3, "sigma_data": 1.3}
+    a, b = consistency_scales(point, prediction="sample", **other)
+    s = 0.3 * point.timesteps.double()
+    torch.testing.assert_close(a, 1.3**2 / (s**2 + 1.3**2))
+    torch.testing.assert_close(b, s / (s**2 + 1.3**2).sqrt())
 
 
 # -------------------------------------------------------------------------------------- diffusers
@@ -257,47 +251,19 @@ def test_solver_step_is_that_of_ddim_scheduler(backend, device, prediction):
     check(case.solve(), Truth(expected, truth.size), roundings=14)
 
 
-def test_scalings_are_those_of_lcm_scheduler(backend, device):
+def test_scales_are_those_of_lcm_scheduler():
     scheduler = LCMScheduler(**SCHEDULE)
-    case = make(4, timesteps=[0, 1, 19, 999], prediction="sample", device=device)
-    found = case.outputs()
-    for pair, t in enumerate(case.now.timesteps.tolist()):
-        c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
-        x, output = numbers(case.noisy[pair]), numbers(case.policy[pair])
-        value = c_skip * x + c_out * output
-        check(found.policy[pair], Truth(value, c_skip * np.abs(x) + c_out * np.abs(output)))
+    point = schedule_point(torch.tensor([0, 1, 19, 999]))
+    for pair, (a, b) in enumerate(
+        zip(*consistency_scales(point, prediction="sample"), strict=True)
+    ):
+        expected = scheduler.get_scalings_for_boundary_condition_discrete(point.timesteps[pair])
+        assert (a.item(), b.item()) == pytest.approx([float(x) for x in expected], rel=1e-6)
 
 
-# ------------------------------------------------------------------------------ gradient, autograd
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_gradcheck(prediction):
-    case = make(2, (2, 3), (torch.float64,) * 6, prediction=prediction, timesteps=[0, 499])
-
-    def function(policy: Tensor) -> Tensor:
-        return case._replace(policy=policy).outputs().policy
-
-    assert torch.autograd.gradcheck(function, case.policy.requires_grad_())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_has_the_policys_dtype_and_leaves_grad_output_alone(backend, device, dtype):
-    case = make(dtypes=(dtype,) * 6, device=device)
-    grad_output = torch.randn(case.policy.shape, device=device)
-    before = grad_output.clone()
-    _, grad = case.outputs_and_grad(grad_output)
-    _, twice = case.outputs_and_grad(2 * grad_output)
-    assert torch.equal(grad_output, before)
-    assert grad.dtype == dtype
-    assert torch.equal(2 * grad, twice)
-
-
-def test_only_the_policy_has_a_gradient(backend, device):
+def test_no_gradient_reaches_anything(backend, device):
     case = make(device=device)
-    leaves = [getattr(case, name).requires_grad_() for name in ("teacher", *LATENTS)]
+    for name in ("teacher", *LATENTS):
+        getattr(case, name).requires_grad_()
     assert not case.solve().requires_grad
-    found = case.outputs()
-    assert [x.requires_grad for x in found] == [True, False, False]
-    (found.policy.sum() + found.reference.sum() + found.target.sum()).backward()
-    assert [x.grad is not None for x in leaves] == [x is case.policy for x in leaves]
+    assert not case.targets().requires_grad

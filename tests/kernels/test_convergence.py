@@ -13,7 +13,7 @@ import importlib
 import math
 from collections.abc import Callable
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,9 +41,21 @@ class Implementation(NamedTuple):
 
 
 OURS = Implementation(paired_add_noise, paired_dpo_loss)
+
+
+def plain_loss(
+    policy: Tensor, reference: Tensor, target: Tensor, scale: float, **options: Any
+) -> PairedLoss:
+    of_pairs = {"slopes": None, "weights": None, "loser_gradient": 1.0, "safeguard": None}
+    module = importlib.import_module("cdpo.kernels.paired_dpo_loss.op")
+    found: PairedLoss = module.paired_dpo_loss_ref(
+        policy, reference, target, scale=scale, **options, **of_pairs
+    )
+    return found
+
+
 PLAIN = Implementation(
-    importlib.import_module("cdpo.kernels.paired_add_noise").paired_add_noise_ref,
-    importlib.import_module("cdpo.kernels.paired_dpo_loss.op").paired_dpo_loss_ref,
+    importlib.import_module("cdpo.kernels.paired_add_noise").paired_add_noise_ref, plain_loss
 )
 
 

@@ -1,6 +1,7 @@
 """paired_add_noise against the formulas in float64, and bit for bit against PyTorch."""
 
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from kernel_checks import DTYPES, drawn_cases
 from torch import Tensor
 
 module = importlib.import_module("cdpo.kernels.paired_add_noise")
-TARGETS = ("epsilon", "v_prediction", "flow", "sample")
+TARGETS = ("epsilon", "v_prediction", "flow", "sample", "affine")
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -30,6 +31,12 @@ def make(
     return tuple(x.to(device) for x in (latents, keys, angle.cos(), angle.sin()))
 
 
+def asked(case: Case, target: str) -> dict[str, Any]:
+    """The target, and what it needs: here a = 1 - sigma and b = -alpha."""
+    _, _, alpha, sigma = case
+    return {"target": target, "factors": (1 - sigma, -alpha) if target == "affine" else None}
+
+
 def oracle(latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: str) -> Case:
     """(noisy, target) in float64 NumPy, pair by pair, from the normals of philox_normal."""
     noise = philox_normal(keys.cpu(), latents.shape[1:]).double().numpy()
@@ -43,6 +50,7 @@ def oracle(latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: 
             "v_prediction": a * n - s * x[row],
             "flow": n - x[row],
             "sample": x[row],
+            "affine": np.float32(1 - np.float32(s)) * x[row] - a * n,
         }[target]
     return noisy, wanted[:pairs] if target == "epsilon" else wanted
 
@@ -58,7 +66,7 @@ def oracle(latents: Tensor, keys: Tensor, alpha: Tensor, sigma: Tensor, target: 
 )
 def test_agrees_with_oracle(backend, device, pairs, shape, dtype, out, target, seed):
     case = make(pairs, shape, dtype, device, seed)
-    noisy, wanted = paired_add_noise(*case, target=target, dtype=out)
+    noisy, wanted = paired_add_noise(*case, **asked(case, target), dtype=out)
     assert noisy.dtype == (out or dtype)
     assert wanted.dtype == torch.float32
     for found, truth in zip((noisy, wanted), oracle(*case, target), strict=True):
@@ -73,8 +81,9 @@ def test_agrees_with_oracle(backend, device, pairs, shape, dtype, out, target, s
 @pytest.mark.parametrize("shape", [(1,), (3, 683), (4, 33, 32)], ids=str)
 def test_same_bits_as_pytorch(backend, device, shape, target):
     case = make(2, shape, device=device)
-    found = paired_add_noise(*case, target=target)
-    plain = module.paired_add_noise_ref(*(x.cpu() for x in case), target=target)
+    found = paired_add_noise(*case, **asked(case, target))
+    on_cpu = tuple(x.cpu() for x in case)
+    plain = module.paired_add_noise_ref(*on_cpu, **asked(on_cpu, target))
     for a, b in zip(found, plain, strict=True):
         assert torch.equal(a.cpu().view(torch.int32), b.view(torch.int32))
 
@@ -91,10 +100,11 @@ def test_noise_is_that_of_philox_normal(backend, device):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_channels_last_has_the_same_noise(backend, device, target):
-    latents, *rest = make(2, (4, 9, 11), device=device)
-    expected = paired_add_noise(latents, *rest, target=target)
+    latents, *rest = case = make(2, (4, 9, 11), device=device)
+    options = asked(case, target)
+    expected = paired_add_noise(latents, *rest, **options)
     last = latents.to(memory_format=torch.channels_last)
-    for found, plain in zip(paired_add_noise(last, *rest, target=target), expected, strict=True):
+    for found, plain in zip(paired_add_noise(last, *rest, **options), expected, strict=True):
         assert torch.equal(found, plain)
         assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -117,9 +127,8 @@ def test_a_pair_depends_on_itself_alone(backend, device):
 
 def test_every_element_is_written(backend, device, poison):
     for target in TARGETS:
-        assert all(
-            x.isfinite().all() for x in paired_add_noise(*make(device=device), target=target)
-        )
+        case = make(device=device)
+        assert all(x.isfinite().all() for x in paired_add_noise(*case, **asked(case, target)))
 
 
 def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch):
@@ -133,11 +142,12 @@ def test_reads_and_writes_nothing_outside(backend, device, fences, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("target", ["epsilon", "flow"])
+@pytest.mark.parametrize("target", ["epsilon", "affine"])
 def test_opcheck(backend, device, target):
-    latents, *rest = make(2, (2, 3, 3), device=device)
+    latents, *rest = case = make(2, (2, 3, 3), device=device)
+    factors = asked(case, target)["factors"] or (None, None)
     for x in (latents, latents.to(memory_format=torch.channels_last)):
-        args = (x, *rest, target, torch.bfloat16)
+        args = (x, *rest, *factors, target, torch.bfloat16)
         torch.library.opcheck(torch.ops.cdpo.paired_add_noise, args)
 
 
@@ -170,6 +180,13 @@ LATENTS, KEYS, ALPHA, SIGMA = make(2, (3,))
         (ValueError, r"latents are \(4,\)", {"latents": LATENTS[:, 0]}),
         (ValueError, r"latents are \(4, 0\)", {"latents": LATENTS[:, :0]}),
         (ValueError, "target is 'v'; taken are epsilon", {"target": "v"}),
+        (ValueError, "factors are for target='affine'", {"target": "affine"}),
+        (ValueError, "factors are for target='affine'", {"factors": (ALPHA, SIGMA)}),
+        (
+            ValueError,
+            r"factors of the noise is \(1,\)",
+            {"target": "affine", "factors": (ALPHA, SIGMA[:1])},
+        ),
         (ValueError, "one device; given latents on cpu", {"sigma": SIGMA.to("meta")}),
         (ValueError, "seed runs from -5", {"keys": KEYS - torch.tensor([5, 0, 0, 0])}),
     ],

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,9 +25,24 @@ class Case(NamedTuple):
     target: Tensor
     scale: float
     distance: str
+    slopes: Tensor | None = None
+    weights: Tensor | None = None
+    loser_gradient: float = 1.0
+    safeguard: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("distance", "slopes", "weights", "loser_gradient", "safeguard")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the operator, in its order."""
+        tensors = (*self[:3], self.slopes, self.weights)
+        return (*tensors, self.scale, self.distance, C, self.loser_gradient, self.safeguard)
 
     def loss(self) -> PairedLoss:
-        return paired_dpo_loss(*self[:4], distance=self.distance)
+        return paired_dpo_loss(*self[:4], **self.options)
 
     def loss_and_grad(self) -> tuple[PairedLoss, Tensor]:
         policy = self.policy.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -47,6 +62,10 @@ def make(
     shared: bool = True,
     cached: bool = False,
     gap: float = 0.01,
+    sloped: bool = False,
+    weighted: bool = False,
+    loser_gradient: float = 1.0,
+    safeguard: float | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Case:
@@ -55,17 +74,28 @@ def make(
     target = draw(pairs if shared else 2 * pairs)
     policy = draw(2 * pairs).to(dtypes[0])
     reference = (policy.float() + gap * draw(2 * pairs)).to(dtypes[1])
+    # As a consistency function's by a prediction of noise: negative, and steep
+    steepest = 16.0 if distance == "pseudo_huber" else 1.0  # above, fp16's gradients overflow
+    slopes = -steepest * torch.rand(pairs, generator=generator) ** 2 if sloped else None
+    weights = 2 * torch.rand(pairs, generator=generator) if weighted else None
     if cached:
         wide = target if not shared else torch.cat([target, target])
-        reference = torch.from_numpy(oracle_error(reference, wide, distance)).float()
-    return Case(
-        policy.to(device), reference.to(device), target.to(dtypes[2]).to(device), scale, distance
-    )
+        reference = torch.from_numpy(oracle_error(reference, wide, distance, slopes)).float()
+    on = lambda x: x if x is None else x.to(device)  # noqa: E731
+    tensors = (on(policy), on(reference), on(target.to(dtypes[2])))
+    return Case(*(*tensors, scale, distance, on(slopes), on(weights), loser_gradient, safeguard))
 
 
-def oracle_error(prediction: Tensor, target: Tensor, distance: str) -> np.ndarray:
-    x = (prediction.double() - target.double()).cpu().numpy()
-    x = x.reshape(len(x), -1)
+def oracle_residual(prediction: Tensor, target: Tensor, slopes: Tensor | None) -> np.ndarray:
+    """(2B, n)"""
+    x = (prediction.double() - target.double()).cpu().flatten(1).numpy()
+    return x if slopes is None else np.tile(slopes.cpu().double().numpy(), 2)[:, None] * x
+
+
+def oracle_error(
+    prediction: Tensor, target: Tensor, distance: str, slopes: Tensor | None
+) -> np.ndarray:
+    x = oracle_residual(prediction, target, slopes)
     return (x**2 if distance == "mse" else np.sqrt(x**2 + C**2) - C).mean(axis=1)
 
 
@@ -75,6 +105,7 @@ class Truth(NamedTuple):
     policy_error: np.ndarray
     reference_error: np.ndarray
     grad: np.ndarray
+    loser_kept: np.ndarray
     logit_tolerance: np.ndarray
 
 
@@ -83,29 +114,41 @@ def oracle(case: Case) -> Truth:
     pairs = len(policy) // 2
     if len(target) == pairs:
         target = torch.cat([target, target])
-    e_policy = oracle_error(policy, target, case.distance)
+    e_policy = oracle_error(policy, target, case.distance, case.slopes)
     cached = reference.ndim == 1
-    e_reference = reference.numpy() if cached else oracle_error(reference, target, case.distance)
+    e_reference = reference.numpy()
+    if not cached:
+        e_reference = oracle_error(reference, target, case.distance, case.slopes)
     gain = e_policy - e_reference
     scale = float(np.float32(case.scale))
+    if case.weights is not None:
+        scale = scale * case.weights.cpu().double().numpy()
     logits = -scale * (gain[:pairs] - gain[pairs:])
-    x = (policy - target).numpy()
-    slope = 2 * x if case.distance == "mse" else x / np.sqrt(x**2 + C**2)
-    weight = scale * np.exp(-np.logaddexp(0, logits)) / pairs / x[0].size
-    weight = np.concatenate([weight, -weight]).reshape(-1, *[1] * (x.ndim - 1))
+    x = oracle_residual(policy, target, case.slopes)
+    pull = 2 * x if case.distance == "mse" else x / np.sqrt(x**2 + C**2)
+    kept = np.full(pairs, float(np.float32(case.loser_gradient)))
+    if case.safeguard is not None:
+        # That step of the loser which leaves the winner its share, found by its own words
+        for pair, (winner, loser) in enumerate(zip(pull[:pairs], pull[pairs:], strict=True)):
+            if winner @ loser > 0:
+                bears = (1 - float(np.float32(case.safeguard))) * (winner @ winner)
+                kept[pair] *= min(1.0, bears / (winner @ loser))
+    slope = np.ones(pairs) if case.slopes is None else case.slopes.cpu().double().numpy()
+    weight = scale * slope * np.exp(-np.logaddexp(0, logits)) / pairs / x[0].size
+    weight = np.concatenate([weight, -kept * weight])[:, None]
     # What rounding in float32 may do to a logit: a few ulps of the sizes that are added up. With
     # cached errors these are the errors; with predictions only the differences of the errors.
     if cached:
         size = e_policy + np.abs(e_reference)
     else:
-        p, r = policy.numpy() - target.numpy(), reference.numpy() - target.numpy()
-        root = 1.0 if case.distance == "mse" else np.sqrt(p**2 + C**2) + np.sqrt(r**2 + C**2)
-        step = (policy - reference).numpy()
-        size = (np.abs(step) * (np.abs(p) + np.abs(r)) / root).reshape(2 * pairs, -1).mean(axis=1)
+        r = oracle_residual(reference, target, case.slopes)
+        root = 1.0 if case.distance == "mse" else np.sqrt(x**2 + C**2) + np.sqrt(r**2 + C**2)
+        step = oracle_residual(policy, reference, case.slopes)
+        size = (np.abs(step) * (np.abs(x) + np.abs(r)) / root).mean(axis=1)
     tolerance = 8 * EPS32 * (scale * (size[:pairs] + size[pairs:]) + np.abs(logits)) + 1e-37
-    return Truth(
-        np.logaddexp(0, -logits).mean(), logits, e_policy, e_reference, weight * slope, tolerance
-    )
+    grad = (weight * pull).reshape(policy.shape)
+    loss = np.logaddexp(0, -logits).mean()
+    return Truth(loss, logits, e_policy, e_reference, grad, kept, tolerance)
 
 
 def check(case: Case) -> None:
@@ -131,12 +174,15 @@ def check(case: Case) -> None:
     info = torch.finfo(case.policy.dtype)
     pairs = len(truth.logits)
     slack = np.concatenate([truth.logit_tolerance] * 2).reshape(-1, *[1] * (truth.grad.ndim - 1))
+    if case.safeguard is not None:
+        slack[pairs:] += 1e-4
     slack = (
         slack + 16 * EPS32 + EPS32 * np.abs(np.concatenate([truth.logits] * 2)).reshape(slack.shape)
     )
     bound = np.abs(truth.grad) * (info.eps + slack) + info.smallest_normal * info.eps
     assert grad.dtype == case.policy.dtype
     assert len(result.logits) == pairs
+    np.testing.assert_allclose(result.loser_kept.cpu(), truth.loser_kept, rtol=1e-4)
     assert (np.abs(grad.cpu().double().numpy() - truth.grad) <= bound).all()
 
 
@@ -145,16 +191,18 @@ def plain_errors(case: Case, truth: Truth) -> dict[str, float]:
     policy, reference, target = (x.float().cpu() for x in case[:3])
     if len(target) != len(policy):
         target = torch.cat([target, target])
+    slopes = torch.ones(len(policy)) if case.slopes is None else case.slopes.cpu().repeat(2)
+    weights = 1.0 if case.weights is None else case.weights.cpu()
 
     def distance(prediction: Tensor) -> Tensor:
-        x = prediction - target
+        x = (prediction - target) * slopes.view(-1, *[1] * (target.ndim - 1))
         return (x**2 if case.distance == "mse" else (x**2 + C**2).sqrt() - C).flatten(1).mean(1)
 
     e_policy = distance(policy)
     e_reference = reference if reference.ndim == 1 else distance(reference)
     winner, loser = (e_policy - e_reference).chunk(2)
     found = {"policy_error": e_policy, "reference_error": e_reference}
-    found["logits"] = -case.scale * (winner - loser)
+    found["logits"] = -case.scale * weights * (winner - loser)
     return {name: np.abs(x.numpy() - getattr(truth, name)).max() for name, x in found.items()}
 
 
@@ -171,6 +219,10 @@ def plain_errors(case: Case, truth: Truth) -> dict[str, float]:
     shared=st.booleans(),
     cached=st.booleans(),
     gap=st.sampled_from([0.0, 1e-3, 1.0]),
+    sloped=st.booleans(),
+    weighted=st.booleans(),
+    loser_gradient=st.sampled_from([1.0, 0.5, 0.0]),
+    safeguard=st.sampled_from([None, 0.0, 0.6, 0.9]),
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_oracle(backend, device, **choices):  # type: ignore[no-untyped-def]
@@ -192,7 +244,8 @@ def test_many_pairs_and_many_chunks(backend, device, monkeypatch):
     monkeypatch.setattr(module, "MAX_TILE", 4)
     monkeypatch.setattr(module, "MAX_BLOCK", 128)
     monkeypatch.setattr(module, "MAX_WARPS", 1)
-    check(make(9, (128 * 9 + 1,), device=device))
+    everything = {"sloped": True, "weighted": True, "safeguard": 0.9}
+    check(make(9, (128 * 9 + 1,), device=device, **everything))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -292,13 +345,36 @@ def test_only_policy_and_only_loss_are_differentiable(backend, device):
 
 
 def test_ref_is_differentiated_by_pytorch_to_the_same(backend, device):
-    case = make(distance="pseudo_huber", device=device)
+    case = make(distance="pseudo_huber", sloped=True, weighted=True, safeguard=0.5, device=device)
     result, grad = case.loss_and_grad()
     policy = case.policy.detach().requires_grad_()
-    plain = module.paired_dpo_loss_ref(policy, *case[1:], C)
+    plain = module.paired_dpo_loss_ref(policy, *case.arguments[1:])
     plain.loss.backward()
     torch.testing.assert_close(grad, policy.grad, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(result, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("safeguard", [0.0, 0.6, 1.0])
+def test_the_safeguard_leaves_the_winner_its_share(backend, device, safeguard, distance):
+    """The loser of pair 0 is nearly its winner, that of pair 1 the opposite, of pair 2 another."""
+    case = make(distance=distance, safeguard=safeguard, device=device)
+    winner = (case.policy - case.target.repeat(2, 1, 1, 1))[:3]
+    loser = winner.clone()
+    loser[0] += 0.1 * torch.randn_like(winner[0])
+    loser[1] = -winner[1]
+    loser[2] = 30 * winner[2].flip(0, 1, 2)
+    policy = torch.cat([winner, loser]) + case.target.repeat(2, 1, 1, 1)
+    result, grad = case._replace(policy=policy).loss_and_grad()
+    _, plain = case._replace(policy=policy, safeguard=None).loss_and_grad()
+    torch.testing.assert_close(grad[:3], plain[:3], rtol=0, atol=0)
+    torch.testing.assert_close(grad[3:], result.loser_kept.view(3, 1, 1, 1) * plain[3:])
+    # The first-order change of the winner's error when policy goes against its gradients, if both
+    # images were one: what counts is what the loser's step takes from the winner's.
+    own, taken = ((grad[:3] * x).flatten(1).sum(1) for x in (grad[:3], -grad[3:]))
+    assert (taken <= (1 - safeguard) * own * 1.001 + 1e-12).all()
+    assert result.loser_kept[1] == 1
+    assert result.loser_kept[0] <= 1 - safeguard + 0.1
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -306,17 +382,18 @@ def test_ref_is_differentiated_by_pytorch_to_the_same(backend, device):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_every_output_element_is_written(backend, device, poison, cached):
-    case = make(3, (5, 411), cached=cached, device=device)
+    case = make(3, (5, 411), cached=cached, safeguard=0.9, device=device)
     result, grad = case.loss_and_grad()
     assert all(x.isfinite().all() for x in (*result, grad))
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 1001)], ids=str)
 def test_reads_and_writes_nothing_outside(backend, device, shape, fences, monkeypatch):
-    case = make(2, shape, device=device)
+    case = make(2, shape, sloped=True, weighted=True, safeguard=0.9, device=device)
     expected = case.loss_and_grad()
-    policy, reference, target = map(fences.around, case[:3])
-    fenced = Case(policy.requires_grad_(), reference, target, *case[3:])
+    names = ("policy", "reference", "target", "slopes", "weights")
+    fenced = case._replace(**{name: fences.around(getattr(case, name)) for name in names})
+    policy = fenced.policy.requires_grad_()
     fences.watch(monkeypatch)
     result = fenced.loss()
     (grad,) = torch.autograd.grad(result.loss, policy)
@@ -391,15 +468,15 @@ def test_deterministic_and_independent_of_the_batch(backend, device):
     ("dtype", "cached"), [(torch.float32, True), (torch.bfloat16, False)], ids=str
 )
 def test_opcheck(backend, device, dtype, cached):
-    case = make(2, (2, 3), (dtype,) * 3, cached=cached, device=device)
+    options = {"sloped": True, "weighted": True, "safeguard": 0.9} if cached else {}
+    case = make(2, (2, 3), (dtype,) * 3, cached=cached, device=device, **options)
     policy = case.policy.to(memory_format=torch.contiguous_format).requires_grad_()
-    args = (policy, case.reference, case.target, 2500.0, "pseudo_huber", C)
+    args = case._replace(policy=policy).arguments
     torch.library.opcheck(torch.ops.cdpo.paired_dpo_loss, args)
-    logits = case.loss().logits
-    torch.library.opcheck(
-        torch.ops.cdpo.paired_dpo_loss_backward,
-        (torch.ones((), device=device), logits, policy.detach(), case.target, 2500.0, "mse", C),
-    )
+    _, logits, *_, kept = case.loss()
+    one = torch.ones((), device=device)
+    args = (one, logits, kept, policy.detach(), case.target, case.slopes, case.weights)
+    torch.library.opcheck(torch.ops.cdpo.paired_dpo_loss_backward, (*args, 2500.0, "mse", C))
 
 
 def test_compiles_without_graph_breaks(backend, device):
@@ -441,6 +518,11 @@ ONE = torch.zeros(2, 3)
         (ValueError, r"huber_c is 0.0; it must be positive", {"huber_c": 0.0}),
         (ValueError, r"huber_c is nan", {"huber_c": math.nan}),
         (ValueError, r"scale is -1.0", {"scale": -1.0}),
+        (ValueError, r"slopes is \(2,\); it must be \(1,\)", {"slopes": torch.ones(2)}),
+        (TypeError, r"weights is torch.float64", {"weights": torch.ones(1).double()}),
+        (ValueError, r"one device; given.*slopes on meta", {"slopes": torch.ones(1).to("meta")}),
+        (ValueError, r"loser_gradient is 1.5; it must be from 0 to 1", {"loser_gradient": 1.5}),
+        (ValueError, r"safeguard is nan", {"safeguard": math.nan}),
         (ValueError, r"scale is inf", {"scale": math.inf}),
     ],
     ids=lambda x: x if isinstance(x, str) else None,

@@ -56,6 +56,26 @@ def test_noisy_latents_stay_float32():
     assert noisy.dtype == torch.float32
 
 
+@pytest.mark.parametrize("steps", [50, 1000])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_function_of_the_target_is_the_clean_latents(kind, steps):
+    """At every timestep but 0, where no prediction counts and the target is 0."""
+    scheduler = LCMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+    made = SolverGrid(scheduler, CPU, solver_steps=steps, guidance=(1.0, 1.0))
+    ids = torch.arange(200)
+    draw, latents = made.draw(0, ids, torch.zeros_like(ids)), torch.randn(400, 1, 2, 2)
+    assert set(draw.timesteps.tolist()) <= set(made.drawn.tolist())
+    noisy, target = made.corrupt(latents, draw)
+    assert draw.solver is not None
+    a, b = (torch.cat([x, x]).double()[:, None, None, None] for x in draw.solver.scales)
+    found = a * noisy + b * target
+    largest = (a * noisy).abs().amax((1, 2, 3))
+    at_0 = torch.cat([draw.timesteps] * 2) == 0
+    assert ((found - latents).abs().amax((1, 2, 3)) <= 1e-6 * largest)[~at_0].all()
+    assert at_0.any() == (steps == 1000)
+    assert not target[at_0].any()
+
+
 def test_steps_that_do_not_divide_the_schedule():
     with refused(RecipeError, "mismatch", "model.solver_steps"):
         grid(steps=30)

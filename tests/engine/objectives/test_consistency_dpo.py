@@ -25,21 +25,24 @@ def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spe
     seen: dict[str, Tensor] = {}
     import cdpo.engine.objectives.consistency_dpo as module
 
-    solve, outputs = module.consistency_solver_step, module.consistency_outputs
+    solve, targets = module.consistency_solver_step, module.consistency_targets
 
     def spy_solve(*args, **options):  # type: ignore[no-untyped-def]
         seen["x_prev"] = solve(*args, **options)
         return seen["x_prev"]
 
-    def spy_outputs(*args, **options):  # type: ignore[no-untyped-def]
-        made = outputs(*args, **options)
-        seen["target"] = step.batch.target if made.target is None else made.target
-        return made
+    def spy_targets(*args):  # type: ignore[no-untyped-def]
+        seen["predicted"] = targets(*args)
+        return seen["predicted"]
 
     monkeypatch.setattr(module, "consistency_solver_step", spy_solve)
-    monkeypatch.setattr(module, "consistency_outputs", spy_outputs)
+    monkeypatch.setattr(module, "consistency_targets", spy_targets)
     found = step.run(spec)
     found.loss.backward()
+    assert step.batch.draw.solver is not None
+    a, b = (torch.cat([x, x])[:, None, None, None] for x in step.batch.draw.solver.scales)
+    # Both networks' answers are held to that of this prediction
+    seen["target"] = a * step.batch.noisy + b * seen.pop("predicted", step.batch.target)
     truth = recomputed(step, prediction, spec=spec)
 
     assert truth["logits"].abs().min() > 1e-3  # the example says something
@@ -68,9 +71,14 @@ def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spe
         )
 
 
-def test_four_network_calls_none_repeated_and_the_policy_last(tmp_path):
+def test_four_network_calls_none_repeated_and_four_launches_between_them(tmp_path, operations):
     step = make(tmp_path)
-    step.run()
+    with operations:
+        step.run().loss.backward()
+    ours = [name for name in operations.names if name.startswith("cdpo::")]
+    arithmetic = ["consistency_solver_step", "consistency_targets"]
+    loss = ["paired_dpo_loss", "paired_dpo_loss_backward"]
+    assert ours == [f"cdpo::{name}" for name in (*arithmetic, *loss)]
     assert step.calls == [
         ("reference", 2 * PAIRS, False),
         ("teacher", 4 * PAIRS, False),
@@ -79,16 +87,13 @@ def test_four_network_calls_none_repeated_and_the_policy_last(tmp_path):
     ]
 
 
-def test_the_image_as_target_takes_two_calls_and_one_launch_to_the_loss_each_way(
-    tmp_path, operations
-):
+def test_the_image_as_target_takes_two_calls_and_the_loss_one_launch_each_way(tmp_path, operations):
     step = make(tmp_path, spec=IMAGE)
     with operations:
         step.run(IMAGE).loss.backward()
     assert step.calls == [("reference", 2 * PAIRS, False), ("policy", 2 * PAIRS, True)]
     ours = [name for name in operations.names if name.startswith("cdpo::")]
-    forward = ["cdpo::consistency_outputs", "cdpo::paired_dpo_loss"]
-    assert ours == [*forward, *(f"{name}_backward" for name in reversed(forward))]
+    assert ours == ["cdpo::paired_dpo_loss", "cdpo::paired_dpo_loss_backward"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,31 @@ def test_identical_networks_start_at_the_known_loss(options, at_start, dtype):
     assert found.loss.item() == pytest.approx(at_start, abs=1e-6)
 
 
+@pytest.mark.parametrize("distance", ["mse", "pseudo_huber"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}], ids=str)
+def test_the_safeguard_keeps_of_each_loser_what_its_winner_bears(options, distance):
+    policy, reference, target = predictions()
+    policy[PAIRS:] += 0.8 * policy[:PAIRS]  # losers that pull where their winners do
+    spec = Objective(distance=distance, huber_c=0.05, **options)
+    grads = []
+    for safeguard in (None, 0.6):
+        leaf = policy.clone().requires_grad_()
+        guarded = spec.model_copy(update={"loser_safeguard": safeguard})
+        PreferenceLoss(guarded, SCALE)(leaf, reference, target, None).loss.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad.double().flatten(1))
+    plain, held = grads
+    exact = policy.double().requires_grad_()
+    errors(exact, target, spec).sum().backward()
+    assert exact.grad is not None
+    winner, loser = exact.grad.flatten(1).chunk(2)
+    shared = (winner * loser).sum(1)
+    kept = (0.4 * (winner**2).sum(1) / shared).clamp(max=1).where(shared > 0, torch.ones(PAIRS))
+    assert kept.min() < 0.6 and kept.max() > kept.min()  # the example says something
+    torch.testing.assert_close(held[:PAIRS], plain[:PAIRS])
+    torch.testing.assert_close(held[PAIRS:], kept[:, None] * plain[PAIRS:], rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_damping_scales_the_losers_gradient_and_nothing_else(kept, loss):
@@ -102,7 +127,7 @@ def test_damping_scales_the_losers_gradient_and_nothing_else(kept, loss):
     assert grad_1[PAIRS:].abs().max() > 1e-3
 
 
-def test_the_plain_loss_is_the_fused_kernel(monkeypatch):
+def test_weights_and_shares_of_the_loser_stay_in_the_fused_kernel(monkeypatch):
     calls = []
 
     def recorded(*args, **options):  # type: ignore[no-untyped-def]
@@ -112,11 +137,13 @@ def test_the_plain_loss_is_the_fused_kernel(monkeypatch):
     monkeypatch.setattr("cdpo.engine.objectives.preference.paired_dpo_loss", recorded)
     spec = Objective(distance="pseudo_huber", huber_c=0.01)
     found = PreferenceLoss(spec, SCALE)(*predictions(), None)
-    assert calls == [{"distance": "pseudo_huber", "huber_c": 0.01}]
-    same = PreferenceLoss(spec, SCALE)(*predictions(), torch.ones(PAIRS))
-    assert len(calls) == 1  # weights go the other way, to the same result
-    torch.testing.assert_close(same.loss, found.loss)
-    torch.testing.assert_close(same.logits, found.logits)
+    same = PreferenceLoss(spec, SCALE)(*predictions(), torch.ones(PAIRS), torch.ones(PAIRS))
+    guarded = spec.model_copy(update={"loser_gradient": 0.5, "loser_safeguard": 0.9})
+    held = PreferenceLoss(guarded, SCALE)(*predictions(), None)
+    assert [(c["loser_gradient"], c["safeguard"]) for c in calls] == [(1, None)] * 2 + [(0.5, 0.9)]
+    for other in (same, held):  # the same value, whatever becomes of the gradient
+        assert torch.equal(other.loss, found.loss)
+        assert torch.equal(other.logits, found.logits)
 
 
 def test_loss_is_finite_where_the_sigmoid_underflows():
@@ -131,6 +158,8 @@ def test_loss_is_finite_where_the_sigmoid_underflows():
     [
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 needs loss=sigmoid"),
         ({"type": "sft", "loser_gradient": 0.5}, "loser_gradient has no effect with type=sft"),
+        ({"type": "sft", "loser_safeguard": 0.9}, "loser_safeguard has no effect with type=sft"),
+        ({"loser_safeguard": 1.5}, "less than or equal to 1"),
         ({"label_smoothing": 0.5}, "less than 0.5"),
         ({"loser_gradient": 1.5}, "less than or equal to 1"),
         (
