@@ -12,7 +12,7 @@ from cdpo.engine.models import load_backbone
 from cdpo.engine.models.adapters import add_lora, twin_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.protocol import Conditioning, Draw
-from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective, signal_weights
+from cdpo.engine.objectives import Loss, Networks, TrainingBatch, build_objective
 from cdpo.engine.recipe import Adapter, Model, Objective
 from consistency_cases import clean_and_noise, scalings
 from torch import Tensor, nn
@@ -78,10 +78,6 @@ def make(  # type: ignore[no-untyped-def]
     noisy, target = backbone.noise.corrupt(latents, draw)
     prompts = ["red apple", "house", "tree"]
     batch = TrainingBatch(noisy, target, draw, backbone.encode_prompts([*prompts, *prompts]))
-    if spec.timestep_weighting == "signal":
-        levels = backbone.noise.at(backbone.noise.drawn)
-        weights = torch.zeros(1000).index_put((levels.timesteps,), signal_weights(*levels[1:]))
-        batch = replace(batch, weights=weights[draw.timesteps])
     teacher = nn.Identity()
     if spec.needs_teacher:
         teacher = backbone.load_teacher()
@@ -163,12 +159,9 @@ def recomputed(
         if values
     }
     gain = stacked["d_policy"] - stacked["d_reference"]
-    weights = torch.ones(PAIRS)
-    if spec.timestep_weighting == "signal":
-        weights = (abar / abar[19::20].mean())[draw.timesteps]
-    stacked["logits"] = -200 * weights * (gain[:PAIRS] - gain[PAIRS:])
+    stacked["logits"] = -200 * (gain[:PAIRS] - gain[PAIRS:])
     stacked["loss"] = -torch.log(torch.sigmoid(stacked["logits"])).mean()
-    stacked["winners"] = (weights * stacked["d_policy"][:PAIRS]).mean()
+    stacked["winners"] = stacked["d_policy"][:PAIRS].mean()
     stacked[trained].backward()
     return stacked | {
         f"grad {name}": parameter.grad

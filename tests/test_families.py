@@ -165,7 +165,7 @@ def test_killed_on_two_ranks_the_curve_is_that_of_one(
     "knobs",
     [
         (),
-        long(("objective.target=image", "objective.timestep_weighting=signal")),
+        long(("objective.target=image", "objective.loser_safeguard=0.5")),
     ],
     ids=["teacher", "image"],
 )

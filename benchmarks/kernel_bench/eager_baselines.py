@@ -4,7 +4,6 @@ Written as a careful user would: a target that winner and loser share is broadca
 nothing runs that the result does not need.
 """
 
-
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler

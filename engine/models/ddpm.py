@@ -35,7 +35,6 @@ class DiscreteDDPM:
             )
         alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float64)
         self.num_timesteps = len(alphas_cumprod)
-        self.drawn = torch.arange(self.num_timesteps, device=device)
         self._alpha = alphas_cumprod.sqrt().float()
         self._sigma = (1 - alphas_cumprod).sqrt().float()
 

@@ -97,8 +97,6 @@ class NoiseProcess(Protocol):
     """How images are corrupted and what the denoiser is asked to predict."""
 
     num_timesteps: int
-    drawn: Tensor
-    """The timesteps that are drawn, each as often: int64, on the device."""
     prediction_type: str
     """What the denoiser predicts, as its scheduler says: epsilon, v_prediction or sample."""
 

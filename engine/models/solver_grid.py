@@ -43,7 +43,7 @@ class SolverGrid:
                 "mismatch",
             )
         self._stride = self.num_timesteps // solver_steps
-        self.drawn = torch.arange(1, solver_steps + 1, device=device) * self._stride - 1
+        self._solver_steps = solver_steps
         every = self.at(torch.arange(self.num_timesteps, device=device))
         a, b = consistency_scales(every, prediction=self.prediction_type)
         self._scales = (a.float(), b.float())
@@ -61,7 +61,7 @@ class SolverGrid:
             stream: keyed.make_keys(seed, stream, pair_ids, visits)
             for stream in (Stream.TIMESTEP, Stream.GUIDANCE, Stream.NOISE)
         }
-        step = keyed.integers(keys[Stream.TIMESTEP], len(self.drawn))
+        step = keyed.integers(keys[Stream.TIMESTEP], self._solver_steps)
         timesteps = ((step + 1) * self._stride - 1).to(self._device)
         earlier = (timesteps - self._stride).clamp(min=0)
         low, high = self._guidance

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
-from .weighting import min_snr_weights, signal_weights
+from .weighting import min_snr_weights
 
 __all__ = [
     "Loss",
@@ -20,7 +20,6 @@ __all__ = [
     "TrainingBatch",
     "build_objective",
     "min_snr_weights",
-    "signal_weights",
 ]
 
 

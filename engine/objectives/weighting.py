@@ -1,4 +1,4 @@
-"""How much a timestep counts: 1 for all as published, or weights with a mean of 1.
+"""How much a timestep counts: 1 for all as published, or min-SNR with a mean of 1.
 
 Min-SNR (Hang et al., arXiv 2303.09556) weights the squared error of x0 by min(SNR, gamma), which
 for a network that predicts
@@ -9,13 +9,8 @@ for a network that predicts
 ``sample``            ``min(SNR, gamma)``
 ====================  ======================================
 
-is its own error's weight, SNR = alpha^2 / sigma^2. It is divided by its mean over the timesteps
-that are drawn, so that beta and the learning rate keep their meaning. Where sigma or alpha is 0 the
-limits are taken.
-
-Signal weights are for consistency models that are held to images:
-``alpha^2 / (alpha^2 + sigma^2)``, the share of the noisy latents' variance that is the image's,
-over its mean.
+is its own error's weight, SNR = alpha^2 / sigma^2. It is divided by its mean over the timesteps, so
+that beta and the learning rate keep their meaning. Where sigma or alpha is 0 the limits are taken.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ GAMMA = 5.0
 
 
 def min_snr_weights(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """Weights (T,) float32 of the T timesteps drawn from the factors (T,) of latents and noise."""
+    """Weights (T,) float32 of all timesteps from the factors (T,) of latents and noise."""
     signal, noise = alpha.double() ** 2, sigma.double() ** 2
     clipped = (signal / noise.clamp(min=1e-20)).clamp(max=GAMMA)
     if prediction_type == "epsilon":  # min(1, gamma / SNR), 1 where there is no signal
@@ -35,11 +30,4 @@ def min_snr_weights(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tenso
         weights = clipped * noise / (signal + noise)
     else:
         weights = clipped
-    return (weights / weights.mean()).float()
-
-
-def signal_weights(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Weights (T,) float32 of the T timesteps drawn from the factors (T,) of latents and noise."""
-    signal, noise = alpha.double() ** 2, sigma.double() ** 2
-    weights = signal / (signal + noise)
     return (weights / weights.mean()).float()

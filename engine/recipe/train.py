@@ -41,9 +41,8 @@ class Objective(Section):
     widening it for ever."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
-    timestep_weighting: Literal["uniform", "min_snr", "signal"] = "uniform"
-    """How much a timestep counts: all the same (as published), or with a mean of 1 min-SNR-5
-    (diffusion) or the image's share of the noisy latents' variance (`target=image`)."""
+    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """How much a timestep counts: all the same (as published), or min-SNR-5 with a mean of 1."""
     loser_gradient: Fraction = 1.0
     """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
     errors of winner and loser rise together."""
@@ -70,12 +69,7 @@ class Objective(Section):
                 f"target=image has no effect with type={self.type}: it is for consistency_dpo and "
                 "consistency_sft"
             )
-        if self.timestep_weighting == "signal" and self.target != "image":
-            raise ValueError(
-                "timestep_weighting=signal needs target=image: other targets are known at every "
-                "timestep"
-            )
-        if self.is_consistency and self.timestep_weighting == "min_snr":
+        if self.is_consistency and self.timestep_weighting != "uniform":
             raise ValueError(
                 "timestep_weighting=min_snr is for diffusion models: a consistency model always "
                 "predicts x0"

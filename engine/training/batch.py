@@ -14,7 +14,7 @@ from ..basics.keyed import Stream
 from ..basics.phases import phase
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
-from ..objectives import TrainingBatch, min_snr_weights, signal_weights
+from ..objectives import TrainingBatch, min_snr_weights
 from ..recipe import Recipe
 from ..shards.batch import PairBatch
 from ..shards.contents import Kind
@@ -39,7 +39,13 @@ class BatchMaker:
         self.device = device
         self.kind = kind
         self._dtype = DTYPES[recipe.train.precision]
-        self._weights = self._timestep_weights()
+        self._weights = None
+        if recipe.objective.timestep_weighting == "min_snr":
+            noise = backbone.noise
+            all_timesteps = noise.at(torch.arange(noise.num_timesteps, device=device))
+            self._weights = min_snr_weights(
+                all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
+            )
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
         """The batch of B pairs, on the device."""
@@ -59,19 +65,6 @@ class BatchMaker:
                 unconditional = self.backbone.encode_prompts(nothing, framing)
         weights = None if self._weights is None else self._weights[draw.timesteps]
         return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
-
-    def _timestep_weights(self) -> torch.Tensor | None:
-        """(T,) float32 weights, with a mean of 1 over those drawn; None if all count the same."""
-        kind, noise = self.recipe.objective.timestep_weighting, self.backbone.noise
-        if kind == "uniform":
-            return None
-        _, alpha, sigma = noise.at(noise.drawn)
-        weights = torch.zeros(noise.num_timesteps, device=self.device)
-        if kind == "signal":
-            weights[noise.drawn] = signal_weights(alpha, sigma)
-        else:
-            weights[noise.drawn] = min_snr_weights(alpha, sigma, noise.prediction_type)
-        return weights
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
         """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.

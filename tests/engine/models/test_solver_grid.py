@@ -64,7 +64,6 @@ def test_the_function_of_the_target_is_the_clean_latents(kind, steps):
     made = SolverGrid(scheduler, CPU, solver_steps=steps, guidance=(1.0, 1.0))
     ids = torch.arange(200)
     draw, latents = made.draw(0, ids, torch.zeros_like(ids)), torch.randn(400, 1, 2, 2)
-    assert set(draw.timesteps.tolist()) <= set(made.drawn.tolist())
     noisy, target = made.corrupt(latents, draw)
     assert draw.solver is not None
     a, b = (torch.cat([x, x]).double()[:, None, None, None] for x in draw.solver.scales)

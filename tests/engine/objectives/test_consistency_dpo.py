@@ -9,16 +9,12 @@ from consistency_steps import PAIRS, SPEC, make, recomputed
 from torch import Tensor
 
 IMAGE = SPEC.model_copy(update={"target": "image"})
-WEIGHTED = IMAGE.model_copy(update={"timestep_weighting": "signal"})
 
 
 @pytest.mark.parametrize(
     ("prediction", "spec"),
-    [
-        *itertools.product(["epsilon", "v_prediction", "sample"], [SPEC, IMAGE]),
-        ("epsilon", WEIGHTED),
-    ],
-    ids=lambda x: x if isinstance(x, str) else f"{x.target}-{x.timestep_weighting}",
+    itertools.product(["epsilon", "v_prediction", "sample"], [SPEC, IMAGE]),
+    ids=lambda x: x if isinstance(x, str) else x.target,
 )
 def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spec, monkeypatch):
     step = make(tmp_path, prediction, spec=spec)
@@ -96,9 +92,7 @@ def test_the_image_as_target_takes_two_calls_and_the_loss_one_launch_each_way(tm
     assert ours == ["cdpo::paired_dpo_loss", "cdpo::paired_dpo_loss_backward"]
 
 
-@pytest.mark.parametrize(
-    ("precision", "spec"), [("fp32", SPEC), ("bf16", SPEC), ("bf16", IMAGE), ("bf16", WEIGHTED)]
-)
+@pytest.mark.parametrize(("precision", "spec"), [("fp32", SPEC), ("bf16", SPEC), ("bf16", IMAGE)])
 def test_a_fresh_adapter_starts_at_log_2_exactly(tmp_path, precision, spec):
     step = make(tmp_path, perturb=0.0, precision=precision, spec=spec)
     found = step.run(spec)

@@ -167,7 +167,6 @@ def test_loss_is_finite_where_the_sigmoid_underflows():
             "min_snr is for diffusion models",
         ),
         ({"target": "image"}, "target=image has no effect with type=diffusion_dpo"),
-        ({"timestep_weighting": "signal"}, "timestep_weighting=signal needs target=image"),
     ],
     ids=str,
 )

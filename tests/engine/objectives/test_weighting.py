@@ -1,8 +1,8 @@
-"""Timestep weights against the formula, at its limits, and with their mean."""
+"""Min-SNR weights against the formula, at its limits, and with their mean."""
 
 import pytest
 import torch
-from cdpo.engine.objectives import min_snr_weights, signal_weights
+from cdpo.engine.objectives import min_snr_weights
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 
@@ -33,11 +33,3 @@ def test_no_signal_and_no_noise_have_finite_weights_and_the_mean_is_1(kind):
     assert weights.isfinite().all() and (weights >= 0).all()
     assert weights.mean().item() == pytest.approx(1, abs=1e-6)
     assert weights.dtype == torch.float32
-
-
-def test_signal_weights_are_the_images_share_of_the_variance():
-    alpha, sigma = factors(rescale_betas_zero_snr=True)
-    alpha[-1], sigma[-1] = 0, 1
-    weights = signal_weights(alpha.float(), sigma.float()).double()
-    torch.testing.assert_close(weights, alpha**2 / (alpha**2).mean(), rtol=1e-5, atol=1e-6)
-    assert weights[-1] == 0 and weights.mean().item() == pytest.approx(1, abs=1e-6)
