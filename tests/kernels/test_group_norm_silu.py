@@ -112,7 +112,8 @@ def check(case: Case) -> None:
     plain_out, plain_grads = plain(case)
     results = zip((out, *grads), (truth, *true_grads), (plain_out, *plain_grads), strict=True)
     for found, true, typed in results:
-        assert_loses_at_most_twice(found, true, typed)
+        summed = case.x.numel() / true.size if true.ndim == 1 else 0  # terms of order 1 cancel
+        assert_loses_at_most_twice(found, true, typed, size=math.sqrt(summed))
     assert out.dtype == grads[0].dtype == case.x.dtype
 
 
