@@ -2,7 +2,8 @@
 
 The first time a run opens a shard its size and sha256 are compared with the manifest and its tar
 headers are scanned into an index; from then on a sample is one positioned read. What is kept in
-memory is bounded by the shards in use, not by the set.
+memory is bounded by the shards in use, not by the set, but for twelve bytes a pair, by which one
+that lies in two shards is noticed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..basics.errors import ShardError, told_by
 from .contents import contents_of
 from .image_processes import ImageProcesses
 from .manifest import Manifest, ShardEntry
+from .repeats import PairsMet, ids_of
 from .sample import MAX_META_BYTES, META, PairMeta, PairSample, decode_meta
 from .store import LocalStore, ShardStore, check_against
 from .tar_index import SampleIndex, index_samples, read_span
@@ -81,6 +83,7 @@ class ShardReaders:
         self._files: OrderedDict[str, _OpenShard] = OrderedDict()
         self._indexes: OrderedDict[str, SampleIndex] = OrderedDict()
         self._verified: dict[str, tuple[int, int, int]] = {}
+        self._met = PairsMet()
         self._locks: dict[str, Lock] = {}
         self._lock = Lock()
 
@@ -234,6 +237,8 @@ class ShardReaders:
             index = index_samples(file.descriptor, name, self._members, entry.count)
             self._check_sizes(index, name)
         with self._lock:
+            if seen is None and (repeats := self._met.add(name, ids_of(index.keys))):
+                raise repeats[0]
             self._verified[entry.name] = identity
         return _OpenShard(name, file, index)
 

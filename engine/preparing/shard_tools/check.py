@@ -15,7 +15,7 @@ import numpy as np
 from ...basics.errors import ShardError
 from ...shards.manifest import Manifest, ShardEntry
 from ...shards.reader import ShardReaders
-from ...shards.sample import sample_key
+from ...shards.repeats import PairsMet
 from ...shards.store import LocalStore
 
 PROBLEMS_PER_SHARD = 20
@@ -64,29 +64,22 @@ def check_set(
     """Read every sample of the set in ``folder`` as training would, and hold it to its manifest.
 
     A shard whose checksum is wrong is read all the same, to find which of its samples are damaged.
-    ``on_shard`` is told the pairs of each shard when it is done. Memory: eight bytes a pair, for
-    pairs that come up in two shards.
+    ``on_shard`` is told the pairs of each shard when it is done. Memory: twelve bytes a pair, for
+    pairs that lie in two shards.
     """
     folder = Path(folder)
     report = CheckReport(manifest, strays=_strays(folder, manifest))
-    pair_ids = []
+    met = PairsMet()
     for entry, shard in _shard_reports(folder, manifest, workers):
         for problem in shard.problems:
             report.add(problem)
         report.num_problems += shard.num_problems - len(shard.problems)
         report.num_pairs += len(shard.pair_ids)
-        pair_ids.append(shard.pair_ids)
+        for error in met.add(str(folder / entry.name), shard.pair_ids):
+            report.add(str(error))
         if on_shard is not None:
             on_shard(entry.count)
-    for pair_id in repeated(np.concatenate(pair_ids)):
-        report.add(f"{folder}: pair {sample_key(pair_id)} comes up in more than one shard")
     return report
-
-
-def repeated(pair_ids: np.ndarray) -> list[int]:
-    """The ids of ``pair_ids`` (P,) int64 that come up more than once, each of them once."""
-    ordered = np.sort(pair_ids)
-    return [int(pair_id) for pair_id in np.unique(ordered[1:][ordered[1:] == ordered[:-1]])]
 
 
 def _shard_reports(

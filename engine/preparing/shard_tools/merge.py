@@ -37,7 +37,6 @@ from ...shards.manifest import (
 from ...shards.reader import ShardReaders
 from ...shards.sample import PairSample, sample_key
 from ...shards.writer import ShardFill, ShardPlan, plan_shards, write_shard
-from .check import repeated
 
 _ADDED = (
     "prompts",
@@ -231,7 +230,8 @@ def _ids_of(keys: list[str], readers: ShardReaders, entry: ShardEntry) -> np.nda
 
 def _refuse_repeats(sets: Sequence[_Set], tiers: Sequence[_TierPairs]) -> None:
     ids = np.concatenate([pairs.ids for pairs in tiers])
-    twice = repeated(ids)
+    values, counts = np.unique(ids, return_counts=True)
+    twice = values[counts > 1].tolist()
     if not twice:
         return
     owners = np.concatenate([pairs.places[:, 0] for pairs in tiers])[ids == twice[0]]

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from cdpo.engine.basics.errors import EXIT_DATA, ShardError
 from cdpo.engine.shards.reader import ShardReaders
+from cdpo.engine.shards.repeats import PairsMet
+from cdpo.engine.shards.sample import sample_key
+from cdpo.engine.shards.writer import write_shard
 from refusals import refused
+from shard_sets import CONTENTS
 
 
 @pytest.fixture
@@ -86,6 +90,37 @@ def test_a_shard_changed_during_the_run_is_verified_again(shard):
     readers.read(manifest.shards[1], 0)  # closes the first
     with refused(ShardError, "damaged"):
         readers.read(entry, 0)
+
+
+@pytest.mark.parametrize("both_at_once", [False, True])
+def test_a_pair_in_two_shards_is_named_with_both(small, tmp_path, both_at_once):
+    first, twin, third = [(small.meta(1, n), small.meta(1, n + 1)) for n in (0, 1, 3)]
+    entries = [
+        write_shard(tmp_path / f"{name}.tar", [(m, small.latents(m)) for m in metas], CONTENTS)
+        for name, metas in {"c": third, "a": first, "b": twin}.items()
+    ]
+    readers = readers_of(tmp_path, small.manifest(entries, 3, 1), 1, 1)
+    key = sample_key(small.meta(1, 1).pair_id)
+    wording = None if both_at_once else "pair-in-two-shards"
+    with refused(ShardError, "duplicate", key, wording=wording) as told:
+        if both_at_once:
+            readers.read_batch(entries, [0, 0, 0])
+        for entry in [*entries[:2], *entries]:  # one may be opened again
+            readers.read(entry, 0)
+    assert "a.tar" in str(told.value) and "b.tar" in str(told.value)
+
+
+def test_pairs_are_looked_for_among_those_of_all_shards():
+    """However many shards came before, in few sorted runs."""
+    met, ids = PairsMet(), np.random.default_rng(0).permutation(7 * 300)
+    for number, own in enumerate(ids.reshape(300, 7)):
+        assert not met.add(f"shard-{number}", own)
+    assert len(met._runs) <= 12
+    for number, own in enumerate(ids.reshape(300, 7)):
+        [error] = met.add("twin", np.array([9000 + number, own[3]]))
+        assert (error.key, error.shard) == (sample_key(int(own[3])), "twin")
+        assert f"shard-{number} as well" in str(error)
+    assert len(met.add("again", np.arange(7 * 300))) == 7 * 300
 
 
 def test_a_disk_that_fails_is_a_shard_error(shard):

@@ -2,10 +2,9 @@
 
 import re
 
-import numpy as np
 import pytest
 from cdpo.engine.preparing.shard_tools import check
-from cdpo.engine.preparing.shard_tools.check import check_set, repeated
+from cdpo.engine.preparing.shard_tools.check import check_set
 from cdpo.engine.preparing.shard_tools.command import main
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
 from cdpo.engine.shards.tar_index import index_samples
@@ -91,7 +90,8 @@ def test_a_pair_in_two_shards(folder, small, capsys):
     save_manifest(folder, manifest.model_copy(update={"shards": shards}))
     code, _, err = ran(capsys, "check", folder)
     assert code == 3
-    assert err.count("comes up in more than one shard") == manifest.shards[0].count
+    assert err.count(f"the pair lies in shard {first} as well") == manifest.shards[0].count
+    assert err.count(f"shard {second}, key ") == manifest.shards[0].count
 
 
 def test_the_list_is_bounded_and_the_count_is_not(folder, capsys, monkeypatch):
@@ -123,8 +123,3 @@ def test_no_set_and_no_sense(tmp_path, capsys):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 2
-
-
-def test_repeats_are_told_once_each():
-    assert repeated(np.array([5, 1, 5, 2, 1, 5])) == [1, 5]
-    assert repeated(np.array([1])) == []
