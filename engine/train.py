@@ -14,7 +14,7 @@ goes on with another value of a key that a checkpoint is held to otherwise.
     python engine/train.py --recipe recipes/sdxl_cdpo.yaml --dry-run --world-size 8
 
 prints what a run will take: parameters, operations, memory of each rank. It needs the model's
-configs, and no weights, shards or GPUs.
+configs, and no weights, shards or GPUs; of shards that are there it says which pairs repeat.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(
 
 
 def dry_run(world_size: int, recipe: Recipe, terminal: Terminal) -> None:
-    """What the recipe will take on so many ranks; reads the model's configs and nothing else."""
+    """What the recipe will take on so many ranks, by the model's configs."""
     from cdpo.engine.training.dry_run.plan import print_plan
 
     if terminal.enabled:

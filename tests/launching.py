@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,12 +19,18 @@ from typing import Any
 import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+VERBS = ("prepare", "train", "compare")
+DOCUMENTED = {0, 2, 3, 4, 5, 6, 7}  # exit codes that are no defect and no signal
 KILLED = -9
 # A logit is beta/2 times a difference of predictions, so the rounding of two networks (1e-7 of
 # predictions around 1, here of random weights) enters the loss multiplied by beta/2; and Adam turns
 # the rounding of a gradient of 1e-8 into a whole step. With these two out of the way curves are
 # comparable at the 1e-5 that is promised.
 CALM = ("objective.beta=500", "train.optimizer.eps=1e-6")
+
+
+# More pairs a batch than the world's tiers have, and too few steps for the last of them.
+PAIRS_REPEAT = ("train.global_batch=64", "train.micro_batch=32", "train.steps=4")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,13 @@ class Outcome:
         assert set(self.codes) == {0}, self.text
         return self
 
+    def told(self) -> Outcome:
+        """It went well, or ended with one line and a code of the docs."""
+        assert self.code in DOCUMENTED and "Traceback" not in self.text, self.text
+        errors = [line for line in self.text.splitlines() if line.startswith("error:")]
+        assert len(errors) == (self.code != 0), self.text
+        return self
+
     def refused(self, code: int, *texts: str) -> None:
         """All ranks left with ``code``, the first with one clear line that holds all the texts."""
         assert set(self.codes) == {code}, self.text
@@ -52,6 +66,14 @@ class Outcome:
         errors = [line for line in self.output[0].splitlines() if line.startswith("error:")]
         assert len(errors) == 1, self.text
         assert [text for text in texts if text not in errors[0]] == [], errors[0]
+
+
+def told_of_repeats(outcome: Outcome) -> None:
+    """What a verb says ahead of a run with the knobs of PAIRS_REPEAT."""
+    counts = re.findall(r"stage 1 has (\d+) pairs for train.global_batch=64: some", outcome.text)
+    assert len(counts) == 1 and int(counts[0]) < 64, outcome.text
+    assert "come up in a batch twice" in outcome.text
+    assert "stages 3 never open" in outcome.text
 
 
 class ForkServer:

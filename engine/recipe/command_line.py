@@ -47,7 +47,7 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
     usage = f"deepspeed engine/{verb}.py --recipe RECIPE.yaml [dotted.key=value ...]"
     dry_run, world_size = getattr(options, "dry_run", False), getattr(options, "world_size", None)
     if verb == "train":
-        usage += " [--allow-change KEY]... [--dry-run [--world-size RANKS]]"
+        usage += " [--allow-change KEY]... | --dry-run [--world-size RANKS]"
     if options.help:
         print(f"usage: {usage}\n\n{for_terminal()}")
         raise SystemExit(0)
@@ -63,6 +63,13 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
     allow_change = tuple(dict.fromkeys(getattr(options, "allow_change", ())))
     for key in allow_change:
         refuse_unchangeable(key)
+    if dry_run and allow_change:
+        raise RecipeError(
+            f"--allow-change {allow_change[0]} has no effect on --dry-run, which reads no "
+            "checkpoint: leave it away, the new value is planned with as it is",
+            "--allow-change",
+            "no-effect",
+        )
     recipe = load_recipe(options.recipe, options.overrides)
     return CommandLine(recipe, dry_run, world_size, allow_change)
 

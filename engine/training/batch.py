@@ -12,13 +12,14 @@ from ..basics import keyed
 from ..basics.errors import DataError
 from ..basics.keyed import Stream
 from ..basics.phases import phase
+from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
 from ..objectives import TrainingBatch, min_snr_weights
 from ..recipe import Recipe
 from ..shards.batch import PairBatch
 from ..shards.contents import Kind
-from ..shards.manifest import Manifest
+from ..shards.manifest import Manifest, shards_by_tier
 
 
 class BatchMaker:
@@ -97,6 +98,27 @@ def trained_parts(backbone: Backbone) -> dict[str, str]:
     teacher's among them if there is one.
     """
     return {name: own for name, own in backbone.fingerprints().items() if name != "sampler"}
+
+
+def describe_pairs(recipe: Recipe, manifest: Manifest, pacing: Pacing) -> list[tuple[str, str]]:
+    """What a run trains on, for the head of the terminal: a row, and a note for each stage whose
+    pairs do not fill a batch.
+    """
+    stages = f"{len(pacing.stages)} stages, {recipe.curriculum.order}"
+    rows = [("pairs", f"{manifest.num_pairs} in {manifest.tiers} tiers; {stages}")]
+    shards = shards_by_tier(manifest.shards)
+    by_tier = {tier: sum(entry.count for entry in own) for tier, own in shards.items()}
+    batch = recipe.train.global_batch
+    for stage, pairs in pacing.crowded(by_tier, batch).items():
+        text = f"stage {stage.index + 1} has {pairs} pairs for train.global_batch={batch}: "
+        rows.append(("note", text + "some come up in a batch twice"))
+    return rows
+
+
+def describe_stages(pacing: Pacing) -> list[tuple[str, str]]:
+    """A note if there are stages that a run does not come to."""
+    never = ", ".join(str(stage.index + 1) for stage in pacing.unreached)
+    return [("note", f"stages {never} never open: train.steps ends before them")] * bool(never)
 
 
 def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone) -> None:

@@ -32,12 +32,18 @@ from ..recipe import Recipe
 from ..recipe.identity import save_resolved
 from ..shards.batch import PairBatch
 from ..shards.lanes import LanePlan
-from ..shards.manifest import Manifest, manifest_hash, shards_by_tier
+from ..shards.manifest import Manifest, manifest_hash
 from ..shards.reader import ShardReaders
 from ..shards.remote.store import open_store
 from ..shards.store import ShardStore
 from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
-from .batch import BatchMaker, refuse_foreign_shards, trained_parts
+from .batch import (
+    BatchMaker,
+    describe_pairs,
+    describe_stages,
+    refuse_foreign_shards,
+    trained_parts,
+)
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
 from .deepspeed_config import build_deepspeed_config, plan_batches, refuse_missing_trackers
@@ -191,7 +197,6 @@ class Trainer:
             for p in self.engine.module.policy.parameters()
             if p.requires_grad
         )
-        stages = f"{len(self.pacing.stages)} stages, {recipe.curriculum.order}"
         rows = [
             (
                 "train",
@@ -203,24 +208,8 @@ class Trainer:
             *self.evaluation.describe(),
         ]
         if self.shards is not None:
-            manifest = self.manifest
-            rows.append(("pairs", f"{manifest.num_pairs} in {manifest.tiers} tiers; {stages}"))
-            rows += [("note", text) for text in self._repeats()]
-        if self.pacing.unreached:
-            never = ", ".join(str(stage.index + 1) for stage in self.pacing.unreached)
-            rows.append(("note", f"stages {never} never open: train.steps ends before them"))
-        return [*rows, *self.growth.describe()]
-
-    def _repeats(self) -> Iterator[str]:
-        """Of stages whose pairs do not fill a batch."""
-        shards = shards_by_tier(self.manifest.shards)
-        by_tier = {tier: sum(entry.count for entry in own) for tier, own in shards.items()}
-        batch = self.recipe.train.global_batch
-        for stage, pairs in self.pacing.crowded(by_tier, batch).items():
-            yield (
-                f"stage {stage.index + 1} has {pairs} pairs for train.global_batch={batch}: some "
-                "come up in a batch twice"
-            )
+            rows += describe_pairs(recipe, self.manifest, self.pacing)
+        return [*rows, *describe_stages(self.pacing), *self.growth.describe()]
 
     # The run
 

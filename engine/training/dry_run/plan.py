@@ -2,12 +2,13 @@
 
 ``train.py --dry-run`` prints it as tables for a terminal of 80 columns. Networks are built from
 their configs on the meta device, so no weights and no shards are read, and a plan for a cluster can
-be made on a laptop. Operations are counted, not assumed, and given in units of one denoiser forward
-over one image.
+be made on a laptop; of shards that are there the manifest tells if pairs repeat. Operations are
+counted, not assumed, and given in units of one denoiser forward over one image.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,17 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ....kernels.fuse import fuse
-from ...curriculum.pacing import stage_tiers
+from ...basics.errors import DataError
+from ...curriculum.pacing import Pacing, stage_tiers
 from ...display.terminal import Terminal
 from ...models import DTYPES
 from ...models.adapters import add_lora
 from ...models.tuning import choose_tuning
 from ...objectives import build_objective
 from ...recipe import Recipe
+from ...shards.remote.fetch import is_remote
+from ...shards.remote.store import open_store
+from ..batch import describe_pairs, describe_stages
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..evaluation import DRAWS
 from ..growth import growth_rows
@@ -197,6 +202,7 @@ def _print_header(
             f"{batches.micro_batch}",
         ),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
+        *_pairs_rows(recipe),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
         *(
             ("configs", f"of {name} as shipped: it is not in the hub's cache")
@@ -204,6 +210,16 @@ def _print_header(
         ),
     ]
     terminal.header(f"dry run  {recipe.run_dir}  computed, not measured", rows)
+
+
+def _pairs_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """What is known of pairs and stages; of shards that are not here yet nothing is."""
+    pacing, rows = Pacing(recipe.curriculum, recipe.train.steps), []
+    if not is_remote(recipe.shards_at):
+        with suppress(DataError):  # whoever reads them says what is wrong
+            manifest = open_store(recipe.shards_at, recipe.data).manifest()
+            rows = describe_pairs(recipe, manifest, pacing)
+    return rows + describe_stages(pacing)
 
 
 def _print_networks(plan: Plan, terminal: Terminal) -> None:

@@ -635,6 +635,12 @@ def test_what_else_may_not(write, key, kind):
         parse_command_line("train", ["--recipe", str(write()), "--allow-change", key])
 
 
+def test_a_dry_run_reads_no_checkpoint_that_could_differ(write):
+    arguments = ["--recipe", str(write()), "--dry-run", "--allow-change", "objective.beta"]
+    with refused(RecipeError, "no-effect", "--allow-change"):
+        parse_command_line("train", arguments)
+
+
 def test_every_key_of_a_run_may_change_or_has_a_reason_why_not(tiny_recipe):
     keys = training_identity(tiny_recipe()).keys()
     assert set(filter(CHANGEABLE.fullmatch, keys)) == set(CHANGEABLE_KEYS)

@@ -23,7 +23,7 @@ from cdpo.engine.training.dry_run.plan import Plan, flops_text, make_plan, print
 from cdpo.kernels.fuse import fuse
 from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
-from launching import World
+from launching import PAIRS_REPEAT, World, told_of_repeats
 from refusals import refused
 
 ROOT = Path(__file__).parents[4]
@@ -198,11 +198,12 @@ def test_operations_are_written_with_a_prefix(flops: float, text: str) -> None:
 
 
 def test_the_verb_prints_the_plan_and_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    """Of shards that are there it says what the head of the run will (test_trainer.py)."""
     run = tmp_path / "run"
+    knobs = [f"run_dir={run}", f"data.path={world.shards}", *PAIRS_REPEAT]
     outcome = world.server.run(
-        "train",
-        world.recipe,
-        ["--dry-run", "--world-size", "2", f"run_dir={run}", "data.path=/nowhere"],
+        "train", world.recipe, ["--dry-run", "--world-size", "2", *knobs]
     ).succeeded()
     assert "memory of each rank" in outcome.text and "ranks  2" in outcome.text
+    told_of_repeats(outcome)
     assert not run.exists()
