@@ -168,9 +168,12 @@ def test_the_verdict_names_who_is_first(methods, hostile):
 
 def test_results_of_several_runs(methods, hostile, tmp_path):
     data = methods(distance=0.1)
+    changed = "after step 4: objective.beta 5000.0 -> 2000.0"
+    data.runs[1] = replace(data.runs[1], changes=[changed])
     save_results(tmp_path / "results.json", data)
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["format"] == 2
+    assert [run["changes"] for run in results["runs"]] == [[], [changed]]
     assert [run["name"] for run in results["runs"]] == ["plain $x$", hostile]
     assert results["runs"][0]["method"] == {"objective.beta": 5000, "curriculum.order": "random"}
     assert [finding["kind"] for finding in results["findings"]] == ["collapse", "collapse"]
