@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,10 +33,12 @@ from ..basics.errors import (
     EXIT_STOPPED,
     CdpoError,
     OutsideError,
+    RecipeError,
     StopRequested,
     redact,
     told_by,
 )
+from ..basics.files import replacing, user_cache
 from ..basics.memory import is_out_of_memory
 from ..display.terminal import Terminal
 from ..recipe import Recipe
@@ -48,6 +50,7 @@ from .run_lock import RunLock, refuse_other_folder
 from .signals import LISTEN_EVERY, Peers, StopSignal
 
 SECONDS_BEFORE_SPEAKING = 3.0
+TRACEBACK = "traceback.txt"  # in the run folder, or else in the user's cache
 SECONDS_TO_ANSWER = 10.0  # for rank 0's store, once something listens at its port
 
 
@@ -67,12 +70,18 @@ def run_verb(
     # 700, looking for garbage among them takes a tenth of the processor time of a start.
     gc.freeze()
     gc.set_threshold(10_000)
-    terminal = Terminal(enabled=os.environ.get("RANK", "0") == "0")
     peers = Peers(follow=leave)
     try:
         world = launched()
+    except RecipeError as error:  # nobody knows which rank it is, and which one speaks for all
+        Terminal().error(str(error))
+        leave(error.exit_code)
+    terminal = Terminal(enabled=world.rank == 0)
+    kept_in = [user_cache()]
+    try:
         asked = parse_command_line(verb, sys.argv[1:])
         recipe = asked.recipe
+        kept_in.insert(0, Path(recipe.run_dir))
         if asked.dry_run and dry_run is not None:
             dry_run(asked.world_size or world.world_size, recipe, terminal)
             return
@@ -94,7 +103,9 @@ def run_verb(
     except OSError as error:
         if not error.errno:  # of a library, which says more by its traceback
             _leave_with_traceback(peers)
-        _leave_for(_of_system(error, verb), terminal, peers)
+        # A full disk is no defect of ours, and has no room for more.
+        kept = None if error.errno in DISK_FULL else _keep_traceback(kept_in)
+        _leave_for(_of_system(error, verb, kept), terminal, peers)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
@@ -138,17 +149,31 @@ def _leave_for(error: CdpoError, terminal: Terminal, peers: Peers) -> NoReturn:
     leave(first.code)
 
 
-def _of_system(error: OSError, verb: str) -> OutsideError:
+def _of_system(error: OSError, verb: str, kept: Path | None) -> OutsideError:
     """What the system refuses where no room has a better word for it: a folder that became
-    read-only or full while the verb ran, a path that is too long.
+    read-only or full while the verb ran, a path that is too long. Or it is a defect of ours: then
+    there is the traceback that was ``kept``.
     """
     place = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    told = "no space left on the disk" if error.errno in DISK_FULL else told_by(error)
     return OutsideError(
-        f"{verb} cannot go on: {told}{f': {place}' if place else ''}",
+        f"{verb} cannot go on: {told_by(error)}{f': {place}' if place else ''}"
+        + (f" (for a report of a defect: {kept})" if kept else ""),
         place or None,
         "disk-full" if error.errno in DISK_FULL else "unreadable",
     )
+
+
+def _keep_traceback(folders: Sequence[Path]) -> Path | None:
+    """Write the traceback of the error at hand to the first folder that takes it; where it is."""
+    text = redact(traceback.format_exc()).encode()
+    for path in (folder / TRACEBACK for folder in folders):
+        try:
+            with replacing(path, error=None) as file:
+                file.write(text)
+        except OSError:  # that may be what the error is about
+            continue
+        return path
+    return None
 
 
 def _out_of_memory(error: BaseException) -> OutsideError:
