@@ -22,7 +22,7 @@ EXIT_OUTSIDE = 6
 EXIT_STUCK = 7
 EXIT_STOPPED = 75
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last where a file may not grow
 
 MOST_CHARACTERS = 2000  # of a message of ours
 MOST_TOLD = 200  # of another library's inside it

@@ -68,6 +68,18 @@ def replacing(path: Path | str, error: type[CdpoError] | None = DataError) -> It
             temporary.unlink()
         if error is not None and isinstance(raised, OSError):
             raise unwritable(f"cannot write {path}", str(path), raised, error) from raised
+        with naming(path):
+            raise
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """An OSError of the block that names no file, as none does that a write raises, names this."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..basics.files import user_cache
+from ..basics.files import replacing, user_cache
 from ..basics.shipped import locate
 from ..recipe import Model
 from .pretrained import HUB_ID
@@ -58,12 +57,9 @@ class Kept:
         state, newest = self._state()
         if state is None or self._before not in (None, state) or time.time() - newest < SETTLED:
             return
-        path = _path(state)
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(dict(found), file)
-            os.replace(file.name, path)
+        # Ranks that write it at once write the same.
+        with suppress(OSError), replacing(_path(state), error=None) as file:
+            file.write(json.dumps(dict(found)).encode())
 
     def _state(self) -> tuple[str | None, float]:
         """The files as they are now, None if some are not here; when the newest changed."""

@@ -42,7 +42,7 @@ def save_for_diffusers(lora: Lora, pipeline: DiffusionPipeline, folder: Path) ->
     """The file of diffusers, by the pipeline of the adapter's family."""
     # peft's own names, lora_A and lora_B: diffusers' older ones (`to_q.lora.down`) exist for
     # attention only, and a file that mixes both is loaded without its attention layers.
-    with disk_errors():
+    with disk_errors(folder):
         type(pipeline).save_lora_weights(
             folder, unet_lora_layers=lora.values, unet_lora_adapter_metadata=lora.config
         )
@@ -72,6 +72,6 @@ def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> Non
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()
-    with disk_errors():
+    with disk_errors(folder / DENOISER):
         backbone.denoiser.save_pretrained(folder / DENOISER, max_shard_size=shard_bytes)
     copy_base(model, folder, backbone.pipeline.scheduler)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..basics.errors import NumericsError, told_by
 from ..basics.failpoints import failpoint
-from ..basics.files import replacing, sync_path
+from ..basics.files import naming, replacing, sync_path
 from ..models import Backbone
 from ..models.base_files import DENOISER, copy_base
 from ..models.lcm import lcm_lora_layers
@@ -120,10 +120,11 @@ class Exports:
         made = self.run_dir / "exported.tmp"
         self.ranks.on_first(lambda: shutil.rmtree(made, ignore_errors=True))
         adapters = self._adapters()
-        self.ranks.on_first(lambda: self._save_adapters(adapters, made))
-        if "merged" in self.formats:
-            for kind, averaged in self.kinds.items():
-                self._save_merged(made / kind, averaged)
+        with naming(made):
+            self.ranks.on_first(lambda: self._save_adapters(adapters, made))
+            if "merged" in self.formats:
+                for kind, averaged in self.kinds.items():
+                    self._save_merged(made / kind, averaged)
         self.ranks.on_first(lambda: self._refuse_non_finite(made, checkpoint))
         self.ranks.on_first(lambda: self._put_in_place(made))
         failpoint("export.published")

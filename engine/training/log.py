@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..basics.errors import DataError, OutsideError, told_by
-from ..basics.files import replacing
+from ..basics.files import naming, replacing
 from ..display.terminal import Terminal
 from ..objectives import Loss
 
@@ -138,7 +138,7 @@ class MetricsFile:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Write rows to the end, down to the disk."""
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())

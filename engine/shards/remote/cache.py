@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...basics.errors import DataError, OutsideError, told_by
+from ...basics.errors import DISK_FULL, DataError, OutsideError, told_by
 
 POLL_SECONDS = 0.02
 
 _READY, _PART, _LOCK = ".tar", ".part", "lock"
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class CacheFull(Exception):
@@ -161,7 +160,7 @@ class ShardCache:
                     os.ftruncate(descriptor, size)  # a file system without allocation
                     return
                 unread = (path for _, _, path in self._files() if path.suffix == _READY)
-                if error.errno not in _FULL or not any(map(_remove_unlocked, unread)):
+                if error.errno not in DISK_FULL or not any(map(_remove_unlocked, unread)):
                     raise
 
     @contextmanager
@@ -178,10 +177,10 @@ class ShardCache:
 
     def _failed(self, error: OSError) -> DataError:
         remedy = "give data.cache another folder, on a local disk"
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             remedy = f"data.cache_gib={self.max_bytes / 2**30:.3g} is more than the disk can give"
         what = f"shard cache {self.folder}: {told_by(error)}; {remedy}"
-        kind = "no-space" if error.errno in _FULL else "unwritable"
+        kind = "no-space" if error.errno in DISK_FULL else "unwritable"
         return DataError(what, str(self.folder), kind)
 
 

@@ -26,7 +26,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...basics.errors import CdpoError, CheckpointError, NumericsError, RecipeError, told_by
+from ...basics.errors import (
+    CdpoError,
+    CheckpointError,
+    NumericsError,
+    OutsideError,
+    RecipeError,
+    told_by,
+)
 from ...basics.failpoints import failpoint
 from ...basics.files import replacing, sync_path
 from ...basics.versions import code_version
@@ -122,8 +129,8 @@ class CheckpointStore:
             write(temporary)
             if self.ranks.is_first:
                 save_resolved(self.recipe, temporary / "recipe.yaml", self.changes)
-        except (OSError, RuntimeError, RecipeError) as exc:
-            # torch.save reports a full disk as a RuntimeError of its zip writer.
+        except (OSError, RuntimeError, RecipeError, OutsideError) as exc:
+            # A full disk: torch.save has a RuntimeError of its zip writer, the recipe OutsideError.
             error = self._cannot_write(temporary, exc)
         self.ranks.agree(error)
         self.ranks.barrier()

@@ -13,7 +13,7 @@ from typing import Any
 import damage
 import pytest
 import torch
-from cdpo.engine.basics.errors import CheckpointError, NumericsError, RecipeError
+from cdpo.engine.basics.errors import CheckpointError, NumericsError, RecipeError, unwritable
 from cdpo.engine.curriculum.pacing import Cursor
 from cdpo.engine.models.fingerprints import PARTS
 from cdpo.engine.ranks import Ranks
@@ -183,9 +183,10 @@ def test_older_ones_stay_until_the_new_one_is_read_back(recipe, monkeypatch) -> 
     assert load(recipe) == [4, 4]
 
 
-def test_no_rank_waits_for_one_that_cannot_write_the_recipe(recipe, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_no_rank_waits_for_one_that_cannot_write_the_recipe(recipe, monkeypatch, number) -> None:
     def full(recipe: Recipe, path: Path, changes: object) -> None:
-        raise RecipeError(f"{path} cannot be written: No space left on device")
+        raise unwritable(f"cannot write {path}", str(path), OSError(number, "no"), RecipeError)
 
     monkeypatch.setattr(checkpoint, "save_resolved", full)
     agreed(save(recipe, 2), "unwritable")
