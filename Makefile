@@ -94,7 +94,7 @@ typecheck: .venv/installed-test
 	@mkdir -p build/typecheck/cdpo
 	@ln -sfn ../../../engine build/typecheck/cdpo/engine
 	@ln -sfn ../../../kernels build/typecheck/cdpo/kernels
-	mypy -p cdpo.engine -p cdpo.kernels
+	mypy --num-workers 2 -p cdpo.engine -p cdpo.kernels
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cdpo needs Python 3.11 or later: make PYTHON=python3.12")'

@@ -143,7 +143,8 @@ def ranked_pairs(
             tied.append(int(members[0]))
         eligible += outcome.num_eligible
         for side in ("winner", "loser"):
-            outcome.pairs[side] = members[outcome.pairs[side]]
+            places: np.ndarray = outcome.pairs[side]  # typed: mypy takes 8 s to find out
+            outcome.pairs[side] = members[places]
         chunks.append(outcome.pairs)
     none = np.zeros(0, np.int64)
     sorted_lost = {reason: np.sort(np.concatenate([none, *own])) for reason, own in lost.items()}
