@@ -38,12 +38,26 @@ with contextlib.redirect_stderr(io.StringIO()):
     import cdpo.engine.models.latent_diffusion
     import cdpo.engine.models.sd
     import cdpo.engine.models.sdxl
+    import cdpo.engine.objectives.diffusion_dpo
     import cdpo.engine.preparing.preparation
     import cdpo.engine.training.trainer  # noqa: F401
+
+    # What a verb would import when it first draws, saves or loads something.
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import pyarrow.dataset  # noqa: F401
+    from diffusers import schedulers
+    from PIL import Image
+
+    for compatible in vars(schedulers)["_import_structure"].values():
+        [getattr(schedulers, name) for name in compatible]
+    Image.init()
 
     # What a rank would do anew at deepspeed.initialize: import this module, for whose decorator
     # all of torch's inductor is imported (half of the time that a tiny run takes), and ask a
     # compiler which of DeepSpeed's ops could be built.
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.runtime.zero.muon.original_muon
     import deepspeed.utils.nvtx
     import torch.autograd.function
@@ -57,6 +71,11 @@ with contextlib.redirect_stderr(io.StringIO()):
 # a profiler of GPUs and looking up the signatures of the same eight autograd functions.
 deepspeed.utils.nvtx.enable_nvtx = False
 torch.autograd.function.inspect = SimpleNamespace(signature=functools.cache(inspect.signature))
+# And writes out each parameter for a log that nobody reads.
+torch.nn.Parameter.__repr__ = object.__repr__
+# Arranging a report's charts takes twice as long as drawing them; tests/engine/comparing/report
+# draws them arranged.
+matplotlib.figure.Figure.set_layout_engine = lambda *_, **__: None
 
 # A child that collects garbage would walk, and so copy, all that the libraries have made: a quarter
 # of a tiny run's time.
