@@ -15,7 +15,7 @@ from launching import ROOT, World, losses
 from PIL import Image
 
 LAUNCHER = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
-LAUNCHER += ["--log_level", "error", "--num_gpus", "2"]
+LAUNCHER += ["--log_level", "error"]
 
 
 def free_port() -> int:
@@ -26,11 +26,11 @@ def free_port() -> int:
 
 
 def launch(
-    verb: str, recipe: Path, *overrides: str, **environment: str
+    verb: str, recipe: Path, *overrides: str, ranks: int = 2, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    port = ["--master_port", str(free_port())]
+    options = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
     return subprocess.run(
-        [*LAUNCHER, *port, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
+        [*LAUNCHER, *options, f"engine/{verb}.py", "--recipe", str(recipe), *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
         capture_output=True,
@@ -96,7 +96,7 @@ def test_exit_codes_pass_through_the_launcher(
     tmp_path: Path, verb: str, arguments: list[str], code: int, text: str
 ) -> None:
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.build(tmp_path))
-    outcome = launch(verb, recipe, *arguments)
+    outcome = launch(verb, recipe, *arguments, ranks=1)
     printed = outcome.stdout + outcome.stderr
     assert outcome.returncode == code, printed
     assert text in printed and "Traceback" not in printed

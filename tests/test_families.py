@@ -105,8 +105,8 @@ def long(*values: object) -> Any:
     [
         ("sd_v", "merged"),
         ("sdxl", "lora"),
-        ("lcm", "lora"),
         ("lcm", "merged"),
+        long("lcm", "lora"),
         long("sd_v", "lora"),
         long("sdxl", "merged"),
     ],
@@ -117,7 +117,7 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
     family, run = family_of(name), tmp_path / "run"
     world, knobs = family.world, KNOBS[kind]
     more = ("train.steps=10", "train.sample_every=10", "train.caption_dropout=0.2")
-    family.train(run, *knobs, *more).succeeded()
+    family.train(run, *knobs, *more, ranks=1).succeeded()  # on two: below
     found = losses(run)
     assert found[0] == pytest.approx(LOG_2, abs=1e-6)
     assert all(map(math.isfinite, found))

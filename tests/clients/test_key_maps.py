@@ -274,7 +274,7 @@ def test_files_say_what_they_fit(
     name: str, prediction: str, version: str, architecture: str
 ) -> None:
     """AUTOMATIC1111 lists a file by `ss_base_model_version` (XL: sdxl_…) and `ss_v2` (True)."""
-    about = describe(adapter(name, "attention")[0].config, prediction, (768, 512), "mine")
+    about = describe(adapter(name, MOST)[0].config, prediction, (768, 512), "mine")
     assert about["ss_base_model_version"] == version
     assert about["ss_v2"] == str(version == "sd_v2")
     assert about["modelspec.architecture"] == architecture

@@ -79,6 +79,7 @@ def test_anything_else_shows_the_usage(arguments, code, monkeypatch, capsys):
     assert "cdpo prepare|train|compare --recipe R" in shown
 
 
+@pytest.mark.long
 def test_the_tools_run_by_the_console_script(tmp_path):
     script = "from cdpo.engine.command_line import main; main()"
     done = subprocess.run(

@@ -1,15 +1,12 @@
 """The clock jumps; a second run starts in the same folder."""
 
+import contextlib
 import os
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from launching import ROOT, World, losses
+from launching import ROOT, ForkServer, losses
 from shard_server import serving
 
 pytestmark = pytest.mark.slow
@@ -35,29 +32,7 @@ def test_the_clock_jumps(faults, tmp_path):
     assert losses(run) == faults.uninterrupted
 
 
-def second_run(world: World, run: Path) -> tuple[list[int], str]:
-    """Exit codes and output of another run of two ranks, the first rank's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "engine/train.py", "--recipe", str(world.recipe), f"run_dir={run}"]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    output = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    return [process.returncode for process in processes], output[0]
-
-
-def test_two_runs_in_one_folder(faults, tmp_path):
+def test_two_runs_in_one_folder(faults, of_all_processes, tmp_path):
     """The second is refused, on all its ranks; the first, in the middle of its third step, is not
     disturbed.
     """
@@ -69,11 +44,13 @@ def test_two_runs_in_one_folder(faults, tmp_path):
             deadline = time.monotonic() + SECONDS
             while not waits.exists() and not first.done() and time.monotonic() < deadline:
                 time.sleep(0.02)
-            codes, output = second_run(faults.world, run)
+            # The session's own connection waits for the first run.
+            with contextlib.closing(ForkServer(of_all_processes)) as server:
+                second = server.run("train", faults.world.recipe, [f"run_dir={run}"], ranks=2)
         finally:
             go.touch()
         first.result().succeeded()
-    assert codes == [2, 2], output
-    assert f"error: run_dir {run} " in output.replace("\n", " ")
-    assert "Traceback" not in output
+    assert second.codes == [2, 2], second.text
+    assert f"error: run_dir {run} " in second.output[0].replace("\n", " ")
+    assert "Traceback" not in second.text
     assert losses(run) == faults.uninterrupted

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,24 +17,25 @@ from torch import Tensor, nn
 Device = torch.device | str
 
 
-def sdxl_unet(device: Device = "cpu") -> UNet2DConditionModel:
+def sdxl_unet(device: Device = "cpu", **changes: object) -> UNet2DConditionModel:
     """The layers of SDXL's UNet at a thousandth of its width."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        cross_attention_dim=12,
-        norm_num_groups=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 10,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "cross_attention_dim": 12,
+        "norm_num_groups": 4,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 10,
+    }
+    unet = UNet2DConditionModel(**config | changes)
     for parameter in unet.parameters():  # no weight at 1, no bias at 0
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     return unet.to(device, memory_format=torch.channels_last)
@@ -217,8 +219,18 @@ def test_shortcuts_stay_channels_last_in_training():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+ONE_LEVEL = {  # has each kind of layer that is fused, and is compiled in a third of the time
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 2,
+}
+
+
 def check_compiled(device: Device, compiler: str) -> None:
-    unet = fuse(sdxl_unet(device))
+    unet = fuse(sdxl_unet(device, **ONE_LEVEL))
     expected = run_unet(unet, device=device)
     truth = gradients(unet, expected)
     torch._dynamo.reset()

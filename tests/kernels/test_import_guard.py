@@ -27,8 +27,8 @@ def test_libraries_and_ops_with_our_folders_first():
     succeeds(
         """
         import transformers, diffusers
-        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPModel, CLIPTokenizer
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPModel
         from transformers.utils import is_kernels_available
         import cdpo.engine.recipe.schema
         import cdpo.kernels, torch

@@ -200,6 +200,7 @@ def test_rewards_ask_no_hub_that_cannot_be_reached(hub_at, spec, monkeypatch, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_verb_ends_with_one_line_in_five_seconds(silent, tiny_world, tmp_path):
     """Counted from when libraries are imported, which takes seconds of its own."""
     code = (

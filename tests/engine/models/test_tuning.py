@@ -37,6 +37,7 @@ CAPTURE_ONLY = {"backend": "aot_eager", "dynamic": False}
 SMALL = {
     "block_out_channels": (8,),
     "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
 EAGER_KNOBS = [
@@ -109,7 +110,8 @@ def make(tiny_recipe: Callable[..., Recipe], tiny_backbone: Backbone) -> Callabl
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_first_loss_is_exactly_log_2_under_every_eager_knob(make, dtype, full) -> None:
-    for spec in EAGER_KNOBS:
+    half = (1, 2, 4, 7) if full else (0, 3, 5, 6)  # each two of the knobs in all four ways
+    for spec in (EAGER_KNOBS[number] for number in half):
         step = make(spec, dtype, full=full).loss()
         assert step.logits.tolist() == [0.0] * PAIRS, spec
         assert step.loss.item() == pytest.approx(LOG_2, abs=1e-7), spec

@@ -46,7 +46,6 @@ def test_killed_before_steps(world: World, uninterrupted: list[float], tmp_path:
 @pytest.mark.parametrize(
     ("zero", "place"),
     [
-        (1, ""),
         (2, ""),
         (3, "checkpoint.hashed@2:kill/rank1"),
         pytest.param(1, "train.step@4:kill", marks=pytest.mark.long),

@@ -72,7 +72,10 @@ def printed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[s
     return {name: cells for name, *cells in lines if cells}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", "lcm", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd15", "sd21"))],
+)
 def test_the_dry_run_of_a_shipped_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
