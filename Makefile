@@ -68,6 +68,8 @@ endef
 # Tests marked `long` are those of `make test-all` alone. Files of tests go to processes that
 # compute on one thread each.
 unit: export OMP_NUM_THREADS = 1
+# Tests start dozens of interpreters, each of which would compile all that it imports of ours.
+unit: export PYTHONDONTWRITEBYTECODE =
 # Ports that tests take away would fill the terminal with frames of C++.
 unit: export TORCH_CPP_LOG_LEVEL = ERROR
 unit: .venv/installed-test

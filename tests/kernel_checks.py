@@ -13,7 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Of a test that runs on both backends: the interpreter takes a hundred times as long for each.
 drawn_cases = settings(
-    max_examples=12 if INTERPRETED else 30,
+    max_examples=8 if INTERPRETED else 30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -19,7 +19,12 @@ import tiny
 import torch
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import fingerprint, sd, sdxl
-from cdpo.engine.models.pretrained import read_network, reading, why_offline
+from cdpo.engine.models.pretrained import (
+    SECONDS_TO_ANSWER,
+    read_network,
+    reading,
+    why_offline,
+)
 from cdpo.engine.recipe import Model
 from cdpo.engine.recipe.reward import (
     AestheticSpec,
@@ -131,6 +136,7 @@ def test_a_hub_that_refuses_costs_no_retries(hub_at):
 
 
 def test_the_clients_own_time_out_bounds_the_waiting(hub_at, silent, monkeypatch):
+    assert SECONDS_TO_ANSWER < 3  # of the five in which a verb ends
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
     hub_at(silent)
     start = time.monotonic()

@@ -71,9 +71,9 @@ def test_only_what_decides_the_shards_makes_them_stale(
         ("sampled", shard_set, "prepare.shard", 4),
         ("masked", candidates, "prepare.candidates", 3),
         ("paired", scores, "prepare.part", 2),
-        ("paired", scores, "prepare.scored", 1),
         ("paired", latents, "prepare.latents", 3),
-        ("paired", shard_set, "prepare.shard", 4),
+        pytest.param("paired", scores, "prepare.scored", 1, marks=pytest.mark.long),
+        pytest.param("paired", shard_set, "prepare.shard", 4, marks=pytest.mark.long),
     ],
 )
 def test_killed_at_a_fail_point_and_started_again(

@@ -238,7 +238,10 @@ def test_a_run_that_falls_ends_and_leaves_the_best_which_is_the_base(
     assert json.loads((run / "exported.json").read_text())["step"] == 6
 
 
-@pytest.mark.parametrize("failpoint", ["evaluate.draw@3", "evaluate.measured@2"])
+@pytest.mark.parametrize(
+    "failpoint",
+    [pytest.param("evaluate.draw@3", marks=pytest.mark.long), "evaluate.measured@2"],
+)
 def test_killed_in_an_evaluation_and_started_again(
     world: World, whole: Path, options: tuple[str, ...], tmp_path: Path, failpoint: str
 ) -> None:
