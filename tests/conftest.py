@@ -26,9 +26,9 @@ from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from launching import CALM, ForkServer, World, losses, make_world, once
+from operations import operations as operations
 from pictures import draw_picture
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
@@ -152,20 +152,3 @@ def plain(calm: Path) -> list[float]:
 def picture() -> Callable[..., Image.Image]:
     """Draws a picture of a size and a hue."""
     return draw_picture
-
-
-class Operations(TorchDispatchMode):
-    """Notes the name of every operation: on a GPU each is a launch or more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(op.name())
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def operations() -> Operations:
-    return Operations()

@@ -214,19 +214,19 @@ class Preparation:
         those pairs whose images are readable.
         """
         pairs, kind, parts = ranked.made.pairs, self.recipe.data.format, ranked.parts
+        images: Latents | Pixels
         if kind == "raw" and self.is_sampled:
-            pixels = Pixels(parts)
-            ranked = self._without_equal(ranked, pairs, pixels)
-            return pixels, ranked, ranked.made.pairs
-        vae = f"{made_by['vae']} {made_by['vae_config']}"
-        latents = Latents(self.run_dir / "latents", parts, vae, kind)
-        wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
-        batch_size = self.recipe.prepare.batch_size
-        lost = latents.run(backbone, wanted, batch_size, self.ranks, tolerance, self.terminal)
-        readable = ~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))
-        ranked = self._without_equal(ranked, pairs[readable], latents)
-        left = np.isin(ranked.made.pairs["id"], pairs[readable]["id"])
-        return latents, ranked, ranked.made.pairs[left]
+            images, readable = Pixels(parts), pairs
+        else:
+            vae = f"{made_by['vae']} {made_by['vae_config']}"
+            images = Latents(self.run_dir / "latents", parts, vae, kind)
+            wanted = np.unique(np.concatenate([pairs["winner"], pairs["loser"]]))
+            batch_size = self.recipe.prepare.batch_size
+            lost = images.run(backbone, wanted, batch_size, self.ranks, tolerance, self.terminal)
+            readable = pairs[~(np.isin(pairs["winner"], lost) | np.isin(pairs["loser"], lost))]
+        ranked = self._without_equal(ranked, readable, images)
+        left = np.isin(ranked.made.pairs["id"], readable["id"])
+        return images, ranked, ranked.made.pairs[left]
 
     def _without_equal(self, ranked: Ranked, pairs: np.ndarray, images: Latents | Pixels) -> Ranked:
         """``pairs`` are those whose images can be looked at."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cdpo.kernels import use
 from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED
+from operations import operations as operations
 from torch import Tensor
 
 TRITON_RUNS = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
