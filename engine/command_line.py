@@ -1,6 +1,7 @@
-"""The console script ``cdpo``: the three verbs on one process, and the tools.
+"""The console script ``cdpo``: the verbs on one process, and the tools.
 
 cdpo prepare|train|compare --recipe R   as `python engine/train.py --recipe R`
+cdpo rounds --recipe R                  the three again and again, on what the tuned model draws
 cdpo new NAME MINE.yaml                 a copy of a shipped recipe, to start from
 cdpo demo [dotted.key=value ...]        the three in turn on the small world that comes along
 cdpo shards check|show|merge ...        looking after sets of shards
@@ -19,7 +20,7 @@ from contextlib import suppress
 from .basics.errors import EXIT_OK, EXIT_OUTSIDE, EXIT_USAGE, CdpoError
 from .basics.shipped import shipped
 
-VERBS = ("prepare", "train", "compare")
+VERBS, ROUNDS = ("prepare", "train", "compare"), "rounds"
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         sys.exit(shards(rest))
     if command == "new":
         sys.exit(_new(rest))
-    if command in VERBS:
+    if command in (*VERBS, ROUNDS):
         from .ranks import run_verb
 
         verb = importlib.import_module(f"{__package__}.{command}")

@@ -47,6 +47,7 @@ def main(
     terminal.line(f"exported: {', '.join(map(str, trainer.exports.folders))}")
     if trainer.exports.note is not None:
         terminal.line(f"note: {trainer.exports.note}")
+    trainer.close()
 
 
 def dry_run(world_size: int, recipe: Recipe, terminal: Terminal) -> None:

@@ -37,6 +37,8 @@ NAMES = (
     "evaluate.draw",
     "evaluate.measured",
     "export.published",
+    "rounds.judged",
+    "rounds.exported",
     "prepare.candidates",
     "prepare.part",
     "prepare.scoring",

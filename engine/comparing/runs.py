@@ -69,7 +69,8 @@ class ComparedRun:
         metrics = MetricsFile(self.folder / "metrics.jsonl").read()
         rose = both_errors_rise(metrics, self.recipe.train.log_every)
         changes = [str(Change(**made)) for made in _exported(self.folder).get("changes", [])]
-        return RunFacts(self.name, self.recipe.run_dir, method_of(self.recipe), rose, changes)
+        method, rounds = method_of(self.recipe), _exported(self.folder).get("rounds", [])
+        return RunFacts(self.name, self.recipe.run_dir, method, rose, changes, rounds)
 
 
 def read_runs(recipe: Recipe, device: torch.device) -> list[ComparedRun]:

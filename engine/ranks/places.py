@@ -20,6 +20,10 @@ WRITTEN = {
         kohya/ lora/ lora_with_lcm/ merged/ metrics.jsonl recipe.yaml samples/ starts.log
         tensorboard/
     """,
+    "rounds": """
+        after/ evaluations.jsonl exported.json kohya/ lora/ lora_with_lcm/ merged/ metrics.jsonl
+        prompts/ recipe.yaml rounds.json
+    """,
     "compare": """
         compare/ compare/base/ compare/divergence/ compare/left_out.csv compare/made_of.json
         compare/recipe.yaml

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ..basics.errors import RecipeError
 from .identity import refuse_unchangeable
+from .of_rounds import check_rounds
 from .reading import load_recipe
 from .reference import for_terminal
 from .schema import Recipe
@@ -71,6 +72,8 @@ def parse_command_line(verb: str, arguments: Sequence[str]) -> CommandLine:
             "no-effect",
         )
     recipe = load_recipe(options.recipe, options.overrides)
+    if verb == "rounds":
+        check_rounds(recipe)
     return CommandLine(recipe, dry_run, world_size, allow_change)
 
 

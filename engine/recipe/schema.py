@@ -20,6 +20,7 @@ from .model import Model
 from .prepare import Prepare, check_source
 from .prompts import Prompts
 from .reward import Reward, check_reward
+from .rounds import Rounds
 from .section import Section
 from .train import Checkpoint, Cluster, Monitor, Objective, Speed, Train
 
@@ -58,6 +59,8 @@ class Recipe(Section):
     """Snapshots."""
     evaluate: Evaluate = Evaluate()
     """Validation while training."""
+    rounds: Rounds = Rounds()
+    """New candidates from the tuned model."""
     cluster: Cluster = Cluster()
     """Waiting and leaving."""
     monitor: Monitor = Monitor()

@@ -30,6 +30,21 @@ STATE = "ema"
 CHUNK = 1 << 24  # elements exchanged at once
 
 
+def release(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give back the memory of an engine, of its optimiser and its networks, which are of no use
+    afterwards: in rounds others follow in the same process.
+
+    Hooks hold an engine that has been forgotten, and under ZeRO-3 parameters keep what they belong
+    to after those are gone. So what takes memory is taken out of what stays.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.data.new_empty(0)
+    for part in (engine.optimizer, engine.module):
+        vars(part).clear()
+
+
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW; ``average = decay * average + (1 - decay) * weight`` after each step.
 

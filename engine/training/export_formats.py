@@ -16,26 +16,89 @@ format       folder and file                  read by
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
-from ..models import load_backbone
+from ..basics.files import sync_path
+from ..models import Backbone, load_backbone
 from ..models.base_files import DENOISER, copy_base
-from ..recipe import Model
-from .kohya_format import save_for_kohya
-from .lora import Lora
+from ..models.lcm import lcm_lora_layers
+from ..recipe import Model, Recipe
+from .kohya_format import describe, save_for_kohya
+from .lora import Lora, both
 from .tensor_files import disk_errors, save_tensors
 
 FOLDERS = {"diffusers": "lora", "kohya": "kohya", "merged": "merged"}
 WITH_LCM = "lora_with_lcm"
 KOHYA = "kohya.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 WEIGHTS = "diffusion_pytorch_model"  # as diffusers names the weights files of a network
 CPU = torch.device("cpu")
+
+
+def folders_of(recipe: Recipe) -> list[str]:
+    """The folders that a recipe's exports have, by name."""
+    formats = tuple(dict.fromkeys(recipe.export.formats))
+    names = [FOLDERS[form] for form in formats]
+    if _joins_lcm(recipe):
+        names.insert(names.index(FOLDERS["diffusers"]) + 1, WITH_LCM)
+    return names
+
+
+def _joins_lcm(recipe: Recipe) -> bool:
+    # DoRA changes what the other adapter has changed: the two are no sum.
+    is_sum = recipe.adapter.type == "lora" and not recipe.adapter.dora
+    return is_sum and recipe.model.lcm_lora is not None and "diffusers" in recipe.export.formats
+
+
+def joined_lcm_lora(recipe: Recipe, pipeline: DiffusionPipeline) -> Lora | None:
+    """The LCM-LoRA that goes into ``lora_with_lcm/``; None where there is no such folder."""
+    return Lora(*lcm_lora_layers(recipe.model, pipeline)) if _joins_lcm(recipe) else None
+
+
+def about_adapter(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
+    """What the kohya file of a recipe's adapter says of itself."""
+    return describe(
+        unet_config(backbone.pipeline),
+        backbone.noise.prediction_type,
+        recipe.model.resolution,
+        title=Path(recipe.run_dir).resolve().name,
+    )
+
+
+def save_adapter(
+    lora: Lora,
+    folder: Path,
+    formats: Sequence[str],
+    pipeline: DiffusionPipeline,
+    about: dict[str, str],
+    lcm_lora: Lora | None = None,
+) -> None:
+    """All folders of an adapter; diffusers' is there for merging even where nobody asks."""
+    own = folder / FOLDERS["diffusers"]
+    if "diffusers" in formats:
+        save_for_all(lora, pipeline, about, own)
+    else:
+        save_for_diffusers(lora, pipeline, own)
+    if "kohya" in formats:
+        save_kohya_folder(lora, pipeline, about, folder)
+    if lcm_lora is not None:
+        save_for_all(both(lcm_lora, lora), pipeline, about, folder / WITH_LCM)
+
+
+def save_kohya_folder(
+    lora: Lora, pipeline: DiffusionPipeline, about: dict[str, str], folder: Path
+) -> None:
+    """The ``kohya/`` in a folder of exports."""
+    path = folder / FOLDERS["kohya"] / "lora.safetensors"
+    save_for_kohya(lora, unet_config(pipeline), about, path)
 
 
 def save_for_diffusers(lora: Lora, pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -53,11 +116,19 @@ def save_for_all(
 ) -> None:
     """All files of a ``lora/``; ``about`` is what the kohya file says of itself."""
     save_for_diffusers(lora, pipeline, folder)
-    values = {f"base_model.model.{name}": value for name, value in lora.values.items()}
+    values = {PEFT_PREFIX + name: value for name, value in lora.values.items()}
     save_tensors(values, folder / PEFT_WEIGHTS)
     (folder / PEFT_CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
     if not lora.is_dora:
         save_for_kohya(lora, unet_config(pipeline), about, folder / KOHYA)
+
+
+def read_adapter(folder: Path) -> Lora:
+    """The adapter in a ``lora/`` of ours. OSError if its files cannot be read."""
+    with disk_errors(folder):
+        found = load_file(folder / PEFT_WEIGHTS)
+    values = {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
+    return Lora(values, json.loads((folder / PEFT_CONFIG).read_bytes())["r"])
 
 
 def unet_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
@@ -75,3 +146,16 @@ def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> Non
     with disk_errors(folder / DENOISER):
         backbone.denoiser.save_pretrained(folder / DENOISER, max_shard_size=shard_bytes)
     copy_base(model, folder, backbone.pipeline.scheduler)
+
+
+def put_in_place(made: Path, folders: Sequence[Path]) -> None:
+    """Move exports, which are whole in ``made``, to where they are looked for: beside it."""
+    for target in folders:
+        source = made / target.relative_to(made.parent)
+        for path in (source, *source.rglob("*")):
+            sync_path(path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)
+        sync_path(target.parent)
+    shutil.rmtree(made)

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ..basics.errors import NumericsError, told_by
 from ..basics.failpoints import failpoint
-from ..basics.files import naming, replacing, sync_path
+from ..basics.files import naming, replacing
 from ..models import Backbone
 from ..models.base_files import DENOISER, copy_base
-from ..models.lcm import lcm_lora_layers
 from ..ranks import Ranks
 from ..recipe import Recipe
 from .checkpoint.files import MANIFEST, read_manifest
@@ -36,14 +35,17 @@ from .export_formats import (
     FOLDERS,
     WEIGHTS,
     WITH_LCM,
-    save_for_all,
+    about_adapter,
+    folders_of,
+    joined_lcm_lora,
+    put_in_place,
+    save_adapter,
     save_for_diffusers,
+    save_kohya_folder,
     save_merged,
-    unet_config,
 )
 from .finite import NotFiniteError, advice, check_finite
-from .kohya_format import describe, save_for_kohya
-from .lora import Lora, both, trained_lora
+from .lora import Lora, trained_lora
 from .tensor_files import save_tensors
 
 AVERAGES = "ema"
@@ -71,23 +73,17 @@ class Exports:
         self.ranks = ranks
         self.parts = dict(parts or {})
         self.run_dir = Path(recipe.run_dir)
-        self.formats = tuple(dict.fromkeys(recipe.export.formats))
+        self.formats = recipe.export.formats
         self._shard_bytes = int(recipe.export.shard_gib * 2**30)
-        adapter = recipe.adapter
-        # DoRA changes what the other adapter has changed: the two are no sum.
-        self._joins_lcm = recipe.model.lcm_lora is not None and not (
-            adapter.type == "full" or adapter.dora
-        )
         # Folder of each kind of weights inside the run folder or a checkpoint.
         self.kinds = {"": False} | ({AVERAGES: True} if recipe.adapter.ema else {})
 
     @property
     def folders(self) -> list[Path]:
         """Where the exports of the run lie when it is finished."""
-        names = [FOLDERS[form] for form in self.formats]
-        if self._joins_lcm and "diffusers" in self.formats:
-            names.insert(names.index(FOLDERS["diffusers"]) + 1, WITH_LCM)
-        return [self.run_dir / kind / name for kind in self.kinds for name in names]
+        return [
+            self.run_dir / kind / name for kind in self.kinds for name in folders_of(self.recipe)
+        ]
 
     @property
     def note(self) -> str | None:
@@ -108,7 +104,8 @@ class Exports:
         """
         for kind, lora in self._adapters().items():
             save_for_diffusers(lora, self.backbone.pipeline, folder / kind / FOLDERS["diffusers"])
-            self._save_for_kohya(lora, folder / kind)
+            if "kohya" in self.formats:
+                save_kohya_folder(lora, self.backbone.pipeline, self._about, folder / kind)
 
     def publish(self, checkpoint: Path, chosen_by: str | None = None) -> None:
         """Write all formats of a checkpoint, whose state this is, into the run folder, and who
@@ -126,7 +123,7 @@ class Exports:
                 for kind, averaged in self.kinds.items():
                     self._save_merged(made / kind, averaged)
         self.ranks.on_first(lambda: self._refuse_non_finite(made, checkpoint))
-        self.ranks.on_first(lambda: self._put_in_place(made))
+        self.ranks.on_first(lambda: put_in_place(made, self.folders))
         failpoint("export.published")
         self.ranks.on_first(lambda: self._put_stamp(checkpoint, chosen_by))
 
@@ -150,36 +147,15 @@ class Exports:
         return trained_lora(values, self.recipe.adapter)
 
     def _save_adapters(self, adapters: dict[str, Lora], made: Path) -> None:
-        """All folders of adapters; diffusers' is there for merging even where nobody asks."""
-        pipeline, lcm_lora = self.backbone.pipeline, None
-        if self._joins_lcm and "diffusers" in self.formats:
-            lcm_lora = Lora(*lcm_lora_layers(self.recipe.model, pipeline))
+        """All folders of adapters."""
+        pipeline = self.backbone.pipeline
+        lcm_lora = joined_lcm_lora(self.recipe, pipeline) if adapters else None
         for kind, lora in adapters.items():
-            folder = made / kind / FOLDERS["diffusers"]
-            if "diffusers" in self.formats:
-                save_for_all(lora, pipeline, self._about, folder)
-            else:
-                save_for_diffusers(lora, pipeline, folder)
-            self._save_for_kohya(lora, made / kind)
-            if lcm_lora is not None:
-                whole = both(lcm_lora, lora)
-                save_for_all(whole, pipeline, self._about, made / kind / WITH_LCM)
-
-    def _save_for_kohya(self, lora: Lora, folder: Path) -> None:
-        if "kohya" in self.formats:
-            config = unet_config(self.backbone.pipeline)
-            save_for_kohya(
-                lora, config, self._about, folder / FOLDERS["kohya"] / "lora.safetensors"
-            )
+            save_adapter(lora, made / kind, self.formats, pipeline, self._about, lcm_lora)
 
     @property
     def _about(self) -> dict[str, str]:
-        return describe(
-            unet_config(self.backbone.pipeline),
-            self.backbone.noise.prediction_type,
-            self.recipe.model.resolution,
-            title=self.run_dir.resolve().name,
-        )
+        return about_adapter(self.recipe, self.backbone)
 
     def _save_merged(self, folder: Path, averaged: bool) -> None:
         model, merged = self.recipe.model, folder / FOLDERS["merged"]
@@ -234,17 +210,6 @@ class Exports:
                     "non-finite",
                 ) from None
 
-    def _put_in_place(self, made: Path) -> None:
-        for target in self.folders:
-            source = made / target.relative_to(self.run_dir)
-            for path in (source, *source.rglob("*")):
-                sync_path(path)
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            source.rename(target)
-            sync_path(target.parent)
-        shutil.rmtree(made)
-
     def _put_stamp(self, checkpoint: Path, chosen_by: str | None) -> None:
         manifest = read_manifest(checkpoint)
         made_from = {
@@ -273,4 +238,4 @@ class Exports:
 
     def _stamp(self, checkpoint: Path) -> dict[str, object]:
         manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
-        return {"checkpoint": manifest, "formats": sorted(self.formats), "layout": LAYOUT}
+        return {"checkpoint": manifest, "formats": sorted({*self.formats}), "layout": LAYOUT}

@@ -47,7 +47,7 @@ from .batch import (
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
 from .deepspeed_config import build_deepspeed_config, plan_batches, refuse_missing_trackers
-from .deepspeed_engine import keep_settings, start_engine
+from .deepspeed_engine import keep_settings, release, start_engine
 from .evaluation import Evaluation
 from .exports import Exports
 from .finite import advice
@@ -249,6 +249,9 @@ class Trainer:
         """Whether the run has come to its end and the result is exported."""
         if not self._is_at_end:
             return False
+        # Evaluations of the end may count no more, as they were made of other prompts or scorers.
+        if self.evaluation.is_due(self.cursor.step):
+            return False
         # The run may have been extended and killed before its last export.
         return self.exports.is_published(self.checkpoints.folder_of(self._exported_step))
 
@@ -270,6 +273,10 @@ class Trainer:
         """
         with self.starts.watched(self.cursor.step):
             self._run(after_step)
+
+    def close(self) -> None:
+        """Give back the memory of the networks; nothing can be done with the run any more."""
+        release(self.engine)
 
     def _run(self, after_step: Callable[[], object]) -> None:
         self.log.start_after(self.cursor.step)

@@ -28,7 +28,7 @@ def test_setup_names_a_function_that_is_there():
     assert (name, getattr(importlib.import_module(module), function)) == ("cdpo", command_line.main)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "compare"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "compare", "rounds"])
 def test_a_verb_runs_as_its_script_does(verb, monkeypatch):
     ran = []
     monkeypatch.setattr(ranks, "run_verb", lambda *arguments: ran.append(arguments))

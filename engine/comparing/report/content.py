@@ -183,6 +183,8 @@ class RunFacts:
     """Whether training ended with the errors of winners and of losers above the reference's."""
     changes: Sequence[str] = ()
     """What was changed in the middle of it: steps, keys, values."""
+    rounds: Sequence[int] = ()
+    """The rounds that it is the sum of, by their numbers; none of a run of one `train`."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,13 @@ def drift_chart(prompt_set: PromptSet, result: ScorerResult, base_name: str) -> 
     num_lines = math.ceil((1 + len(result.summaries)) / _NAMES_A_LINE)
     size = (3.8, 2.5 + 0.2 * num_lines)
     return render(partial(_draw_drift, prompt_set, result, base_name), size)
+
+
+def rounds_chart(result: ScorerResult, ends: Mapping[str, int]) -> Markup:
+    """A scorer's difference from base after each round, base being round 0; ``ends`` are the
+    numbers of the last rounds of runs.
+    """
+    return render(partial(_draw_rounds, result, ends), (3.8, 2.5))
 
 
 def diversity_chart(diversity: Diversity) -> Markup:
@@ -120,6 +127,28 @@ def _list_names(figure: Figure, names: Sequence[tuple[str, str, str]]) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _draw_rounds(result: ScorerResult, ends: Mapping[str, int], figure: Figure) -> None:
+    axes = figure.subplots()
+    changes = {ends[name]: result.summaries[name].difference for name in ends}
+    rounds = sorted(changes)
+    means = [changes[number].mean for number in rounds]
+    axes.axhline(0, color=COLORS["muted"], linewidth=0.9, linestyle=_DASHED)
+    axes.plot([0, *rounds], [0, *means], color=COLORS["accent"], linewidth=1.2)
+    axes.plot([0], [0], "o", color=COLORS["ink"], markersize=5, zorder=3)
+    for number in rounds:
+        change, color = changes[number], COLORS[_OUTCOMES[outcome(changes[number])]]
+        axes.errorbar(
+            [number], [change.mean], yerr=_reach(change), fmt="o", color=color, markersize=5
+        )
+    axes.set_xlim(-0.3, rounds[-1] + 0.3)
+    axes.margins(y=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.tick_params(length=0)
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"{_short(result.scorer)}, minus base", parse_math=False)
 
 
 def _draw_diversity(diversity: Diversity, figure: Figure) -> None:
@@ -242,6 +271,24 @@ def drift_panels(data: ReportData) -> list[dict[str, Any]]:
             svg = diversity_chart(prompt_set.diversity)
             panels.append({"title": "Diversity", "note": on, "svg": svg})
     return panels
+
+
+def round_panels(data: ReportData) -> list[dict[str, Any]]:
+    """Charts of the gain by round, for each prompt set and scorer; none unless there are several
+    runs that are sums of rounds.
+    """
+    ends = {run.name: run.rounds[-1] for run in data.runs if run.rounds}
+    if len(ends) < 2:
+        return []
+    return [
+        {
+            "title": f"{result.scorer}: gain by round",
+            "note": f"{prompt_set.name} prompts",
+            "svg": rounds_chart(result, ends),
+        }
+        for prompt_set in data.prompt_sets
+        for result in prompt_set.scorers
+    ]
 
 
 def shared_seed_grids(data: ReportData) -> list[dict[str, Any]]:

@@ -22,7 +22,14 @@ from .content import PromptSample, PromptSet, ReportData, WorstLoss
 from .curves import spans, tier_timeline, training_panels
 from .figures import Embedded, embed
 from .findings import findings
-from .methods import drift_panels, method_tables, runs_table, shared_seed_grids, win_tables
+from .methods import (
+    drift_panels,
+    method_tables,
+    round_panels,
+    runs_table,
+    shared_seed_grids,
+    win_tables,
+)
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PIXEL_ART_BELOW = 128
@@ -54,6 +61,7 @@ def render_report(data: ReportData) -> str:
         table=[] if data.is_of_several else _table(data),
         methods=method_tables(data) if data.is_of_several else [],
         wins=win_tables(data),
+        by_round=round_panels(data),
         drifts=drift_panels(data),
         grids=shared_seed_grids(data),
         runs=runs_table(data),

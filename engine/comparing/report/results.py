@@ -14,6 +14,8 @@ Keys (format 2)::
       name, run_dir
       method            {dotted key of its recipe: value}, e.g. objective.beta, curriculum.order
       both_errors_rose  whether training ended above the reference on winners and losers
+      changes           what was changed in the middle of it, in words
+      rounds            numbers of the rounds that it is the sum of; none of one train
     prompt_sets[]
       name              "training" | "held-out"
       num_prompts, images_per_prompt

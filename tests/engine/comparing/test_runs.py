@@ -71,6 +71,18 @@ def test_what_was_changed_in_the_middle_of_a_run_is_told(finished):
     assert note == f"tuned was not trained by one recipe: {facts.changes[0]}."
 
 
+def test_who_kept_the_rounds_of_a_sum_is_told(finished):
+    folder = finished("own", "train.steps=9")
+    told = {"rounds": [1, 3], "chosen_by": "the reward", "step": 9}
+    (folder / "exported.json").write_text(json.dumps(told))
+    recipe = load_recipe(folder / "recipe.yaml")
+    [run] = read_runs(recipe, CPU)
+    assert run.facts().rounds == [1, 3]
+    report = SimpleNamespace(recipe=recipe)
+    note = ComparisonReport._who_chose(report, run)
+    assert "the sum of rounds 1, 3, kept by the reward on validation prompts" in note
+
+
 def test_a_run_that_was_moved_is_taken_from_where_it_lies(finished, tiny_recipe):
     moved = finished("one").rename(finished("two").parent / "moved")
     [run] = read_runs(tiny_recipe(f"compare.runs={{a: {moved}}}"), CPU)

@@ -16,6 +16,7 @@ from cdpo.engine.comparing.report.methods import (
     diversity_chart,
     drift_chart,
     method_tables,
+    round_panels,
     win_tables,
 )
 from cdpo.engine.comparing.report.page import render_report
@@ -39,6 +40,20 @@ def test_parts_in_order_and_escaped(methods, hostile):
     assert html.count("<svg") == 2 * 3  # a chart a scorer and one of diversity, a prompt set
     assert html.count('<p class="finding">') == 2
     assert 'alt="plain $x$ image for: prompt 0"' in html
+
+
+def test_the_gain_by_round_is_drawn_of_runs_that_are_sums_of_rounds(methods):
+    """A chart a scorer and prompt set; the second of three rounds was not kept."""
+    data = methods()
+    assert round_panels(data) == []
+    runs = [replace(run, rounds=[1, 3][: at + 1]) for at, run in enumerate(data.runs[:2])]
+    panels = round_panels(replace(data, runs=runs))
+    assert len(panels) == sum(len(prompt_set.scorers) for prompt_set in data.prompt_sets)
+    assert panels[0]["title"] == f"{data.prompt_sets[0].scorers[0].scorer}: gain by round"
+    text = "".join(ElementTree.fromstring(panels[0]["svg"]).itertext())
+    assert "round" in text and "minus base" in text
+    assert "<h2>Gain by round</h2>" in render_report(replace(data, runs=runs))
+    assert round_panels(replace(data, runs=runs[:1])) == []
 
 
 def test_one_run_shows_the_same_charts(report, methods, hostile):
