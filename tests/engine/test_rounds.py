@@ -92,11 +92,16 @@ def test_killed_in_the_second_round_and_started_again(
     assert again.text.count("nothing to do") == 5 and left(run) == left(whole)
 
 
+@pytest.mark.long
 def test_where_no_round_gains_there_is_nothing_to_use(world: World, tmp_path: Path) -> None:
+    """Until another scorer says otherwise: what is trained is evaluated again."""
     run = tmp_path / "run"
     outcome = rounds(world, run, NOT_KEPT, "rounds.count=1").succeeded()
     assert "round 1 is not kept" in outcome.text and "nothing to export" in outcome.text
     assert not (run / "lora").exists() and not (run / "compare").exists()
+    outcome = rounds(world, run, KEPT, "rounds.count=1").succeeded()
+    assert "round 1 is kept" in outcome.text and "evaluations were made of other" in outcome.text
+    assert (run / "lora").exists() and (run / "compare" / "report.html").exists()
 
 
 def save_lcm_lora(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.rewards import load_reward
 from cdpo.engine.training.dry_run.plan import evaluation_units
 from cdpo.engine.training.evaluation import FILE, Evaluation
+from cdpo.engine.training.trainer import Trainer
 from launching import KILLED, World, losses
 from safetensors.torch import load_file
 
@@ -142,6 +144,17 @@ def test_what_could_not_be_scored_is_never_best(evaluation):
     found.rows.append({"step": 2, "gain": None, "gains": [[None, None]] * 3})
     found._judge()
     assert found.best == 0 and not found.is_over
+
+
+def test_a_run_whose_last_evaluation_counts_no_more_is_not_finished(evaluation, tiny_backbone):
+    exports = SimpleNamespace(is_published=lambda folder: True)
+    checkpoints = SimpleNamespace(folder_of=str)
+    run = SimpleNamespace(evaluation=evaluation, exports=exports, checkpoints=checkpoints)
+    run.cursor, run._is_at_end, run._exported_step = SimpleNamespace(step=6), True, 6
+    is_finished = Trainer.is_finished.fget
+    assert is_finished is not None and not is_finished(run)
+    evaluation.run(tiny_backbone.denoiser, 6)
+    assert is_finished(run)
 
 
 def test_rows_beyond_the_step_or_made_of_something_else_count_no_more(
