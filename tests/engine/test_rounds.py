@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.ranks.places import WRITTEN
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.rounds import main
 from diffusers import UNet2DConditionModel
 from launching import KILLED, ForkServer, Outcome, World, losses
 from peft import LoraConfig, get_peft_model_state_dict
+from refusals import refused
 from safetensors.torch import load_file
 from stock import levels_apart, picture, stock_pipeline
 
@@ -59,6 +66,18 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     rounds(world, run, KEPT).succeeded()
     return run
+
+
+@pytest.mark.parametrize("place", ["round-2", "round-2/shards", "round-1/metrics.jsonl"])
+def test_a_place_of_any_round_is_looked_at_before_the_first(
+    tiny_recipe: Callable[..., Recipe], ranks: Ranks, terminal: Terminal, place: str
+) -> None:
+    recipe = tiny_recipe("prompts.validation={count: 2}")
+    path = Path(recipe.run_dir) / place
+    path.parent.mkdir(parents=True)
+    path.mkdir() if path.suffix else path.touch()
+    with refused(RecipeError, "wrong-type", str(path)):
+        main(ranks, recipe, terminal)
 
 
 def test_what_is_left(whole: Path) -> None:
