@@ -167,19 +167,29 @@ PHASES = (
     *("checkpoint.manifest", "evaluate.draw", "evaluate.measured", "export.published"),
     *("rounds.judged", "rounds.exported", "compare.diverged", "compare.scored"),
 )
+OF_FIRST = ("checkpoint.manifest", "rounds.exported")  # what rank 0 alone passes
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_in_every_phase_of_every_round(world: World, tmp_path: Path, ranks: int) -> None:
-    """Each phase of the first round and of the second: at its first passage, again and again, until
-    there is none left, in one run folder.
+@pytest.mark.parametrize("before", [0, 1])
+def test_killed_in_every_phase_of_every_round(
+    world: World, tmp_path: Path, ranks: int, before: int
+) -> None:
+    """One phase after the other in one run folder, of the first round, or of a second that is asked
+    for when the first is over.
     """
     first, run = tmp_path / "first", tmp_path / "run"
     rounds(world, first, KEPT, ranks=ranks).succeeded()
+    if before:
+        rounds(world, run, KEPT, "rounds.count=1", ranks=ranks).succeeded()
+    killed = []
     for phase in PHASES:
-        for _ in range(2):
-            rounds(world, run, KEPT, failpoint=f"{phase}:kill/rank{ranks - 1}", ranks=ranks)
+        place = f"{phase}{'@2' if before and phase.startswith('rounds') else ''}"
+        asked = f"{place}:kill/rank{0 if phase in OF_FIRST else ranks - 1}"
+        outcome = rounds(world, run, KEPT, failpoint=asked, ranks=ranks)
+        killed += [phase] * (KILLED in outcome.codes)
+    assert killed == list(PHASES)
     rounds(world, run, KEPT, ranks=ranks).succeeded()
     assert left(run) == left(first)

@@ -152,11 +152,12 @@ class ComparisonReport:
         if chosen_by is None:
             return None
         own, rounds = run.recipe.evaluate, run.facts().rounds
-        what = f"those of step {step} of {run.recipe.train.steps}, chosen"
+        text = f"The weights of {run.name} are those of step {step} of {run.recipe.train.steps}, "
+        text += "chosen"
         if rounds:
-            what = f"the sum of rounds {', '.join(map(str, rounds))}, kept"
-        text = f"The weights of {run.name} are {what} by {chosen_by} on validation prompts, which "
-        text += "are not among these."
+            all_of = f"the sum of rounds {', '.join(map(str, rounds))}, each"
+            text = f"{run.name} is {all_of if len(rounds) > 1 else f'round {rounds[0]}'} kept"
+        text += f" by {chosen_by} on validation prompts, which are not among these."
         judge = self.recipe.compare.judge
         if judge is not None and judge in (own.scorers[:1] or (run.recipe.reward,)):
             text += " It is the judge, too, so this is no independent judgement."

@@ -80,7 +80,7 @@ def test_who_kept_the_rounds_of_a_sum_is_told(finished):
     assert run.facts().rounds == [1, 3]
     report = SimpleNamespace(recipe=recipe)
     note = ComparisonReport._who_chose(report, run)
-    assert "the sum of rounds 1, 3, kept by the reward on validation prompts" in note
+    assert "tuned is the sum of rounds 1, 3, each kept by the reward on validation prompts" in note
 
 
 def test_a_run_that_was_moved_is_taken_from_where_it_lies(finished, tiny_recipe):
