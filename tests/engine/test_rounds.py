@@ -168,7 +168,8 @@ PHASES = (
     *("checkpoint.manifest", "evaluate.draw", "evaluate.measured", "export.published"),
     *("rounds.judged", "rounds.exported", "compare.diverged", "compare.scored"),
 )
-OF_FIRST = ("checkpoint.manifest", "rounds.exported")  # what rank 0 alone passes
+# What rank 0 alone passes, or goes on from by itself to what is to be killed next.
+OF_FIRST = ("checkpoint.manifest", "rounds.judged", "rounds.exported")
 
 
 @pytest.mark.long
