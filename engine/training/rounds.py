@@ -23,7 +23,7 @@ from typing import Any
 
 from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
-from ..basics.files import replacing
+from ..basics.files import naming, replacing
 from ..models import Backbone, load_backbone
 from ..models.base_files import DENOISER
 from ..ranks import Ranks
@@ -234,13 +234,16 @@ class Sums:
         made = folder / "exported.tmp"
         shutil.rmtree(made, ignore_errors=True)
         formats, last = recipe.export.formats, Path(rounds[-1].folder)
-        if {*formats} != {"merged"}:
-            pipeline, about = self._base.pipeline, about_adapter(recipe, self._base)
-            lora = reduce(both, [_adapter_of(each) for each in rounds])
-            save_adapter(lora, made, formats, pipeline, about, joined_lcm_lora(recipe, pipeline))
-        if "merged" in formats:
-            merged = FOLDERS["merged"]
-            shutil.copytree(last / merged, made / merged, copy_function=_link)
+        with naming(made):
+            if {*formats} != {"merged"}:
+                pipeline, about = self._base.pipeline, about_adapter(recipe, self._base)
+                lora = reduce(both, [_adapter_of(each) for each in rounds])
+                save_adapter(
+                    lora, made, formats, pipeline, about, joined_lcm_lora(recipe, pipeline)
+                )
+            if "merged" in formats:
+                merged = FOLDERS["merged"]
+                shutil.copytree(last / merged, made / merged, copy_function=_link)
         put_in_place(made, targets)
         for name in TRAINED:
             with replacing(folder / name) as file:
