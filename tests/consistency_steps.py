@@ -73,7 +73,8 @@ def make(  # type: ignore[no-untyped-def]
         if "lora_B" in name:
             parameter.data.normal_(0, perturb, generator=generator)
     latents = torch.randn(2 * PAIRS, 4, 8, 8, generator=generator)
-    ids = torch.arange(PAIRS) + 40
+    # Those of a mixed target have low noise and high noise among them.
+    ids = torch.arange(PAIRS) + (48 if spec.target == "mixed" else 40)
     draw = backbone.noise.draw(3, ids, torch.zeros_like(ids))
     noisy, target = backbone.noise.corrupt(latents, draw)
     prompts = ["red apple", "house", "tree"]
@@ -144,7 +145,7 @@ def recomputed(
         t, w = int(draw.timesteps[pair]), float(draw.solver.guidance[pair])
         x = step.batch.noisy[row : row + 1].double()
         text = step.batch.conditioning.text[row : row + 1].double()
-        image = spec.target == "image"
+        image = spec.target == "image" or (spec.target == "mixed" and t < 750)
         target = step.latents[row : row + 1].double() if image else taught(row, x, t, w, text)
 
         def distance(y: Tensor, target: Tensor = target) -> Tensor:

@@ -75,6 +75,8 @@ class SolverStep:
     """The consistency function of predictions at ``now``."""
     earlier_scales: ConsistencyScales
     """That of predictions at ``earlier``."""
+    is_high: Tensor
+    """(B,) bool: whether the noise is high, which is the last quarter of the timesteps."""
     guidance: Tensor
     """(B,) float32: w of ``conditional + w (conditional - unconditional)``."""
     prediction: str

@@ -73,6 +73,7 @@ class SolverGrid:
                 now=self.at(timesteps),
                 earlier=self.at(earlier),
                 scales=ConsistencyScales(*(scale[timesteps] for scale in self._scales)),
+                is_high=timesteps >= 3 * self.num_timesteps // 4,
                 earlier_scales=ConsistencyScales(*(scale[earlier] for scale in self._scales)),
                 guidance=guidance.to(self._device),
                 prediction=self.prediction_type,

@@ -6,6 +6,8 @@ d the mean pseudo-Huber distance, f(x, t) = c_skip x + c_out x0(x, prediction), 
     teacher  f_reference(x_prev, t_next), x_prev one DDIM step of the teacher, guided by w, from the
              noisy latents at t to t_next: as published
     image    the latents that were corrupted: the winner's for the winner, the loser's for the loser
+    mixed    the teacher's in the last quarter of the timesteps, where noisy latents hold next to
+             nothing of their image, else the image
 
 Timestep, w and noise are shared by winner and loser. No network call is repeated. With the teacher
 there are four: reference on 2B images, teacher on 4B (with and without the caption), reference
@@ -35,8 +37,8 @@ class ConsistencyDPO:
     trained_images = 2
 
     def __init__(self, spec: ObjectiveSpec) -> None:
+        self.spec = spec
         self.preference = PreferenceLoss(spec, scale=spec.beta)
-        self.needs_teacher = spec.needs_teacher
         self.frozen_passes = 8 if spec.needs_teacher else 2
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
@@ -47,8 +49,8 @@ class ConsistencyDPO:
         with torch.no_grad():
             reference = networks.reference(noisy, timesteps, guided)
             target = batch.target
-            if self.needs_teacher:
-                target = _one_step_nearer(networks, batch, guided)
+            if self.spec.needs_teacher:
+                target = held_to(self.spec, batch, _one_step_nearer(networks, batch, guided))
         policy = networks.policy(noisy, timesteps, guided)
         with phase("loss"):
             slopes = solver.scales.of_prediction
@@ -56,6 +58,15 @@ class ConsistencyDPO:
 
 
 build = ConsistencyDPO
+
+
+def held_to(spec: ObjectiveSpec, batch: TrainingBatch, taught: Tensor) -> Tensor:
+    """What predictions (2B, ...) are held to, of what the teacher leads to and the batch's own."""
+    solver = batch.draw.solver
+    assert solver is not None
+    if spec.target == "teacher":
+        return taught
+    return torch.where(_twice(solver.is_high)[:, None, None, None], taught, batch.target)
 
 
 def _one_step_nearer(networks: Networks, batch: TrainingBatch, guided: Conditioning) -> Tensor:

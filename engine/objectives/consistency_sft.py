@@ -16,6 +16,7 @@ from ...kernels import consistency_solver_step, consistency_targets
 from ..basics.phases import phase
 from ..models.protocol import Conditioning
 from ..recipe import Objective as ObjectiveSpec
+from .consistency_dpo import held_to
 from .protocol import Loss, Networks, TrainingBatch
 from .sft import mean_errors
 
@@ -38,7 +39,8 @@ class ConsistencyFineTuning:
         target = batch.target
         if self.spec.needs_teacher:
             with torch.no_grad():
-                target = _one_step_nearer(networks, batch, prompts, guided)
+                taught = _one_step_nearer(networks, batch, prompts, guided)
+                target = held_to(self.spec, batch, taught)
         policy = networks.policy(batch.noisy[:pairs], solver.now.timesteps, guided)
         with phase("loss"):
             slopes = solver.scales.of_prediction[:, None, None, None]

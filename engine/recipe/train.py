@@ -26,10 +26,10 @@ class Objective(Section):
     type: Literal["diffusion_dpo", "consistency_dpo", "sft", "consistency_sft"] = "diffusion_dpo"
     """`diffusion_dpo` for eps/v models, `consistency_dpo` for LCM (two scales of beta); `sft` and
     `consistency_sft` train either on the winners alone: the baselines."""
-    target: Literal["teacher", "image"] = "teacher"
+    target: Literal["teacher", "image", "mixed"] = "teacher"
     """What a consistency model's answer is held to: the reference's answer one step of the teacher
-    nearer to the image (as published), or the image's own latents, which needs no teacher and half
-    the work."""
+    nearer to the image (as published); the image's own latents, which needs no teacher and half
+    the work; or `mixed`, the teacher's in the last quarter of the timesteps, else the image."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
     distance: Literal["mse", "pseudo_huber"] = "mse"
@@ -64,10 +64,10 @@ class Objective(Section):
             raise ValueError(
                 f"{', '.join(given)} has no effect with type={self.type}, which compares nothing"
             )
-        if self.target == "image" and not self.is_consistency:
+        if self.target != "teacher" and not self.is_consistency:
             raise ValueError(
-                f"target=image has no effect with type={self.type}: it is for consistency_dpo and "
-                "consistency_sft"
+                f"target={self.target} has no effect with type={self.type}: it is for "
+                "consistency_dpo and consistency_sft"
             )
         if self.is_consistency and self.timestep_weighting != "uniform":
             raise ValueError(
@@ -84,7 +84,7 @@ class Objective(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether the diffusion model that a consistency model was distilled from is asked."""
-        return self.is_consistency and self.target == "teacher"
+        return self.is_consistency and self.target != "image"
 
 
 class Optimizer(Section):

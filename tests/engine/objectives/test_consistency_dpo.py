@@ -9,11 +9,12 @@ from consistency_steps import PAIRS, SPEC, make, recomputed
 from torch import Tensor
 
 IMAGE = SPEC.model_copy(update={"target": "image"})
+MIXED = SPEC.model_copy(update={"target": "mixed"})
 
 
 @pytest.mark.parametrize(
     ("prediction", "spec"),
-    itertools.product(["epsilon", "v_prediction", "sample"], [SPEC, IMAGE]),
+    [*itertools.product(["epsilon", "v_prediction", "sample"], [SPEC, IMAGE]), ("epsilon", MIXED)],
     ids=lambda x: x if isinstance(x, str) else x.target,
 )
 def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spec, monkeypatch):
@@ -37,12 +38,18 @@ def test_a_step_is_that_of_the_method_tensor_by_tensor(tmp_path, prediction, spe
     found.loss.backward()
     assert step.batch.draw.solver is not None
     a, b = (torch.cat([x, x])[:, None, None, None] for x in step.batch.draw.solver.scales)
-    # Both networks' answers are held to that of this prediction
-    seen["target"] = a * step.batch.noisy + b * seen.pop("predicted", step.batch.target)
     truth = recomputed(step, prediction, spec=spec)
 
     assert truth["logits"].abs().min() > 1e-3  # the example says something
-    assert ("x_prev" in seen) is ("x_prev" in truth) is (spec.target == "teacher")
+    assert ("x_prev" in seen) is ("x_prev" in truth) is spec.needs_teacher
+    predicted = seen.pop("predicted", step.batch.target)
+    if spec.target == "mixed":
+        high = torch.cat([step.batch.draw.timesteps >= 750] * 2)
+        assert high.any() and not high.all()
+        predicted = torch.where(high[:, None, None, None], predicted, step.batch.target)
+        seen["x_prev"] = seen["x_prev"][high]
+    # Both networks' answers are held to that of this prediction
+    seen["target"] = a * step.batch.noisy + b * predicted
     for name in seen:
         largest = truth[name].abs().max().item()
         torch.testing.assert_close(seen[name].double(), truth[name], rtol=0, atol=2e-5 * largest)

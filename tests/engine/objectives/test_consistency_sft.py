@@ -6,12 +6,19 @@ from cdpo.engine.recipe import Objective
 from consistency_steps import PAIRS, make, recomputed
 
 SPEC = Objective(type="consistency_sft", distance="pseudo_huber")
+MIXED = SPEC.model_copy(update={"target": "mixed"})
 IMAGE = SPEC.model_copy(update={"target": "image"})
 
 
 @pytest.mark.parametrize(
     ("prediction", "spec"),
-    [("epsilon", SPEC), ("v_prediction", SPEC), ("sample", SPEC), ("epsilon", IMAGE)],
+    [
+        ("epsilon", SPEC),
+        ("v_prediction", SPEC),
+        ("sample", SPEC),
+        ("epsilon", IMAGE),
+        ("epsilon", MIXED),
+    ],
     ids=str,
 )
 def test_mean_distance_of_the_winners_and_its_gradient(tmp_path, prediction, spec):
