@@ -44,7 +44,7 @@ from data_bench.readers import (
     read_webdataset,
     samples,
     stream_of,
-    write_copies,
+    write_alike,
     write_set,
     write_webdataset,
 )
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> Row:
     """Everything that was measured, rates included."""
     num_shards, pairs_a_shard, budget_s = options.shards, options.pairs, options.seconds
     with tempfile.TemporaryDirectory() as name:
-        full = write_copies(Path(name), FULL_SHARDS, options.full_pairs, FULL_LANES)
+        full = write_alike(Path(name), FULL_SHARDS, options.full_pairs, FULL_LANES)
         resuming_in_full = resuming(Path(name), full, budget_s)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -5,7 +5,6 @@ Each reader hands over every pair's record and arrays, and returns how many ther
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +37,14 @@ Sample = tuple[PairMeta, np.ndarray]
 def samples(first: int, count: int) -> Iterator[Sample]:
     """Pairs with records as `prepare` writes them, and latents that are noise."""
     draw = np.random.default_rng(first)
+    for meta in records(first, count):
+        yield meta, draw.standard_normal((2, *SHAPE), dtype=np.float32).astype(np.float16)
+
+
+def records(first: int, count: int) -> Iterator[PairMeta]:
     for number in range(first, first + count):
         prompt = f"a photograph of an astronaut riding a horse, number {number}, highly detailed"
-        meta = PairMeta(
+        yield PairMeta(
             pair_id=content_id(prompt),
             prompt=prompt,
             tier=1,
@@ -50,7 +54,6 @@ def samples(first: int, count: int) -> Iterator[Sample]:
             original_size=(PIXELS, PIXELS),
             crop=((0, 0), (0, 0)),
         )
-        yield meta, draw.standard_normal((2, *SHAPE), dtype=np.float32).astype(np.float16)
 
 
 def write_set(folder: Path, num_shards: int, pairs_a_shard: int) -> Manifest:
@@ -67,18 +70,17 @@ def write_set(folder: Path, num_shards: int, pairs_a_shard: int) -> Manifest:
     return save_set(folder, shards, LANES)
 
 
-def write_copies(folder: Path, num_shards: int, pairs_a_shard: int, lanes: int) -> Manifest:
-    """A set whose shards are copies of one, for what goes by their number and size: gigabytes of
-    noise would take minutes to draw.
+def write_alike(folder: Path, num_shards: int, pairs_a_shard: int, lanes: int) -> Manifest:
+    """A set whose shards hold the same latents under other records, for what goes by their number
+    and size: gigabytes of noise would take minutes to draw.
     """
-    first = folder / "tier-1-000000.tar"
-    entry = write_shard(first, samples(0, pairs_a_shard), contents_of("latents", SHAPE, PIXELS))
-    entries = [entry]
-    for index in range(1, num_shards):
-        name = f"tier-1-{index:06d}.tar"
-        shutil.copyfile(first, folder / name)
-        entries.append(entry.model_copy(update={"name": name}))
-    return save_set(folder, tuple(entries), lanes)
+    contents = contents_of("latents", SHAPE, PIXELS)
+    latents = [drawn for _, drawn in samples(0, pairs_a_shard)]
+    shards = []
+    for index in range(num_shards):
+        pairs = zip(records(index * pairs_a_shard, pairs_a_shard), latents, strict=True)
+        shards.append(write_shard(folder / f"tier-1-{index:06d}.tar", pairs, contents))
+    return save_set(folder, tuple(shards), lanes)
 
 
 def save_set(folder: Path, shards: tuple[ShardEntry, ...], lanes: int) -> Manifest:

@@ -67,10 +67,10 @@ def test_bytes_of_the_loss_by_hand():
     """Two pairs of SD1.5: 4 bf16 samples of 4·64·64 are 131,072 bytes, 2 float32 ones as many."""
     loss, *_ = cases(["SD1.5@512"], [2], "paired_dpo_loss")
     assert loss.shape == "4x4x64x64"
-    # policy, reference, target; loss, 2 logits, 4 errors of each network
-    assert loss.bytes_forward == 3 * 131_072 + 11 * 4
-    # policy, target, gradient; upstream gradient, 2 logits
-    assert loss.bytes_backward == 3 * 131_072 + 3 * 4
+    # policy, reference, target; loss, 2 logits, 2 shares of losers, 4 errors of each network
+    assert loss.bytes_forward == 3 * 131_072 + 13 * 4
+    # policy, target, gradient; upstream gradient, 2 logits, 2 shares of losers
+    assert loss.bytes_backward == 3 * 131_072 + 5 * 4
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.kernel} {case.shape}")
