@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from refusals import refused
 from safetensors.torch import load_file
 from stock import levels_apart, picture, stock_pipeline
+from sweeping import FAULTS, sweep
 
 SMALL = (
     *("prompts.limit=3", "prompts.validation={count: 2}", "evaluate.images=1"),
@@ -199,3 +201,26 @@ def test_killed_in_every_phase_of_every_round(
         one, other = (np.array(found.pop("scores")).ravel() for found in (ours, theirs))
         assert one == pytest.approx(other, abs=1e-5)
     assert ours == theirs
+
+
+PLACES = (
+    *(".", "after", "after/round-#", "after/round-#/exported.json", "after/round-#/lora"),
+    *("after/round-#/recipe.yaml", "compare", "compare/report.html", "evaluations.jsonl"),
+    *("exported.json", "lora", "lora/adapter_model.safetensors", "metrics.jsonl", "prompts"),
+    *("prompts/train.json", "prompts/validation.json", "recipe.yaml", "round-#"),
+    *("round-#/evaluations.jsonl", "round-#/exported.json", "round-#/lora", "round-#/merged"),
+    *("round-#/merged/unet", "round-#/shards", "rounds.json"),
+)
+RESULTS = ("round-2/exported.json", "rounds.json", "after/round-2", "exported.json", "compare")
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_is_wrong_is_a_result_or_one_line(
+    world: World, whole: Path, tmp_path: Path, place: str
+) -> None:
+    """As it is, and with work to do; the places of a round's own verbs in test_no_traceback.py."""
+    for fault, results in itertools.product(FAULTS, ((), RESULTS)):
+        asked = (place, fault, "rounds", results, (*SMALL, KEPT))
+        sweep(world, whole, tmp_path / "run", *asked).told()

@@ -520,7 +520,7 @@ RUNTIME = {
 def test_identity_holds_what_decides_the_result_and_nothing_else(write):
     """Every new knob must be sorted in here: does a resumed run have to share it?"""
     watched = ("prompts.", "reward.", "prepare.", "speed.", "checkpoint.", "monitor.", "export.")
-    watched += ("cluster.", "compare.", "evaluate.")
+    watched += ("cluster.", "compare.", "evaluate.", "rounds.")
     expected = {key for key in KNOBS if not key.startswith(watched)} - RUNTIME
     identity = training_identity(load_recipe(write()))
     assert set(identity) == expected
