@@ -41,4 +41,4 @@ def test_triton_half(half: str, left_out: tuple[str, ...]) -> None:
     passed = re.search(r"(\d+) passed", run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
     assert passed is not None
-    assert int(passed[1]) >= 40  # a half that selects next to nothing says nothing
+    assert int(passed[1]) >= 25  # a half that selects next to nothing says nothing
