@@ -61,7 +61,6 @@ def swept(world: World, run: Path, place: str, fault: str, verb: str, works: boo
     return sweep(world, world.folder / "run", run, *asked, options)
 
 
-CASES = list(itertools.product(PLACES, FAULTS, VERBS, (False, True)))
 CHOSEN = [
     *(("samples/step-#.png", "empty", "compare", True), ("exported.json", "torn", "train", False)),
     *((".", "EROFS", "prepare", False), (".", "ENOSPC", "train", False)),

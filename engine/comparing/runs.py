@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +17,7 @@ from ..recipe import Model, Recipe
 from ..recipe.identity import Change
 from ..recipe.reading import load_recipe
 from ..training.export_formats import FOLDERS
-from ..training.exports import AVERAGES, STAMP
+from ..training.exports import AVERAGES, read_stamp
 from ..training.log import MetricsFile, both_errors_rise
 from .report.content import TUNED, RunFacts
 
@@ -61,16 +59,18 @@ class ComparedRun:
     @property
     def chosen(self) -> tuple[str | None, int | None]:
         """Who chose the step whose weights it exported, None where that is the last; which step."""
-        exported = _exported(self.folder)
+        exported = read_stamp(self.folder)
         return exported.get("chosen_by"), exported.get("step")
 
     def facts(self) -> RunFacts:
         """What made it, and whether its training warned."""
         metrics = MetricsFile(self.folder / "metrics.jsonl").read()
         rose = both_errors_rise(metrics, self.recipe.train.log_every)
-        changes = [str(Change(**made)) for made in _exported(self.folder).get("changes", [])]
-        method, rounds = method_of(self.recipe), _exported(self.folder).get("rounds", [])
-        return RunFacts(self.name, self.recipe.run_dir, method, rose, changes, rounds)
+        told, method = read_stamp(self.folder), method_of(self.recipe)
+        changes = [str(Change(**made)) for made in told.get("changes", [])]
+        return RunFacts(
+            self.name, self.recipe.run_dir, method, rose, changes, told.get("rounds", [])
+        )
 
 
 def read_runs(recipe: Recipe, device: torch.device) -> list[ComparedRun]:
@@ -129,7 +129,7 @@ def _refuse_other_parts(key: str, recipe: Recipe, run: Path, device: torch.devic
     """DataError if a run was tuned from other parts than the recipe's model has; whether it tells
     them, as runs do since there are parts.
     """
-    exported = _exported(run)
+    exported = read_stamp(run)
     if not exported.keys() >= {"parts", "precision"}:
         return False
     then, precision = exported["parts"], exported["precision"]
@@ -144,15 +144,6 @@ def _refuse_other_parts(key: str, recipe: Recipe, run: Path, device: torch.devic
             "mismatch",
         )
     return True
-
-
-def _exported(run: Path) -> dict[str, Any]:
-    """What a run tells of its exports; nothing if it cannot be read."""
-    try:
-        told = json.loads((run / STAMP).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _refuse_other_model(

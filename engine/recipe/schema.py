@@ -103,9 +103,9 @@ class Recipe(Section):
         taught = self.objective.needs_teacher
         if taught and not (model.teacher or model.unet or model.lcm_lora):
             raise ValueError(
-                "model.teacher is not given: objective.target=teacher needs the diffusion model "
-                f"that model.path={model.path} was distilled from; if that is the diffusion model "
-                "itself, make an LCM of it with model.unet or model.lcm_lora"
+                f"model.teacher is not given: objective.target={self.objective.target} needs the "
+                f"diffusion model that model.path={model.path} was distilled from; if that is the "
+                "diffusion model itself, make an LCM of it with model.unet or model.lcm_lora"
             )
         check_source(
             self.prepare.source,

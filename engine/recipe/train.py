@@ -57,8 +57,12 @@ class Objective(Section):
                 f"label_smoothing={self.label_smoothing} needs loss=sigmoid; loss={self.loss} has "
                 "no labels to smooth"
             )
-        without_pairs = {"loss": "sigmoid", "label_smoothing": 0, "loser_gradient": 1}
-        without_pairs |= {"loser_safeguard": None}
+        without_pairs = {
+            "loss": "sigmoid",
+            "label_smoothing": 0,
+            "loser_gradient": 1,
+            "loser_safeguard": None,
+        }
         given = [name for name, off in without_pairs.items() if getattr(self, name) != off]
         if self.type.endswith("sft") and given:
             raise ValueError(

@@ -127,10 +127,8 @@ class RecordMaker:
         if self.ids and all(row.values[name] for name in self.ids):
             ids = [str(row.values[name]) for name in self.ids]
             names = tuple(name[:MAX_ID].encode(errors="replace").decode() for name in ids)
-            if len(set(names)) == len(
-                set(ids)
-            ):  # else they differ in what a record has no room for
-                return names
+            if len(set(names)) == len(set(ids)):
+                return names  # else they differ in what a record has no room for
         return row.paths if all(row.paths) else ()
 
     def _scores(self, row: Row, where: str) -> tuple[float, ...]:

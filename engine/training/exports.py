@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -51,6 +52,15 @@ from .tensor_files import save_tensors
 AVERAGES = "ema"
 STAMP = "exported.json"
 LAYOUT = 2  # raised when folders hold something else than before: finished runs export again
+
+
+def read_stamp(run_dir: Path) -> dict[str, Any]:
+    """What a run folder tells of its exports; nothing if it cannot be read."""
+    try:
+        told = json.loads((run_dir / STAMP).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 class Exports:
@@ -227,11 +237,8 @@ class Exports:
         """Whether the run folder holds the exports of this checkpoint in all the formats."""
 
         def look() -> bool:
-            try:
-                known = json.loads((self.run_dir / STAMP).read_bytes()).items()
-            except (OSError, ValueError, AttributeError):  # none, or torn: exported once more
-                return False
-            is_same = known >= self._stamp(checkpoint).items()
+            known = read_stamp(self.run_dir)  # nothing of one that is torn: exported once more
+            is_same = known.items() >= self._stamp(checkpoint).items()
             return is_same and all(f.is_dir() for f in self.folders)
 
         return bool(self.ranks.on_first(look))

@@ -43,7 +43,7 @@ from .export_formats import (
     read_adapter,
     save_adapter,
 )
-from .exports import LAYOUT, STAMP
+from .exports import LAYOUT, STAMP, read_stamp
 from .log import MetricsFile
 from .lora import Lora, both
 
@@ -229,7 +229,7 @@ class Sums:
         """The sum of some rounds into the run folder of a recipe, unless it is there."""
         folder, stamp = Path(recipe.run_dir), self._stamp(rounds, recipe)
         targets = [folder / name for name in folders_of(recipe)]
-        if _told(folder) == stamp and all(target.is_dir() for target in targets):
+        if read_stamp(folder) == stamp and all(target.is_dir() for target in targets):
             return
         made = folder / "exported.tmp"
         shutil.rmtree(made, ignore_errors=True)
@@ -275,19 +275,10 @@ class Sums:
 
     def _withdraw(self) -> None:
         """What was exported of rounds that are kept no more."""
-        if "rounds" in _told(self.run_dir):
+        if "rounds" in read_stamp(self.run_dir):
             (self.run_dir / STAMP).unlink()
             for name in folders_of(self.recipe):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
-
-
-def _told(folder: Path) -> dict[str, Any]:
-    """What a folder says of its exports; nothing if they are to be made."""
-    try:
-        found = json.loads((folder / STAMP).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _adapter_of(each: Round) -> Lora:
