@@ -38,6 +38,31 @@ from ..dispatch import (
 DISTANCES = ("mse", "pseudo_huber")
 
 
+class Comparison(NamedTuple):
+    """How predictions of pairs are compared; the names are those of `paired_dpo_loss`."""
+
+    slopes: Tensor | None
+    weights: Tensor | None
+    scale: float
+    distance: str
+    huber_c: float
+    loser_gradient: float
+    safeguard: float | None
+
+    @property
+    def is_huber(self) -> bool:
+        return self.distance == "pseudo_huber"
+
+    def rounded(self) -> "Comparison":
+        """With the scalars as a kernel sees them."""
+        return self._replace(
+            scale=as_float32(self.scale),
+            huber_c=as_float32(self.huber_c),
+            loser_gradient=as_float32(self.loser_gradient),
+            safeguard=None if self.safeguard is None else as_float32(self.safeguard),
+        )
+
+
 class PairedDifferences(NamedTuple):
     """What `paired_differences` returns; float32, unless an input was float64."""
 
@@ -63,34 +88,16 @@ def paired_differences(
     Arguments are those of `paired_dpo_loss`. The margin is accumulated itself, so that identical
     networks give exactly 0.
     """
-    check_comparison(
-        policy, reference, target, 1.0, distance, huber_c, slopes, None, loser_gradient, safeguard
-    )
-    numbers = as_float32(huber_c), slopes, *shares(loser_gradient, safeguard)
-    return differences(policy, reference, target, distance, *numbers)
+    how = Comparison(slopes, None, 1.0, distance, huber_c, loser_gradient, safeguard)
+    check_comparison(policy, reference, target, how)
+    return differences(policy, reference, target, how.rounded())
 
 
-def shares(loser_gradient: float, safeguard: float | None) -> tuple[float, float | None]:
-    """Both as kernels see them."""
-    return as_float32(loser_gradient), None if safeguard is None else as_float32(safeguard)
-
-
-def check_comparison(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    scale: float,
-    distance: str,
-    huber_c: float,
-    slopes: Tensor | None,
-    weights: Tensor | None,
-    loser_gradient: float,
-    safeguard: float | None,
-) -> None:
+def check_comparison(policy: Tensor, reference: Tensor, target: Tensor, how: Comparison) -> None:
     """Refuse, before any launch, what a comparison of pairs cannot take."""
     check_floating(policy=policy, reference=reference, target=target)
-    check_positive(scale=scale, huber_c=huber_c)
-    check_choice("distance", distance, DISTANCES)
+    check_positive(scale=how.scale, huber_c=how.huber_c)
+    check_choice("distance", how.distance, DISTANCES)
     check_pairs("policy is", policy)
     batch, sample = policy.shape[:1], policy.shape[1:]
     if reference.ndim == 1 and reference.dtype not in (torch.float32, torch.float64):
@@ -105,46 +112,40 @@ def check_comparison(
             f"target is {tuple(target.shape)}; it must be {tuple(policy.shape)} like policy, or "
             f"{(batch[0] // 2, *sample)} shared by winner and loser"
         )
-    numbers = {"slopes": slopes, "weights": weights}
+    numbers = {"slopes": how.slopes, "weights": how.weights}
     given = {name: x for name, x in numbers.items() if x is not None}
     check_per_pair(batch[0] // 2, torch.float32, **given)
     check_same_device(policy=policy, reference=reference, target=target, **given)
-    for name, share in (("loser_gradient", loser_gradient), ("safeguard", safeguard)):
+    for name in ("loser_gradient", "safeguard"):
+        share = getattr(how, name)
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name} is {share}; it must be from 0 to 1")
 
 
 def differences(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    distance: str,
-    huber_c: float,
-    slopes: Tensor | None,
-    loser_gradient: float,
-    safeguard: float | None,
+    policy: Tensor, reference: Tensor, target: Tensor, how: Comparison
 ) -> PairedDifferences:
     """What `paired_differences` returns, of arguments that are right."""
     dtype, sample = compute_dtype(policy, reference, target), tuple(range(1, policy.ndim))
     p, r, t = (x.to(dtype) for x in (policy, reference, target))
-    x_p, slope = residuals(p, t, slopes)
-    root_p = _root(x_p, distance, huber_c)
-    policy_error = _errors(x_p, root_p, distance, huber_c).mean(sample)
+    x_p, slope = residuals(p, t, how.slopes)
+    root_p = _root(x_p, how)
+    policy_error = _errors(x_p, root_p, how).mean(sample)
     if r.ndim == 1:
         reference_error, difference = r.clone(), policy_error - r
     else:
-        x_r, _ = residuals(r, t, slopes)
-        root_r = _root(x_r, distance, huber_c)
-        reference_error = _errors(x_r, root_r, distance, huber_c).mean(sample)
+        x_r, _ = residuals(r, t, how.slopes)
+        root_r = _root(x_r, how)
+        reference_error = _errors(x_r, root_r, how).mean(sample)
         difference = slope * (p - r) * (x_p + x_r)
-        if distance == "pseudo_huber":
+        if how.is_huber:
             difference = difference / (root_p + root_r)
         difference = difference.mean(sample)
     winner, loser = difference.chunk(2)
-    kept = torch.full_like(loser, loser_gradient).detach()
-    if safeguard is not None:
-        pull = x_p if distance == "mse" else x_p / root_p
-        kept = kept * _harmless(pull.detach(), safeguard)
+    kept = torch.full_like(loser, how.loser_gradient).detach()
+    if how.safeguard is not None:
+        pull = x_p / root_p if how.is_huber else x_p
+        kept = kept * _harmless(pull.detach(), how.safeguard)
     # The loser's value, with a share of its gradient: what is subtracted from itself is exactly 0
     damped = loser.detach() + kept * (loser - loser.detach())
     return PairedDifferences(winner - damped, policy_error.detach(), reference_error.detach(), kept)
@@ -163,12 +164,12 @@ def residuals(
     return slope * (prediction - target), slope
 
 
-def _root(x: Tensor, distance: str, huber_c: float) -> Tensor:
-    return (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else x
+def _root(x: Tensor, how: Comparison) -> Tensor:
+    return (x * x + how.huber_c * how.huber_c).sqrt() if how.is_huber else x
 
 
-def _errors(x: Tensor, root: Tensor, distance: str, huber_c: float) -> Tensor:
-    return x * x / (root + huber_c) if distance == "pseudo_huber" else x * x
+def _errors(x: Tensor, root: Tensor, how: Comparison) -> Tensor:
+    return x * x / (root + how.huber_c) if how.is_huber else x * x
 
 
 def _harmless(pull: Tensor, safeguard: float) -> Tensor:

@@ -41,7 +41,6 @@ from torch import Tensor
 from ..dispatch import (
     NO_FUSION,
     CompileSpec,
-    as_float32,
     compute_dtype,
     device_of,
     takes_triton,
@@ -49,7 +48,7 @@ from ..dispatch import (
     zero_tickets,
 )
 from ..layout import empty_samples, match_samples, sample_strides
-from .differences import DISTANCES, check_comparison, differences, residuals, shares
+from .differences import DISTANCES, Comparison, check_comparison, differences, residuals
 from .programs import backward_kernel, forward_kernel
 
 MAX_BLOCK = 2048  # 8 elements a thread of 8 warps: 16-byte loads of half-precision inputs
@@ -93,16 +92,7 @@ def _forward_constants(num_pairs: int, num_elements: int) -> dict[str, int]:
 
 
 def _forward_triton(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    slopes: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    distance: str,
-    huber_c: float,
-    loser_gradient: float,
-    safeguard: float | None,
+    policy: Tensor, reference: Tensor, target: Tensor, how: Comparison
 ) -> PairedLoss:
     cached = reference.ndim == 1
     if cached:
@@ -113,7 +103,7 @@ def _forward_triton(
     num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
     block = _block(num_elements)
     num_chunks = triton.cdiv(num_elements, block)
-    sums = (2 if cached else 5) + 2 * (safeguard is not None)
+    sums = (2 if cached else 5) + 2 * (how.safeguard is not None)
     partials = policy.new_empty((sums, num_pairs, num_chunks), dtype=torch.float32)
     outputs = _empty_outputs(policy, torch.float32)
     with device_of(policy):
@@ -121,24 +111,24 @@ def _forward_triton(
             policy,
             reference,
             target,
-            *_contiguous(slopes, weights),
+            *_contiguous(how.slopes, how.weights),
             partials,
             zero_tickets(1 + num_pairs, policy.device),
             *outputs,
-            scale,
-            huber_c,
-            loser_gradient,
-            1 - (safeguard or 0.0),
+            how.scale,
+            how.huber_c,
+            how.loser_gradient,
+            1 - (how.safeguard or 0.0),
             num_elements,
             policy.stride(0),
             reference.stride(0),
             target.stride(0),
-            HUBER=distance == "pseudo_huber",
+            HUBER=how.is_huber,
             CACHED=cached,
             SHARED=target.shape[0] == num_pairs,
-            SLOPES=slopes is not None,
-            WEIGHTS=weights is not None,
-            SAFEGUARD=safeguard is not None,
+            SLOPES=how.slopes is not None,
+            WEIGHTS=how.weights is not None,
+            SAFEGUARD=how.safeguard is not None,
             **_forward_constants(num_pairs, num_elements),
             num_warps=_num_warps(block),
             **NO_FUSION,
@@ -152,11 +142,7 @@ def _backward_triton(
     loser_kept: Tensor,
     policy: Tensor,
     target: Tensor,
-    slopes: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    distance: str,
-    huber_c: float,
+    how: Comparison,
 ) -> Tensor:
     grad = torch.empty_like(policy)
     policy, target = match_samples(policy, target)
@@ -171,18 +157,18 @@ def _backward_triton(
             loser_kept,
             policy,
             target,
-            *_contiguous(slopes, weights),
+            *_contiguous(how.slopes, how.weights),
             written,
-            scale,
-            huber_c,
+            how.scale,
+            how.huber_c,
             num_elements,
             policy.stride(0),
             target.stride(0),
             written.stride(0),
-            HUBER=distance == "pseudo_huber",
+            HUBER=how.is_huber,
             SHARED=target.shape[0] == num_pairs,
-            SLOPES=slopes is not None,
-            WEIGHTS=weights is not None,
+            SLOPES=how.slopes is not None,
+            WEIGHTS=how.weights is not None,
             BLOCK=block,
             num_warps=_num_warps(block),
             **NO_FUSION,
@@ -249,10 +235,9 @@ def _op(
     safeguard: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = _forward_triton if takes_triton(policy, reference, target) else paired_dpo_loss_ref
-    scalars = as_float32(scale), distance, as_float32(huber_c)
-    given = (policy, reference, target, slopes, weights)
+    how = Comparison(slopes, weights, scale, distance, huber_c, loser_gradient, safeguard)
     loss, logits, policy_error, reference_error, loser_kept = run(
-        *given, *scalars, *shares(loser_gradient, safeguard)
+        policy, reference, target, how.rounded()
     )
     return loss, logits, policy_error, reference_error, loser_kept
 
@@ -278,8 +263,8 @@ def _backward_op(
     huber_c: float,
 ) -> Tensor:
     run = _backward_triton if takes_triton(policy, target, logits) else _backward_torch
-    given = (grad_loss, logits, loser_kept, policy, target, slopes, weights)
-    return run(*given, as_float32(scale), distance, as_float32(huber_c))
+    how = Comparison(slopes, weights, scale, distance, huber_c, 1.0, None)  # κ is in loser_kept
+    return run(grad_loss, logits, loser_kept, policy, target, how.rounded())
 
 
 @_backward_op.register_fake
@@ -338,33 +323,22 @@ def paired_dpo_loss(
     them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
     Raises ValueError or TypeError that says what was given and what is taken.
     """
-    numbers, more = (slopes, weights), (loser_gradient, safeguard)
-    check_comparison(policy, reference, target, scale, distance, huber_c, *numbers, *more)
-    return PairedLoss(*_op(policy, reference, target, *numbers, scale, distance, huber_c, *more))
+    how = Comparison(slopes, weights, scale, distance, huber_c, loser_gradient, safeguard)
+    check_comparison(policy, reference, target, how)
+    return PairedLoss(*_op(policy, reference, target, *how))
 
 
 # -------------------------------------------------------------------------------------- reference
 
 
 def paired_dpo_loss_ref(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    slopes: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    distance: str,
-    huber_c: float,
-    loser_gradient: float,
-    safeguard: float | None,
+    policy: Tensor, reference: Tensor, target: Tensor, how: Comparison
 ) -> PairedLoss:
     """The same in plain PyTorch, differentiated by PyTorch."""
-    found = differences(
-        policy, reference, target, distance, huber_c, slopes, loser_gradient, safeguard
-    )
-    logits = -scale * found.margin
-    if weights is not None:
-        logits = weights.to(logits.dtype) * logits
+    found = differences(policy, reference, target, how)
+    logits = -how.scale * found.margin
+    if how.weights is not None:
+        logits = how.weights.to(logits.dtype) * logits
     loss = -F.logsigmoid(logits).double().mean().to(logits.dtype)
     return PairedLoss(loss, logits.detach(), *found[1:])
 
@@ -375,16 +349,12 @@ def _backward_torch(
     loser_kept: Tensor,
     policy: Tensor,
     target: Tensor,
-    slopes: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    distance: str,
-    huber_c: float,
+    how: Comparison,
 ) -> Tensor:
-    x, slope = residuals(policy.to(logits.dtype), target.to(logits.dtype), slopes)
-    pull = x / (x * x + huber_c * huber_c).sqrt() if distance == "pseudo_huber" else 2 * x
-    weight = grad_loss * scale * torch.sigmoid(-logits) / logits.numel() / policy[0].numel()
-    if weights is not None:
-        weight = weights.to(logits.dtype) * weight
+    x, slope = residuals(policy.to(logits.dtype), target.to(logits.dtype), how.slopes)
+    pull = x / (x * x + how.huber_c * how.huber_c).sqrt() if how.is_huber else 2 * x
+    weight = grad_loss * how.scale * torch.sigmoid(-logits) / logits.numel() / policy[0].numel()
+    if how.weights is not None:
+        weight = how.weights.to(logits.dtype) * weight
     weight = torch.cat([weight, -loser_kept * weight]).view(-1, *[1] * (policy.ndim - 1))
     return torch.empty_like(policy).copy_(weight * slope * pull)

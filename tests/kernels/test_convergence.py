@@ -48,9 +48,8 @@ def plain_loss(
 ) -> PairedLoss:
     of_pairs = {"slopes": None, "weights": None, "loser_gradient": 1.0, "safeguard": None}
     module = importlib.import_module("cdpo.kernels.paired_dpo_loss.op")
-    found: PairedLoss = module.paired_dpo_loss_ref(
-        policy, reference, target, scale=scale, **options, **of_pairs
-    )
+    how = module.Comparison(scale=scale, **options, **of_pairs)
+    found: PairedLoss = module.paired_dpo_loss_ref(policy, reference, target, how)
     return found
 
 
