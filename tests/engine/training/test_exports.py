@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from cdpo.engine.training.exports import STAMP, read_stamp
 from launching import KILLED, World, losses
 from safetensors.torch import load_file
 from stock import assert_draws_what_the_trainer_drew
@@ -113,3 +115,10 @@ def test_a_damaged_last_checkpoint_takes_shards_again(world: World, tmp_path: Pa
     world.train(tmp_path, f"data.path={tmp_path / 'gone'}").refused(3, "gone")
     assert "passed over" in world.train(tmp_path).succeeded().text
     assert losses(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 6', "[]"])
+def test_a_damaged_stamp_tells_of_no_exports(tmp_path: Path, text: str) -> None:
+    assert read_stamp(tmp_path) == {}
+    (tmp_path / STAMP).write_text(text)
+    assert read_stamp(tmp_path) == {}
