@@ -12,8 +12,8 @@ def _hand_over() -> None:
     from importlib.machinery import PathFinder
     from pathlib import Path
 
-    root = Path(__file__).resolve().parent.parent
-    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    here = Path(__file__).resolve().parent
+    elsewhere = [entry for entry in sys.path if Path(entry, "kernels").resolve() != here]
     module, spec = sys.modules[__name__], PathFinder.find_spec("kernels", elsewhere)
     if spec is None or spec.origin is None or spec.loader is None:
         module.__path__ = []  # no submodules: they would register the ops a second time

@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,7 +42,10 @@ def test_libraries_and_ops_with_our_folders_first():
     )
 
 
-def test_plain_name_exports_and_registers_nothing():
+@pytest.mark.parametrize("linked", [False, True])
+def test_plain_name_exports_and_registers_nothing(linked, tmp_path):
+    if linked:
+        (tmp_path / "kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
     succeeds(
         """
         import importlib.metadata
@@ -60,7 +65,7 @@ def test_plain_name_exports_and_registers_nothing():
             sys.exit()
         sys.exit("kernels.paired_dpo_loss must not be importable")
         """,
-        ROOT,
+        tmp_path if linked else ROOT,
     )
 
 
