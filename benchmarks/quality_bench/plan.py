@@ -36,7 +36,7 @@ METHODS: dict[str, Changes] = {
 }
 FINE_TUNING: dict[str, Changes] = {
     "sd": {"objective.type": "sft"},
-    "lcm": {"objective.type": "consistency_sft", "objective.loser_gradient": 1.0},
+    "lcm": {"objective.type": "consistency_sft", "objective.loser_safeguard": None},
 }
 DEFAULT = "Curriculum-DPO"
 """The method whose knobs the ablations turn, one at a time."""

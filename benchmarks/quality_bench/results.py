@@ -30,7 +30,7 @@ def collect(table: list[Group], ablations: list[Group], defaults: Row, work: Pat
 
     ``defaults`` has the values of B, K, M and beta in the table.
     """
-    read = {group.name: _read(group, work) for group in [*table, *ablations]}
+    read = {group.name: read(group, work) for group in [*table, *ablations]}
     return {
         "table": list(_table(table, read)),
         "ablations": list(_ablations(table, ablations, defaults, read)),
@@ -38,7 +38,7 @@ def collect(table: list[Group], ablations: list[Group], defaults: Row, work: Pat
     }
 
 
-def _read(group: Group, work: Path) -> Row | None:
+def read(group: Group, work: Path) -> Row | None:
     path = results_path(group, work)
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -59,7 +59,7 @@ def _table(groups: list[Group], read: Mapping[str, Row | None]) -> Iterator[Row]
 
 
 def _of_method(results: Results, prompts: str, scorer: str, method: str) -> Row:
-    base, own = (_all(results, prompts, scorer, name) for name in (BASE, method))
+    base, own = (all_scores(results, prompts, scorer, name) for name in (BASE, method))
     row: Row = {
         "prompts": prompts,
         "scorer": scorer,
@@ -75,10 +75,10 @@ def _of_method(results: Results, prompts: str, scorer: str, method: str) -> Row:
     if method != BASE:
         row["over_base"] = asdict(paired_difference(base, own))
         row["wins_over_base"] = asdict(win_rate(base, own))
-        row["divergence"] = _mean_of(results, prompts, "divergence", method)
-    row["diversity"] = _mean_of(results, prompts, "diversity", method)
-    if method in METHODS and method != PLAIN and PLAIN in _names(results):
-        plain = _all(results, prompts, scorer, PLAIN)
+        row["divergence"] = mean_of(results, prompts, "divergence", method)
+    row["diversity"] = mean_of(results, prompts, "diversity", method)
+    if method in METHODS and method != PLAIN and PLAIN in names(results):
+        plain = all_scores(results, prompts, scorer, PLAIN)
         row["over_dpo"] = asdict(paired_difference(plain, own))
     return row
 
@@ -114,11 +114,11 @@ def _places(results: Results) -> Iterator[tuple[str, str]]:
             yield from ((part["name"], scorer) for scorer in SCORERS)
 
 
-def _names(results: Results) -> list[str]:
+def names(results: Results) -> list[str]:
     return [run["name"] for run in next(iter(results.values()))["runs"]]
 
 
-def _all(results: Results, prompts: str, scorer: str, method: str) -> Scores:
+def all_scores(results: Results, prompts: str, scorer: str, method: str) -> Scores:
     """(prompts, images of all seeds)."""
     return np.concatenate(
         [_scores(result, prompts, scorer, method) for _, result in sorted(results.items())], axis=1
@@ -132,7 +132,7 @@ def _scores(result: Row, prompts: str, scorer: str, method: str) -> Scores:
     return np.asarray(scores, dtype=np.float64)
 
 
-def _mean_of(results: Results, prompts: str, measure: str, method: str) -> float | None:
+def mean_of(results: Results, prompts: str, measure: str, method: str) -> float | None:
     """The mean over seeds of diversity or divergence; None where it was not measured."""
     found = []
     for result in results.values():

@@ -35,14 +35,14 @@ def run_group(group: Group, work: Path, scale: Scale) -> Path:
     """Prepare, train every method, compare; returns the comparison's results.json."""
     folder = group.folder(work)
     shards = {"data.path": str(folder / "prepared" / "shards")}
-    _share(group.candidates(work, scale), folder / "prepared" / "candidates")
-    _verb("prepare", folder / "prepared", recipe_of(group, scale, {}))
+    share(group.candidates(work, scale), folder / "prepared" / "candidates")
+    verb("prepare", folder / "prepared", recipe_of(group, scale, {}))
     for method, changes in group.methods.items():
         run = folder / run_name(method)
-        _verb("train", run, recipe_of(group, scale, shards | changes))
+        verb("train", run, recipe_of(group, scale, shards | changes))
     runs: Changes = {name: str(folder / run_name(name)) for name in group.methods}
-    _share(group.base_images(work), folder / "comparison" / "compare" / "base")
-    _verb("compare", folder / "comparison", recipe_of(group, scale, {"compare.runs": runs}))
+    share(group.base_images(work), folder / "comparison" / "compare" / "base")
+    verb("compare", folder / "comparison", recipe_of(group, scale, {"compare.runs": runs}))
     return results_path(group, work)
 
 
@@ -56,7 +56,7 @@ def run_name(method: str) -> str:
     return method.replace(" ", "_")
 
 
-def _share(common: Path, link: Path) -> None:
+def share(common: Path, link: Path) -> None:
     """Images that several groups need are drawn once: every one of them knows what made it."""
     common.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _share(common: Path, link: Path) -> None:
         link.symlink_to(common.resolve(), target_is_directory=True)
 
 
-def _verb(verb: str, run_dir: Path, recipe: dict[str, Any]) -> None:
+def verb(verb: str, run_dir: Path, recipe: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     asked = run_dir / f"{verb}.yaml"
     asked.write_text(yaml.safe_dump(recipe | {"run_dir": str(run_dir)}, sort_keys=False))
