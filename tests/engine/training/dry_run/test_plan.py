@@ -84,7 +84,7 @@ def test_an_lcm_of_lora_weights_has_a_teacher_of_the_same_size() -> None:
 
 
 def test_a_consistency_baseline_takes_the_winner_through_three_networks() -> None:
-    baseline = ("objective.type=consistency_sft", "objective.loser_gradient=1")
+    baseline = ("objective.type=consistency_sft", "objective.loser_safeguard=null")
     unet = "model.unet=assets/emoji/lcm"
     image = ("objective.target=image",)
     dpo, sft, bare = (emoji("emoji_lcm_cdpo", unet, *more) for more in ((), baseline, image))
