@@ -25,8 +25,8 @@ PUBLISHED: Changes = {
     "objective.loser_gradient": 0.5,  # with all of it the small world's LCM unlearns
 }
 SCALES = {
-    "sd": Scale(steps=500, steps_per_tier=60, candidates=8, images_per_prompt=2),
-    "lcm": Scale(steps=200, steps_per_tier=30, candidates=16, images_per_prompt=4),
+    "sd": Scale(steps=300, steps_per_tier=40, candidates=8, images_per_prompt=2),
+    "lcm": Scale(steps=100, steps_per_tier=20, candidates=16, images_per_prompt=4),
 }
 
 
@@ -120,14 +120,14 @@ def _of_rounds(arm: Arm, changes: Mapping[str, object]) -> Changes:
     }
 
 
-_SD = (150, 300, 500)
-_LCM = (50, 100, 200)
+_SD = (150, 300)
+_LCM = (50, 100)
 ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
     "sd": (
         (Arm("SFT", RANDOM | {"objective.type": "sft", "train.optimizer.lr": 1e-4}, _SD), None),
         (Arm("DPO", RANDOM, _SD), None),
         (Arm("Curriculum-DPO", {}, _SD), None),
-        (Arm("rounds", {}, (250,), rounds=2), None),
+        (Arm("rounds", {}, (150,), rounds=2), None),
         (Arm("hard to easy", {"curriculum.order": "hard_to_easy"}, _SD), (0,)),
         (Arm("Curriculum-DPO++", GROWTH, _SD), (0,)),
         (Arm("reward-free ++", GROWTH, _SD, preparing=MASKED), (0,)),
