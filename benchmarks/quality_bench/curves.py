@@ -43,7 +43,7 @@ def collect_curves(models: list[str], seeds: list[int], work: Path) -> Row:
 
 
 def _has(result: Row, arm: Arm) -> bool:
-    return {name for name, _ in arm.runs()} <= set(names(result))
+    return {name for name, _ in arm.runs()} <= set(names({0: result}))
 
 
 def _points(results: Results, arm: Arm) -> Iterator[Row]:

@@ -55,8 +55,8 @@ def settings(model: str) -> Changes:
         "prepare.batch_size": 96,
         "compare.batch_size": 96,
         "prepare.precision": "bf16",  # half the time on a processor that has it in hardware
-        "checkpoint.every": 100,
-        "checkpoint.keep_last": 1,
+        "checkpoint.every": 150,
+        "checkpoint.keep": 1,
     }
 
 
@@ -91,7 +91,7 @@ def _run_arm(group: Group, arm: Arm, work: Path) -> None:
         changes = arm.changes | {"train.steps": steps}
         if arm.rounds > 1:
             share(group.candidates(work, scale), run / "round-1" / "candidates")
-            verb("rounds", run, recipe_of(group, scale, _of_rounds(arm, changes)))
+            verb("rounds", run, recipe_of(group, scale, of_rounds(arm, changes)))
             continue
         if before is not None and not run.exists():
             part = run.with_suffix(".part")
@@ -103,7 +103,7 @@ def _run_arm(group: Group, arm: Arm, work: Path) -> None:
         before = run
 
 
-def _of_rounds(arm: Arm, changes: Mapping[str, object]) -> Changes:
+def of_rounds(arm: Arm, changes: Mapping[str, object]) -> Changes:
     """A round is kept by what it gains on prompts of its own; the verb's comparison, which nobody
     reads here, is made as small as it gets.
     """
