@@ -184,16 +184,22 @@ def zero_tickets(count: int, device: torch.device) -> Tensor:
         if kept is not None and len(kept) >= count and not capturing:
             return kept
         tickets = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        if not capturing and in_default_pool(tickets, torch.cuda.memory_snapshot()):
+        if not capturing and in_default_pool(tickets):
             _tickets[key] = tickets
         return tickets
 
 
-def in_default_pool(tensor: Tensor, segments: list[dict[str, Any]]) -> bool:
-    """Whether the allocator's snapshot has the tensor's memory outside of private pools."""
+def in_default_pool(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is known to lie outside of private pools.
+
+    CUDA's own allocator (`PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync`) tells nothing of its
+    memory: there no ticket is kept.
+    """
+    if torch.cuda.get_allocator_backend() != "native":
+        return False
     address = tensor.data_ptr()
     return any(
         segment["address"] <= address < segment["address"] + segment["total_size"]
         and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
-        for segment in segments
+        for segment in torch.cuda.memory_snapshot()
     )

@@ -17,15 +17,18 @@ computed again in the backward.
 
 Layout: a sample is a matrix of rows (positions) and channels. A program walks a chunk of rows for
 a block of channels and leaves, for each channel, the chunk's mean and its sum of squared deviations
-from that mean (Welford's recurrence; never E[x²] − E[x]²). Channels are the fast axis of memory, so
+from that mean. Each lane sums distances, and their squares, from the first value that it meets, so
+that nothing large cancels (never E[x²] − E[x]²): as that value is among those summed, the squares
+are at most n + 1 times the squared deviations of n values. Channels are the fast axis of memory, so
 loads are wide whatever the number of channels in a group. The program that draws a sample's last
 ticket puts the chunks of all its groups together in a fixed order (Chan et al.; no float atomics:
 bitwise deterministic). Chunks depend on the size of a sample alone, so a sample's result does not
 depend on the batch it is in. All arithmetic is float32.
 
-Source: Wu and He, arXiv 1803.08494; Welford 1962; Chan, Golub, LeVeque 1983.
+Source: Wu and He, arXiv 1803.08494; Chan, Golub, LeVeque 1983.
 """
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -52,12 +55,14 @@ from .programs import (
     forward_statistics_kernel,
 )
 
-TILE = 4096  # elements of x a program holds: 16 a thread, in 16-byte loads of half-precision values
 BLOCK_CHANNELS = 64  # 128 bytes of a row: one cache line of half-precision values
-NUM_WARPS = 8
-MAX_CHUNKS = 32  # of a sample: enough programs for one sample, few sums for its last program
-# Groups, and values of each (chunks x channels), that a sample's last program puts together at once
-COMBINED_AT_A_TIME = {"GROUPS_TILE": 32, "FLAT_TILE": 64}
+WARP_ROWS = 8  # of a warp: 16 elements a thread, in 16-byte loads of half-precision values
+NUM_WARPS = 4
+SUMS_TILES = 8  # of a program at least; what a program does once is shared by so many
+APPLY_TILES = (4, 2, 1)  # the first that makes enough programs
+PROGRAMS = 132  # enough: the multiprocessors of an H200
+CHUNKS = 256  # of rows and channels of a sample at most; its last program puts them together
+COMBINED = 16  # values of each of them that a thread holds then
 
 # --------------------------------------------------------------------------------------- launcher
 
@@ -73,61 +78,75 @@ def _empty_rows(x: Tensor) -> Tensor:
 
 
 class _Cut(NamedTuple):
-    """How samples are cut; what a sample is cut into depends on its own size alone."""
+    """How samples are cut; for sums by their own size alone, so that they do not know the batch."""
 
-    sizes: tuple[int, int, int]  # rows of a sample, channels, groups
-    chunk_rows: int
-    partials: tuple[int, int, int]  # samples, chunks of a sample, channels
-    chunk_programs: tuple[int]
-    tile_programs: tuple[int]
-    tile: dict[str, int]
+    partials: tuple[int, int, int, int]  # samples, chunks of a sample, two sums, channels
+    sums_grid: tuple[int]
+    sums_sizes: tuple[int, int]  # rows of a sample, of a chunk
+    sums: dict[str, Any]  # options of the kernels that add up
+    apply_grid: tuple[int]
+    num_rows: int
+    apply: dict[str, Any]  # of those that write a tensor like x
 
-    @classmethod
-    def of(cls, x: Tensor, num_groups: int) -> "_Cut":
-        samples, channels, num_rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        block = min(triton.next_power_of_2(channels), BLOCK_CHANNELS)
-        rows = min(triton.next_power_of_2(num_rows), TILE // block)
-        chunk_rows = rows * triton.cdiv(num_rows, rows * MAX_CHUNKS)
-        num_chunks, num_blocks = triton.cdiv(num_rows, chunk_rows), triton.cdiv(channels, block)
-        return cls(
-            (num_rows, channels, num_groups),
-            chunk_rows,
-            (samples, num_chunks, channels),
-            (samples * num_chunks * num_blocks,),
-            (samples * triton.cdiv(num_rows, rows) * num_blocks,),
-            {"TILE_ROWS": rows, "BLOCK_C": block},
-        )
 
-    @property
-    def options(self) -> dict[str, Any]:
-        num_warps = math.prod(self.tile.values()) * NUM_WARPS // TILE
-        return {**self.tile, **NO_FUSION, "num_warps": max(num_warps, 1)}
+@functools.cache
+def _cut(samples: int, channels: int, num_rows: int, num_groups: int) -> _Cut:
+    block = min(triton.next_power_of_2(channels), BLOCK_CHANNELS)
+    blocks, padded_rows = triton.cdiv(channels, block), triton.next_power_of_2(num_rows)
+
+    def options(warps: int, tiles: int = 1) -> dict[str, Any]:
+        rows = min(padded_rows, warps * WARP_ROWS * tiles)
+        whole = channels % block == 0 and num_rows % rows == 0
+        num_warps = max(rows // tiles * block // (WARP_ROWS * BLOCK_CHANNELS), 1)
+        sizes = {"CHANNELS": channels, "GROUPS": num_groups, "BLOCK_C": block, "TILE_ROWS": rows}
+        return {**sizes, "WHOLE": whole, "num_warps": num_warps, **NO_FUSION}
+
+    # Where a sample has few rows, only as many warps as have enough of them
+    least = WARP_ROWS * SUMS_TILES
+    sums = options(next(n for n in (NUM_WARPS, 2, 1) if n == 1 or num_rows >= n * least))
+    tiles = triton.cdiv(num_rows, sums["TILE_ROWS"])
+    most_chunks = min(triton.cdiv(tiles, SUMS_TILES), max(CHUNKS // blocks, 1))
+    chunk_rows = sums["TILE_ROWS"] * triton.cdiv(tiles, most_chunks)
+    num_chunks = triton.cdiv(num_rows, chunk_rows)
+    sums["GROUPS_TILE"] = min(triton.next_power_of_2(num_groups), 32)
+    sums["FLAT_TILE"] = COMBINED * 32 * sums["num_warps"] // sums["GROUPS_TILE"]
+
+    for tiles in APPLY_TILES:
+        apply = options(NUM_WARPS, tiles)
+        programs = samples * blocks * triton.cdiv(num_rows, apply["TILE_ROWS"])
+        if programs >= PROGRAMS:
+            break
+    return _Cut(
+        (samples, num_chunks, 2, channels),
+        (samples * num_chunks * blocks,),
+        (num_rows, chunk_rows),
+        sums,
+        (programs,),
+        num_rows,
+        apply,
+    )
+
+
+def _cut_of(x: Tensor, num_groups: int) -> _Cut:
+    samples, channels = x.shape[:2]
+    return _cut(samples, channels, x.numel() // (samples * channels), num_groups)
 
 
 def _forward_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, out, cut = _to_rows(x), _empty_rows(x), _Cut.of(x, num_groups)
+    rows, out, cut = _to_rows(x), _empty_rows(x), _cut_of(x, num_groups)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    partials = x.new_empty((2, *cut.partials), dtype=torch.float32)
+    partials = x.new_empty(cut.partials, dtype=torch.float32)
     tickets = zero_tickets(x.shape[0], x.device)
     affine, flags = _contiguous(weight, bias), {"AFFINE": weight is not None, "SILU": silu}
     with device_of(x):
-        forward_statistics_kernel[cut.chunk_programs](
-            rows,
-            partials,
-            tickets,
-            mean,
-            rstd,
-            eps,
-            *cut.sizes,
-            cut.chunk_rows,
-            **COMBINED_AT_A_TIME,
-            **cut.options,
+        forward_statistics_kernel[cut.sums_grid](
+            rows, partials, tickets, mean, rstd, eps, *cut.sums_sizes, **cut.sums
         )
-        forward_apply_kernel[cut.tile_programs](
-            rows, *affine, mean, rstd, out, *cut.sizes, **flags, **cut.options
+        forward_apply_kernel[cut.apply_grid](
+            rows, *affine, mean, rstd, out, cut.num_rows, **flags, **cut.apply
         )
     return out, mean, rstd
 
@@ -142,31 +161,23 @@ def _backward_triton(
     silu: bool,
     affine_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, cut = _empty_rows(x), _Cut.of(x, mean.shape[1])
-    partials = x.new_empty((2, *cut.partials), dtype=torch.float32)
-    group_sums = mean.new_empty((2, *mean.shape))
+    grad_x, cut = _empty_rows(x), _cut_of(x, mean.shape[1])
+    partials = x.new_empty(cut.partials, dtype=torch.float32)
+    group_sums = mean.new_empty((*mean.shape, 2))
     tickets = zero_tickets(x.shape[0], x.device)
     inputs = (_to_rows(grad), _to_rows(x), *_contiguous(weight, bias), mean, rstd)
     flags = {"AFFINE": weight is not None, "SILU": silu}
     with device_of(x):
-        backward_sums_kernel[cut.chunk_programs](
-            *inputs,
-            partials,
-            tickets,
-            group_sums,
-            *cut.sizes,
-            cut.chunk_rows,
-            **flags,
-            **COMBINED_AT_A_TIME,
-            **cut.options,
+        backward_sums_kernel[cut.sums_grid](
+            *inputs, partials, tickets, group_sums, *cut.sums_sizes, **flags, **cut.sums
         )
-        backward_apply_kernel[cut.tile_programs](
-            *inputs, group_sums, grad_x, *cut.sizes, **flags, **cut.options
+        backward_apply_kernel[cut.apply_grid](
+            *inputs, group_sums, grad_x, cut.num_rows, **flags, **cut.apply
         )
     if not affine_grads or weight is None or bias is None:
         return grad_x, grad.new_empty(0), grad.new_empty(0)
     # Some hundredths of x: a kernel of our own would gain nothing over PyTorch's sums.
-    grad_bias, grad_weight = (sums.sum((0, 1)) for sums in partials)
+    grad_bias, grad_weight = (sums.sum((0, 1)) for sums in partials.unbind(2))
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
@@ -180,26 +191,25 @@ def compile_specs() -> list[CompileSpec]:
     """The specialisations that `benchmarks/compile_report.py` compiles without a GPU."""
     float32 = ("partials", "mean", "rstd", "group_sums")
     common = {f"{name}_ptr": "*fp32" for name in float32} | {"tickets_ptr": "*i32", "eps": "fp32"}
-    common |= dict.fromkeys(("num_rows", "channels", "num_groups", "chunk_rows"), "i32")
-    tile = _Cut.of(torch.empty(1, 320, 64, 64, device="meta"), 32).tile
-    constants = tile | COMBINED_AT_A_TIME | {"AFFINE": True}
-    specs = []
+    common |= dict.fromkeys(("num_rows", "chunk_rows"), "i32")
+    cut, specs = _cut(1, 320, 4096, 32), []
     for dtype, silu in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
         names = ("x_ptr", "grad_ptr", "out_ptr", "grad_x_ptr", "weight_ptr", "bias_ptr")
         signature = common | dict.fromkeys(names, f"*{dtype}")
-        kernels = [("apply", forward_apply_kernel), ("backward sums", backward_sums_kernel)]
-        kernels += [("backward apply", backward_apply_kernel)]
+        kernels = [("apply", forward_apply_kernel, cut.apply)]
+        kernels += [("backward sums", backward_sums_kernel, cut.sums)]
+        kernels += [("backward apply", backward_apply_kernel, cut.apply)]
         if silu:  # the statistics know of no activation
-            kernels.insert(0, ("statistics", forward_statistics_kernel))
+            kernels.insert(0, ("statistics", forward_statistics_kernel, cut.sums))
         specs += [
             CompileSpec(
                 f"group_norm_silu {dtype} {part}{'' if silu else ', no SiLU'}",
                 kernel,
                 signature,
-                constants | {"SILU": silu},
-                NUM_WARPS,
+                options | {"AFFINE": True, "SILU": silu},
+                options["num_warps"],
             )
-            for part, kernel in kernels
+            for part, kernel, options in kernels
         ]
     return specs
 

@@ -1,34 +1,53 @@
 """The Triton programs of `group_norm_silu`: two launches forward, two backward.
 
-Formulas, layout and what a program does are told in `group_norm_silu.py`, which launches them.
+Formulas, layout and what a program does are told in `op.py`, which launches them. What is the same
+for all elements of a channel is worked out once a program; an element costs what the comments say.
 """
 
 # Triton functions have no Python types:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from ..dispatch import tl, triton
+from ..elementary import sigmoid
 
 # ----------------------------------------------------------------------------------- shared pieces
 
 
 @triton.jit
-def _place(num_rows, part_rows, channels, BLOCK_C: tl.constexpr):
+def _place(num_rows, part_rows, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's sample (int64), part of its rows, and channels, which run fastest."""
+    num_blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     num_parts = tl.cdiv(num_rows, part_rows)
-    num_blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
-    sample = program // num_blocks // num_parts
+    sample = program // (num_blocks * num_parts)
     part = program // num_blocks % num_parts
     channel = program % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     return sample.to(tl.int64), part, channel
 
 
 @triton.jit
-def _load_tile(ptr, sample, row, channel, num_rows, channels):
-    """Rows x channels of a sample in float32, 0 outside; the offsets and the mask as well."""
-    offset = (sample * num_rows + row[:, None]) * channels + channel[None, :]
-    mask = (row < num_rows)[:, None] & (channel < channels)[None, :]
-    return tl.load(ptr + offset, mask, 0.0).to(tl.float32), offset, mask
+def _tile(channel, rows_left, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """Offsets of rows x channels from the tile's first row, and which of them there are."""
+    row = tl.arange(0, TILE_ROWS)
+    mask = (row < rows_left)[:, None] & (channel < CHANNELS)[None, :]
+    return row[:, None] * CHANNELS + channel[None, :], mask
+
+
+@triton.jit
+def _load(ptr, mask, WHOLE: tl.constexpr):
+    """In float32, 0 outside; whole tiles need no mask."""
+    if WHOLE:
+        return tl.load(ptr).to(tl.float32)
+    else:
+        return tl.load(ptr, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, value, mask, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(ptr, value)
+    else:
+        tl.store(ptr, value, mask)
 
 
 @triton.jit
@@ -39,30 +58,38 @@ def _channel_constants(
     rstd_ptr,
     sample,
     channel,
-    channels,
-    num_groups,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
     AFFINE: tl.constexpr,
 ):
-    """Mean, rstd, weight and bias of each channel, as rows to broadcast."""
-    live = channel < channels
-    group = sample * num_groups + channel // (channels // num_groups)
+    """Of each channel, as rows to broadcast: mean, rstd, and z = (x - mean) * scale + shift."""
+    live = channel < CHANNELS
+    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
     mean = tl.load(mean_ptr + group, live, 0.0)
     rstd = tl.load(rstd_ptr + group, live, 0.0)
     if AFFINE:
-        weight = tl.load(weight_ptr + channel, live, 0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channel, live, 0.0).to(tl.float32)
+        scale = rstd * tl.load(weight_ptr + channel, live, 0.0).to(tl.float32)
+        shift = tl.load(bias_ptr + channel, live, 0.0).to(tl.float32)
     else:
-        weight = tl.full(mean.shape, 1.0, tl.float32)
-        bias = tl.zeros_like(mean)
-    return mean[None, :], rstd[None, :], weight[None, :], bias[None, :]
+        scale, shift = rstd, tl.zeros_like(mean)
+    return mean[None, :], rstd[None, :], scale[None, :], shift[None, :]
 
 
 @triton.jit
 def _activation_gradient(grad, z, SILU: tl.constexpr):
+    """9 instructions."""
     if SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        grad = grad * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+        share = sigmoid(z)
+        grad = grad * (share * tl.fma(z, 1.0 - share, 1.0))
     return grad
+
+
+@triton.jit
+def _join(distance, within, weight, total, AXIS: tl.constexpr):
+    """Mean of lanes and squared deviations from it, of their means, squares and sizes."""
+    mean = tl.sum(weight * distance, AXIS) / total
+    deviation = distance - tl.expand_dims(mean, AXIS)
+    return mean, tl.sum(tl.fma(weight * deviation, deviation, within), AXIS)
 
 
 @triton.jit
@@ -77,17 +104,19 @@ def _draws_last_ticket(tickets_ptr, sample, count):
 
 
 @triton.jit
-def _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT: tl.constexpr):
-    """Of groups x (chunk, channel of the group): chunk, offset among the partials, channel, mask.
+def _flat_tile(
+    tile, group, num_chunks, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr
+):
+    """Of groups x (chunk, channel of the group): chunk, channel, offset among partials, mask.
 
     Chunks and channels are counted as one, so that no lane idles where a group has ten channels.
     """
-    group_channels = channels // num_groups
+    group_channels: tl.constexpr = CHANNELS // GROUPS
     flat = tile * FLAT + tl.arange(0, FLAT)
     chunk = (flat // group_channels)[None, :]
     channel = group[:, None] * group_channels + (flat % group_channels)[None, :]
-    mask = (group < num_groups)[:, None] & (chunk < num_chunks)
-    return chunk, chunk * channels + channel, channel, mask
+    mask = (group < GROUPS)[:, None] & (chunk < num_chunks)
+    return chunk, channel, chunk * (2 * CHANNELS) + channel, mask
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -96,106 +125,105 @@ def _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT: tl.constexpr
 @triton.jit
 def forward_statistics_kernel(
     x_ptr,
-    partials_ptr,  # (2, num_samples, num_chunks, channels): means, sums of squared deviations
+    partials_ptr,  # (num_samples, num_chunks, 2, channels): means, sums of squared deviations
     tickets_ptr,  # (num_samples,) int32, all 0
     mean_ptr,
     rstd_ptr,
     eps,
     num_rows,
-    channels,
-    num_groups,
     chunk_rows,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GROUPS_TILE: tl.constexpr,
     FLAT_TILE: tl.constexpr,
 ):
     """Mean and squared deviations of a chunk's channels; the last program finishes the sample."""
-    sample, chunk, channel = _place(num_rows, chunk_rows, channels, BLOCK_C)
+    sample, chunk, channel = _place(num_rows, chunk_rows, CHANNELS, BLOCK_C)
     first = chunk * chunk_rows
-    last = tl.minimum(first + chunk_rows, num_rows)
-    lane_mean = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
-    lane_squares = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
-    step = 0.0
-    for start in range(first, last, TILE_ROWS):
-        row = start + tl.arange(0, TILE_ROWS)
-        x, _, _ = _load_tile(x_ptr, sample, row, channel, num_rows, channels)
-        step += 1.0
-        deviation = (x - lane_mean) * (row < last).to(tl.float32)[:, None]
-        lane_mean += deviation * (1.0 / step)
-        lane_squares += deviation * (x - lane_mean)
-    lane = tl.arange(0, TILE_ROWS)
-    count = ((last - first - lane + TILE_ROWS - 1) // TILE_ROWS).to(tl.float32)
-    rows = (last - first).to(tl.float32)
-    # Means are added up as distances from a value among them: far from zero that rounds less.
-    origin_ptr = x_ptr + (sample * num_rows + first) * channels + channel
-    origin = tl.load(origin_ptr, channel < channels, 0.0).to(tl.float32)
-    mean = origin + tl.sum((lane_mean - origin[None, :]) * count[:, None], 0) / rows
-    deviation = lane_mean - mean[None, :]
-    squares = tl.sum(lane_squares + count[:, None] * deviation * deviation, 0)
+    rows = tl.minimum(num_rows - first, chunk_rows)
+    x_ptr += (sample * num_rows + first) * CHANNELS
+    offset, mask = _tile(channel, rows, CHANNELS, TILE_ROWS)
+    # Each lane counts from its first value: 4 instructions an element, and nothing cancels.
+    origin = _load(x_ptr + offset, mask, WHOLE)
+    sums = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
+    squares = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
+    tile_ptr = x_ptr
+    for start in range(TILE_ROWS, rows, TILE_ROWS):
+        tile_ptr += TILE_ROWS * CHANNELS
+        offset, mask = _tile(channel, rows - start, CHANNELS, TILE_ROWS)
+        distance = _load(tile_ptr + offset, mask, WHOLE) - origin
+        if not WHOLE:
+            distance = tl.where(mask, distance, 0.0)
+        sums += distance
+        squares = tl.fma(distance, distance, squares)
+    if WHOLE:
+        count = 1.0 * (rows // TILE_ROWS)
+        share = sums * (1.0 / count)
+    else:
+        count = ((rows - tl.arange(0, TILE_ROWS) + TILE_ROWS - 1) // TILE_ROWS).to(tl.float32)
+        count = tl.maximum(count, 0.0)[:, None]
+        share = sums / tl.maximum(count, 1.0)
+    live = channel < CHANNELS
+    base = tl.load(x_ptr + channel, live, 0.0).to(tl.float32)
+    distance = (origin - base[None, :]) + share
+    mean, squares = _join(distance, tl.fma(-sums, share, squares), count, 1.0 * rows, 0)
 
     num_chunks = tl.cdiv(num_rows, chunk_rows)
-    parts = num_chunks * tl.cdiv(channels, BLOCK_C)  # programs of a sample
-    num_samples = tl.num_programs(0) // parts
-    plane = num_samples.to(tl.int64) * num_chunks * channels
-    partial = partials_ptr + (sample * num_chunks + chunk) * channels + channel
-    tl.store(partial, mean, channel < channels)
-    tl.store(partial + plane, squares, channel < channels)
-    if _draws_last_ticket(tickets_ptr, sample, parts):
-        partials_ptr += sample * num_chunks * channels
-        for tile in range(tl.cdiv(num_groups, GROUPS_TILE)):
+    partial = partials_ptr + (sample * num_chunks + chunk) * (2 * CHANNELS) + channel
+    tl.store(partial, base + mean, live)
+    tl.store(partial + CHANNELS, squares, live)
+    num_blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    if _draws_last_ticket(tickets_ptr, sample, num_chunks * num_blocks):
+        partials_ptr += sample * num_chunks * (2 * CHANNELS)
+        for tile in range((GROUPS + GROUPS_TILE - 1) // GROUPS_TILE):
             group = tile * GROUPS_TILE + tl.arange(0, GROUPS_TILE)
             group_mean, variance = _combine_chunks(
-                partials_ptr,
-                partials_ptr + plane,
-                group,
-                num_rows,
-                chunk_rows,
-                channels,
-                num_groups,
-                GROUPS_TILE,
-                FLAT_TILE,
+                partials_ptr, group, num_rows, chunk_rows, CHANNELS, GROUPS, GROUPS_TILE, FLAT_TILE
             )
-            offset = sample * num_groups + group
-            tl.store(mean_ptr + offset, group_mean, group < num_groups)
-            tl.store(rstd_ptr + offset, 1.0 / tl.sqrt_rn(variance + eps), group < num_groups)
+            of_group = sample * GROUPS + group
+            tl.store(mean_ptr + of_group, group_mean, group < GROUPS)
+            tl.store(rstd_ptr + of_group, 1.0 / tl.sqrt_rn(variance + eps), group < GROUPS)
 
 
 @triton.jit
 def _combine_chunks(
-    means_ptr,
-    squares_ptr,
+    partials_ptr,
     group,
     num_rows,
     chunk_rows,
-    channels,
-    num_groups,
+    CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUPS_TILE: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Mean and variance of groups, from those of their channels in each chunk: two passes."""
+    """Mean and variance of groups, from those of their channels in each chunk: as a chunk's are."""
+    group_channels: tl.constexpr = CHANNELS // GROUPS
     num_chunks = tl.cdiv(num_rows, chunk_rows)
-    group_channels = channels // num_groups
-    tiles = tl.cdiv(num_chunks * group_channels, FLAT)
-    size = 1.0 * num_rows * group_channels
-    live = group < num_groups
     # .cg: from L2, where the other programs' stores are
-    origin = tl.load(means_ptr + group * group_channels, live, 0.0, cache_modifier=".cg")
-    sums = tl.zeros([GROUPS, FLAT], tl.float32)
-    for tile in range(tiles):
-        chunk, offset, _, mask = _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT)
-        rows = tl.minimum(num_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
-        distance = tl.load(means_ptr + offset, mask, 0.0, cache_modifier=".cg") - origin[:, None]
-        sums += tl.where(mask, rows * distance, 0.0)
-    mean = origin + tl.sum(sums, 1) / size
-    squares = tl.zeros([GROUPS, FLAT], tl.float32)
-    for tile in range(tiles):
-        chunk, offset, _, mask = _flat_tile(tile, group, num_chunks, channels, num_groups, FLAT)
-        rows = tl.minimum(num_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
-        deviation = tl.load(means_ptr + offset, mask, 0.0, cache_modifier=".cg") - mean[:, None]
-        within = tl.load(squares_ptr + offset, mask, 0.0, cache_modifier=".cg")
-        squares += tl.where(mask, within + rows * deviation * deviation, 0.0)
-    return mean, tl.sum(squares, 1) / size
+    _, _, offset, mask = _flat_tile(0, group, num_chunks, CHANNELS, GROUPS, FLAT)
+    origin = tl.load(partials_ptr + offset, mask, 0.0, cache_modifier=".cg")
+    weights = tl.zeros([GROUPS_TILE, FLAT], tl.float32)
+    sums = tl.zeros([GROUPS_TILE, FLAT], tl.float32)
+    squares = tl.zeros([GROUPS_TILE, FLAT], tl.float32)
+    for tile in range(tl.cdiv(num_chunks * group_channels, FLAT)):
+        chunk, _, offset, mask = _flat_tile(tile, group, num_chunks, CHANNELS, GROUPS, FLAT)
+        weight = tl.minimum(num_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
+        mean = tl.load(partials_ptr + offset, mask, 0.0, cache_modifier=".cg")
+        within = tl.load(partials_ptr + offset + CHANNELS, mask, 0.0, cache_modifier=".cg")
+        distance = mean - origin
+        weights += tl.where(mask, weight, 0.0)
+        sums += tl.where(mask, weight * distance, 0.0)
+        squares += tl.where(mask, tl.fma(weight * distance, distance, within), 0.0)
+    share = sums / tl.maximum(weights, 1.0)
+    live = group < GROUPS
+    base = tl.load(partials_ptr + group * group_channels, live, 0.0, cache_modifier=".cg")
+    distance = (origin - base[:, None]) + share
+    size = 1.0 * num_rows * group_channels
+    mean, squares = _join(distance, tl.fma(-sums, share, squares), weights, size, 1)
+    return base + mean, squares / size
 
 
 @triton.jit
@@ -207,32 +235,28 @@ def forward_apply_kernel(
     rstd_ptr,
     out_ptr,
     num_rows,
-    channels,
-    num_groups,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
     AFFINE: tl.constexpr,
     SILU: tl.constexpr,
+    WHOLE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A tile of rows and channels: normalised, scaled, activated."""
-    sample, tile, channel = _place(num_rows, TILE_ROWS, channels, BLOCK_C)
-    row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    x, offset, mask = _load_tile(x_ptr, sample, row, channel, num_rows, channels)
-    mean, rstd, weight, bias = _channel_constants(
-        weight_ptr,
-        bias_ptr,
-        mean_ptr,
-        rstd_ptr,
-        sample,
-        channel,
-        channels,
-        num_groups,
-        AFFINE,
+    sample, tile, channel = _place(num_rows, TILE_ROWS, CHANNELS, BLOCK_C)
+    first = tile * TILE_ROWS
+    offset, mask = _tile(channel, num_rows - first, CHANNELS, TILE_ROWS)
+    start = (sample * num_rows + first) * CHANNELS
+    x = _load(x_ptr + start + offset, mask, WHOLE)
+    mean, _, scale, shift = _channel_constants(
+        weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, CHANNELS, GROUPS, AFFINE
     )
-    out = (x - mean) * rstd * weight + bias
+    # Not x * scale + (shift - mean * scale), which cancels where the mean is large.
+    out = tl.fma(x - mean, scale, shift)
     if SILU:
-        out = out / (1.0 + tl.exp(-out))
-    tl.store(out_ptr + offset, out, mask)
+        out = out * sigmoid(out)
+    _store(out_ptr + start + offset, out, mask, WHOLE)
 
 
 # --------------------------------------------------------------------------------------- backward
@@ -246,81 +270,76 @@ def backward_sums_kernel(
     bias_ptr,
     mean_ptr,
     rstd_ptr,
-    partials_ptr,  # (2, num_samples, num_chunks, channels): Σ ∂z, Σ ∂z·x̂
+    partials_ptr,  # (num_samples, num_chunks, 2, channels): Σ ∂z, Σ ∂z·x̂
     tickets_ptr,  # (num_samples,) int32, all 0
-    group_sums_ptr,  # (2, num_samples, num_groups): both sums with weight, over m
+    group_sums_ptr,  # (num_samples, num_groups, 2): both sums with weight, over m
     num_rows,
-    channels,
-    num_groups,
     chunk_rows,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
     AFFINE: tl.constexpr,
     SILU: tl.constexpr,
+    WHOLE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GROUPS_TILE: tl.constexpr,
     FLAT_TILE: tl.constexpr,
 ):
     """Both sums of a chunk's channels; the last program adds them up for the sample's groups."""
-    sample, chunk, channel = _place(num_rows, chunk_rows, channels, BLOCK_C)
-    mean, rstd, weight, bias = _channel_constants(
-        weight_ptr,
-        bias_ptr,
-        mean_ptr,
-        rstd_ptr,
-        sample,
-        channel,
-        channels,
-        num_groups,
-        AFFINE,
+    sample, chunk, channel = _place(num_rows, chunk_rows, CHANNELS, BLOCK_C)
+    mean, rstd, scale, shift = _channel_constants(
+        weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, CHANNELS, GROUPS, AFFINE
     )
     first = chunk * chunk_rows
-    last = tl.minimum(first + chunk_rows, num_rows)
+    rows = tl.minimum(num_rows - first, chunk_rows)
+    x_ptr += (sample * num_rows + first) * CHANNELS
+    grad_ptr += (sample * num_rows + first) * CHANNELS
     plain = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
     projected = tl.zeros([TILE_ROWS, BLOCK_C], tl.float32)
-    for start in range(first, last, TILE_ROWS):
-        row = start + tl.arange(0, TILE_ROWS)
-        x, offset, mask = _load_tile(x_ptr, sample, row, channel, num_rows, channels)
-        grad = tl.load(grad_ptr + offset, mask, 0.0).to(tl.float32)
-        normalised = (x - mean) * rstd
-        grad_z = _activation_gradient(grad, normalised * weight + bias, SILU)
-        grad_z = tl.where(mask, grad_z, 0.0)
+    for start in range(0, rows, TILE_ROWS):
+        offset, mask = _tile(channel, rows - start, CHANNELS, TILE_ROWS)
+        grad = _load(grad_ptr + offset, mask, WHOLE)
+        distance = _load(x_ptr + offset, mask, WHOLE) - mean
+        grad_ptr += TILE_ROWS * CHANNELS
+        x_ptr += TILE_ROWS * CHANNELS
+        grad_z = _activation_gradient(grad, tl.fma(distance, scale, shift), SILU)
+        if not WHOLE:  # 0 times what is not finite
+            grad_z = tl.where(mask, grad_z, 0.0)
+            distance = tl.where(mask, distance, 0.0)
         plain += grad_z
-        projected += tl.where(mask, grad_z * normalised, 0.0)
+        projected = tl.fma(grad_z, distance, projected)
 
     num_chunks = tl.cdiv(num_rows, chunk_rows)
-    parts = num_chunks * tl.cdiv(channels, BLOCK_C)  # programs of a sample
-    num_samples = tl.num_programs(0) // parts
-    plane = num_samples.to(tl.int64) * num_chunks * channels
-    partial = partials_ptr + (sample * num_chunks + chunk) * channels + channel
-    tl.store(partial, tl.sum(plain, 0), channel < channels)
-    tl.store(partial + plane, tl.sum(projected, 0), channel < channels)
-    if _draws_last_ticket(tickets_ptr, sample, parts):
-        partials_ptr += sample * num_chunks * channels
-        group_channels = channels // num_groups
+    partial = partials_ptr + (sample * num_chunks + chunk) * (2 * CHANNELS) + channel
+    live = channel < CHANNELS
+    tl.store(partial, tl.sum(plain, 0), live)
+    tl.store(partial + CHANNELS, tl.sum(projected * rstd, 0), live)
+    num_blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    if _draws_last_ticket(tickets_ptr, sample, num_chunks * num_blocks):
+        partials_ptr += sample * num_chunks * (2 * CHANNELS)
+        group_channels: tl.constexpr = CHANNELS // GROUPS
         size = 1.0 * num_rows * group_channels
-        for tile in range(tl.cdiv(num_groups, GROUPS_TILE)):
+        for tile in range((GROUPS + GROUPS_TILE - 1) // GROUPS_TILE):
             group = tile * GROUPS_TILE + tl.arange(0, GROUPS_TILE)
             plain_sum = tl.zeros([GROUPS_TILE, FLAT_TILE], tl.float32)
             projected_sum = tl.zeros([GROUPS_TILE, FLAT_TILE], tl.float32)
             for flat in range(tl.cdiv(num_chunks * group_channels, FLAT_TILE)):
-                _, offset, of_channel, mask = _flat_tile(
-                    flat, group, num_chunks, channels, num_groups, FLAT_TILE
+                _, of_channel, offset, mask = _flat_tile(
+                    flat, group, num_chunks, CHANNELS, GROUPS, FLAT_TILE
                 )
                 # .cg: from L2, where the other programs' stores are
                 sums_ptr = partials_ptr + offset
                 plain_part = tl.load(sums_ptr, mask, 0.0, cache_modifier=".cg")
-                projected_part = tl.load(sums_ptr + plane, mask, 0.0, cache_modifier=".cg")
+                projected_part = tl.load(sums_ptr + CHANNELS, mask, 0.0, cache_modifier=".cg")
                 if AFFINE:
                     factor = tl.load(weight_ptr + of_channel, mask, 0.0).to(tl.float32)
                     plain_part *= factor
                     projected_part *= factor
                 plain_sum += plain_part
                 projected_sum += projected_part
-            group_sum = group_sums_ptr + sample * num_groups + group
-            live = group < num_groups
-            tl.store(group_sum, tl.sum(plain_sum, 1) / size, live)
-            group_sum += num_samples.to(tl.int64) * num_groups
-            tl.store(group_sum, tl.sum(projected_sum, 1) / size, live)
+            group_sum = group_sums_ptr + (sample * GROUPS + group) * 2
+            tl.store(group_sum, tl.sum(plain_sum, 1) / size, group < GROUPS)
+            tl.store(group_sum + 1, tl.sum(projected_sum, 1) / size, group < GROUPS)
 
 
 @triton.jit
@@ -334,35 +353,29 @@ def backward_apply_kernel(
     group_sums_ptr,
     grad_x_ptr,
     num_rows,
-    channels,
-    num_groups,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
     AFFINE: tl.constexpr,
     SILU: tl.constexpr,
+    WHOLE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A tile of the input's gradient."""
-    sample, tile, channel = _place(num_rows, TILE_ROWS, channels, BLOCK_C)
-    row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    x, offset, mask = _load_tile(x_ptr, sample, row, channel, num_rows, channels)
-    grad = tl.load(grad_ptr + offset, mask, 0.0).to(tl.float32)
-    mean, rstd, weight, bias = _channel_constants(
-        weight_ptr,
-        bias_ptr,
-        mean_ptr,
-        rstd_ptr,
-        sample,
-        channel,
-        channels,
-        num_groups,
-        AFFINE,
+    sample, tile, channel = _place(num_rows, TILE_ROWS, CHANNELS, BLOCK_C)
+    first = tile * TILE_ROWS
+    offset, mask = _tile(channel, num_rows - first, CHANNELS, TILE_ROWS)
+    start = (sample * num_rows + first) * CHANNELS
+    grad = _load(grad_ptr + start + offset, mask, WHOLE)
+    x = _load(x_ptr + start + offset, mask, WHOLE)
+    mean, rstd, scale, shift = _channel_constants(
+        weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, CHANNELS, GROUPS, AFFINE
     )
-    group = sample * num_groups + channel // (channels // num_groups)
-    plain_sum = tl.load(group_sums_ptr + group, channel < channels, 0.0)[None, :]
-    num_samples = tl.num_programs(0) // tl.cdiv(num_rows, TILE_ROWS) // tl.cdiv(channels, BLOCK_C)
-    group += num_samples.to(tl.int64) * num_groups
-    projected_sum = tl.load(group_sums_ptr + group, channel < channels, 0.0)[None, :]
-    normalised = (x - mean) * rstd
-    grad_z = _activation_gradient(grad, normalised * weight + bias, SILU)
-    grad_x = rstd * (weight * grad_z - (plain_sum + normalised * projected_sum))
-    tl.store(grad_x_ptr + offset, grad_x, mask)
+    group_sum = group_sums_ptr + (sample * GROUPS + channel // (CHANNELS // GROUPS)) * 2
+    live = channel < CHANNELS
+    plain = rstd * tl.load(group_sum, live, 0.0)[None, :]
+    projected = rstd * (rstd * tl.load(group_sum + 1, live, 0.0)[None, :])
+    distance = x - mean
+    grad_z = _activation_gradient(grad, tl.fma(distance, scale, shift), SILU)
+    grad_x = tl.fma(scale, grad_z, -tl.fma(distance, projected, plain))
+    _store(grad_x_ptr + start + offset, grad_x, mask, WHOLE)

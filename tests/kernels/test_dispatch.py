@@ -1,8 +1,10 @@
 """Which implementation runs, how it is forced, and what happens without Triton."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,8 +96,30 @@ def test_without_triton():
     ],
     ids=["default pool", "a graph's pool", "a snapshot without pools", "another segment"],
 )
-def test_memory_of_a_private_pool_is_told_from_the_rest(segments, default):
-    assert dispatch.in_default_pool(torch.zeros(4), segments) is default
+def test_memory_of_a_private_pool_is_told_from_the_rest(segments, default, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert dispatch.in_default_pool(torch.zeros(4)) is default
+
+
+def test_tickets_where_the_allocator_has_no_snapshot(monkeypatch):
+    """PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync: the first GroupNorm or loss asked for it."""
+
+    def snapshot():
+        raise RuntimeError("cudaMallocAsync does not yet support snapshot")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: zeros(count, dtype=dtype))
+    first, second = (dispatch.zero_tickets(3, torch.device("cuda")) for _ in range(2))
+    assert len(first) >= 3
+    assert not first.any()
+    assert first.data_ptr() != second.data_ptr()  # one that might be taken away is not kept
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1e-25])

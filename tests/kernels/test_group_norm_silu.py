@@ -147,11 +147,13 @@ def test_sizes_around_tiles_and_chunks(backend, device, shape, groups):
 
 def test_many_groups_chunks_and_tiles(backend, device, monkeypatch):
     """The loops over tiles of a chunk, and over groups and chunks, run several times."""
-    monkeypatch.setattr(module, "TILE", 128)
     monkeypatch.setattr(module, "BLOCK_CHANNELS", 16)
-    monkeypatch.setattr(module, "MAX_CHUNKS", 3)
-    monkeypatch.setattr(module, "COMBINED_AT_A_TIME", {"GROUPS_TILE": 2, "FLAT_TILE": 4})
-    check(make((2, 35, 79), 5, device=device))
+    monkeypatch.setattr(module, "SUMS_TILES", 1)
+    monkeypatch.setattr(module, "CHUNKS", 9)
+    monkeypatch.setattr(module, "COMBINED", 1)
+    module._cut.cache_clear()
+    check(make((2, 70, 79), 35, device=device))
+    module._cut.cache_clear()
 
 
 def test_variance_far_from_zero(backend, device):
