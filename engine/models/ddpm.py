@@ -16,6 +16,7 @@ from ...kernels import SchedulePoint, paired_add_noise
 from ..basics import keyed
 from ..basics.errors import OutsideError
 from ..basics.keyed import Stream
+from ..basics.transfer import send
 from .protocol import Draw
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -40,12 +41,13 @@ class DiscreteDDPM:
 
     def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
         # Made on the host: a hundred operations on a handful of integers would be as many launches.
+        device = self._alpha.device
         timestep_keys = keyed.make_keys(seed, Stream.TIMESTEP, pair_ids, visits)
         timesteps = keyed.integers(timestep_keys, self.num_timesteps)
         noise_keys = keyed.make_keys(seed, Stream.NOISE, pair_ids, visits)
         return Draw(
-            timesteps=timesteps.to(self._alpha.device, non_blocking=True),
-            noise_keys=noise_keys.to(self._alpha.device, non_blocking=True),
+            timesteps=send(timesteps, device),
+            noise_keys=send(noise_keys, device),
         )
 
     def corrupt(

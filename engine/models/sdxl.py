@@ -15,6 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..basics.errors import OutsideError
+from ..basics.transfer import send
 from ..recipe import Model
 from .checks import check_diffusion_unet, check_parts, unet_key, unet_name
 from .ddpm import DiscreteDDPM
@@ -87,7 +88,7 @@ class StableDiffusionXLText:
         text, pooled = self.cache(prompts)
         extras = {"text_embeds": pooled}
         if framing is not None:
-            extras["time_ids"] = time_ids(framing).to(text.device)
+            extras["time_ids"] = send(time_ids(framing), text.device)
         return Conditioning(text, extras)
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -107,8 +108,10 @@ class StableDiffusionXLText:
             do_classifier_free_guidance=False,
         )
         if self._pipeline.config["force_zeros_for_empty_prompt"]:
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=text.device)
-            text[empty], pooled[empty] = 0, 0
+            # By rows: a mask on the device would be waited for.
+            for row, prompt in enumerate(prompts):
+                if prompt == "":
+                    text[row], pooled[row] = 0, 0
         return text, pooled
 
 

@@ -17,6 +17,7 @@ from ...kernels import ConsistencyScales, SchedulePoint, consistency_scales, pai
 from ..basics import keyed
 from ..basics.errors import RecipeError
 from ..basics.keyed import Stream
+from ..basics.transfer import send
 from .ddpm import DiscreteDDPM
 from .protocol import Draw, SolverStep
 
@@ -62,20 +63,20 @@ class SolverGrid:
             for stream in (Stream.TIMESTEP, Stream.GUIDANCE, Stream.NOISE)
         }
         step = keyed.integers(keys[Stream.TIMESTEP], self._solver_steps)
-        timesteps = ((step + 1) * self._stride - 1).to(self._device)
+        timesteps = send((step + 1) * self._stride - 1, self._device)
         earlier = (timesteps - self._stride).clamp(min=0)
         low, high = self._guidance
         guidance = low + (high - low) * keyed.uniform(keys[Stream.GUIDANCE])
         return Draw(
             timesteps=timesteps,
-            noise_keys=keys[Stream.NOISE].to(self._device),
+            noise_keys=send(keys[Stream.NOISE], self._device),
             solver=SolverStep(
                 now=self.at(timesteps),
                 earlier=self.at(earlier),
                 scales=ConsistencyScales(*(scale[timesteps] for scale in self._scales)),
                 earlier_scales=ConsistencyScales(*(scale[earlier] for scale in self._scales)),
                 is_high=timesteps >= 3 * self.num_timesteps // 4,
-                guidance=guidance.to(self._device),
+                guidance=send(guidance, self._device),
                 prediction=self.prediction_type,
             ),
         )

@@ -27,6 +27,9 @@ class Ranks:
     device: torch.device
     stop: StopSignal = field(default_factory=StopSignal)
     """Whether this rank has been asked to stop."""
+    host_group: dist.ProcessGroup | None = None
+    """The ranks by way of host memory, where the default group's is the device's: what they tell
+    each other there waits for no device, and no device for them."""
 
     @property
     def is_first(self) -> bool:
@@ -40,22 +43,22 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.host_group)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.host_group)
         return values
 
     def any_is(self, *facts: bool) -> list[bool]:
         """Each fact, whether it is one on any rank: cheaper than :meth:`gather`, for every step."""
         if self.world_size == 1:
             return list(facts)
-        found = torch.tensor(facts, dtype=torch.int32, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        found = torch.tensor(facts, dtype=torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
         return [bool(fact) for fact in found.tolist()]
 
     def from_first(self, value: Any) -> Any:
@@ -63,7 +66,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def agree(self, error: Exception | None) -> None:

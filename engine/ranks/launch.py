@@ -259,11 +259,12 @@ def joined_ranks(
     store = _common_store(rank, world_size, timeout)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
     stop, peers = stop or StopSignal(), peers or Peers()
     peers.join(rank, world_size, dist.distributed_c10d._get_default_store())
     stop.announce_by(peers.ask_to_stop)
     try:
-        yield Ranks(rank, world_size, local_rank, device, stop)
+        yield Ranks(rank, world_size, local_rank, device, stop, host_group)
     finally:
         torch.set_num_threads(threads_before)
         # On an error peers may be waiting in a collective; tearing down would join them.

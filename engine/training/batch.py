@@ -12,6 +12,7 @@ from ..basics import keyed
 from ..basics.errors import DataError
 from ..basics.keyed import Stream
 from ..basics.phases import phase
+from ..basics.transfer import send
 from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
@@ -72,7 +73,7 @@ class BatchMaker:
 
         Always in PyTorch's own order of memory: policy and reference round differently in others.
         """
-        images = pairs.images.to(self.device, non_blocking=True)
+        images = send(pairs.images, self.device)
         if self.kind == "latents":
             return images
         moments = self.backbone.image_moments(images) if self.kind == "raw" else images
@@ -80,7 +81,7 @@ class BatchMaker:
             return self.backbone.latents_of(moments).contiguous()
         keys = keyed.make_keys(self.recipe.seed, Stream.POSTERIOR, pairs.pair_ids, pairs.visits)
         channels, *size = moments.shape[1:]
-        noise = keyed.normal(keys.to(self.device), (2, channels // 2, *size))
+        noise = keyed.normal(send(keys, self.device), (2, channels // 2, *size))
         noise = noise.transpose(0, 1).flatten(0, 1)
         return self.backbone.latents_of(moments, noise).contiguous()
 

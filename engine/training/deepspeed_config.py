@@ -136,6 +136,7 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     _refuse_lost_states(config, recipe, problems)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
+    _keep_from_waiting(config, world_size)
     if problems:
         raise RecipeError(
             [f"{recipe.deepspeed}: {problem}" for problem in problems],
@@ -151,6 +152,20 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
             "unsupported",
         )
     return config
+
+
+def _keep_from_waiting(config: dict[str, Any], world_size: int) -> None:
+    """Turn off what has the host wait for the device at every micro-batch: DeepSpeed's own meter of
+    throughput, where the file does not ask for it, and communication beside the backward pass where
+    there is none.
+    """
+    timers = config.setdefault("timers", {})
+    meter = timers.setdefault("throughput", {}) if isinstance(timers, dict) else None
+    if isinstance(meter, dict):
+        meter.setdefault("enabled", False)
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("overlap_comm") and world_size == 1:
+        zero["overlap_comm"] = False
 
 
 def _refuse_lost_states(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:

@@ -39,7 +39,7 @@ class MetricRing:
         shape = (capacity, len(_SUMS), 1 + QUARTILES)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._losses = torch.zeros(capacity, dtype=torch.float64, device=device)
-        self._norms = torch.zeros(capacity, dtype=torch.float64, device=device)
+        self._quartiles = torch.arange(QUARTILES, device=device)
         self._host: list[dict[str, Any]] = []
 
     @property
@@ -61,16 +61,17 @@ class MetricRing:
             ]
         )
         quartile = timesteps * QUARTILES // self._num_timesteps
-        members = torch.nn.functional.one_hot(quartile, QUARTILES).double()
+        members = (quartile[:, None] == self._quartiles).double()
         everyone = torch.ones_like(members[:, :1])
         self._sums[row] += values @ torch.cat([everyone, members], dim=1)
         self._losses[row] += loss.loss.detach().double() * len(logits)
 
     def close_row(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
-        """End the step in progress; ``host`` is what is known without asking the device."""
-        row = len(self._host)
-        self._norms[row] = float("nan") if gradient_norm is None else gradient_norm
-        self._host.append(host)
+        """End the step in progress; ``host`` is what is known without asking the device, and so is
+        the norm: the decision to take the step was made by it.
+        """
+        norm = float("nan") if gradient_norm is None else float(gradient_norm)
+        self._host.append({**host, "grad_norm": None if norm != norm else norm})
 
     def discard_row(self) -> None:
         """Forget the step in progress (it was skipped)."""
@@ -86,9 +87,9 @@ class MetricRing:
         flat = torch.cat([self._sums[:count].flatten(1), self._losses[:count, None]], dim=1)
         if world_size > 1:
             dist.all_reduce(flat)
-        flat = torch.cat([flat, self._norms[:count, None]], dim=1).cpu()
         rows = [
-            {**host, **_describe(values)} for host, values in zip(self._host, flat, strict=True)
+            {**host, **_describe(values)}
+            for host, values in zip(self._host, flat.cpu(), strict=True)
         ]
         self._sums.zero_()
         self._losses.zero_()
@@ -97,12 +98,9 @@ class MetricRing:
 
 
 def _describe(values: Tensor) -> dict[str, float | None]:
-    sums = values[:-2].view(len(_SUMS), 1 + QUARTILES)
+    sums = values[:-1].view(len(_SUMS), 1 + QUARTILES)
     pairs = sums[0]
-    described: dict[str, float | None] = {
-        "loss": float(values[-2] / pairs[0]),
-        "grad_norm": None if values[-1].isnan() else float(values[-1]),
-    }
+    described: dict[str, float | None] = {"loss": float(values[-1] / pairs[0])}
     for name, total in zip(_SUMS[1:], sums[1:], strict=True):
         # NaN where no pair is in the quartile, and where the objective does not compute it.
         overall, *by_quartile = (None if x != x else x for x in (total / pairs).tolist())

@@ -92,6 +92,17 @@ def test_what_the_recipe_decides_is_filled_in(build):
     assert config["zero_force_ds_cpu_optimizer"] is False
     assert config["steps_per_print"] > 10**9
     assert config["wall_clock_breakdown"] is False
+    assert config["timers"] == {"throughput": {"enabled": False}}
+
+
+def test_nothing_overlaps_with_communication_that_is_not(build):
+    """Nor is a meter of throughput turned off that somebody asks for."""
+    asked = {"timers": {"throughput": {"enabled": True}}}
+    config = build(asked | {"zero_optimization": {"stage": 2, "overlap_comm": True}})
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert config["timers"] == asked["timers"]
+    both = build({"zero_optimization": {"stage": 2, "overlap_comm": True}}, world_size=2)
+    assert both["zero_optimization"]["overlap_comm"] is True
 
 
 def test_auto_counts_as_not_given(build):
