@@ -25,6 +25,7 @@ from torch import Size, Tensor, nn
 from ..basics.errors import OutsideError, RecipeError, told_by
 from ..recipe import Optimizer
 from .deepspeed_config import TRACKERS
+from .optimizer_step import shorten_step
 
 STATE = "ema"
 CHUNK = 1 << 24  # elements exchanged at once
@@ -127,6 +128,7 @@ def start_engine(
             "monitor",
             "unsupported",
         ) from error
+    shorten_step(engine)
     return engine
 
 
