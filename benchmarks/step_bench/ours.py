@@ -139,6 +139,7 @@ class OurStep:
             pair_ids=torch.arange(count),
             visits=torch.zeros(count, dtype=torch.int64),
             tiers=torch.ones(count, dtype=torch.int64),
+            ranks=torch.tensor([[1, 2]] * count),
             original_sizes=torch.full((2 * count, 2), side),
             crops=torch.zeros(2 * count, 2, dtype=torch.int64),
         )

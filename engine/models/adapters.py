@@ -30,9 +30,12 @@ PRESETS = {
 }
 
 
-def twin_of(network: ModelMixin) -> ModelMixin:
-    """A network of the same structure over the very same parameter tensors."""
-    return copy.deepcopy(network, memo={id(p): p for p in network.parameters()})
+def twin_of(network: ModelMixin, *, own: bool = False) -> ModelMixin:
+    """A network of the same structure over the very same parameter tensors; with ``own``, those
+    that train are copies.
+    """
+    shared = [p for p in network.parameters() if not (own and p.requires_grad)]
+    return copy.deepcopy(network, memo={id(p): p for p in shared})
 
 
 def add_lora(network: ModelMixin, spec: Adapter, seed: int) -> ModelMixin:

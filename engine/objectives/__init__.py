@@ -10,6 +10,7 @@ from importlib import import_module
 
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
+from .rank_weights import rank_weights
 from .weighting import min_snr_weights
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingBatch",
     "build_objective",
     "min_snr_weights",
+    "rank_weights",
 ]
 
 

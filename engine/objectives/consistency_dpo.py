@@ -54,7 +54,7 @@ class ConsistencyDPO:
         policy = networks.policy(noisy, timesteps, guided)
         with phase("loss"):
             slopes = solver.scales.of_prediction
-            return self.preference(policy, reference, target, batch.weights, slopes)
+            return self.preference(policy, reference, target, batch.weights, slopes, batch.shares)
 
 
 build = ConsistencyDPO

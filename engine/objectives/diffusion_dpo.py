@@ -30,7 +30,9 @@ class DiffusionDPO:
             reference = networks.reference(batch.noisy, timesteps, batch.conditioning)
         policy = networks.policy(batch.noisy, timesteps, batch.conditioning)
         with phase("loss"):
-            return self.preference(policy, reference, batch.target, batch.weights)
+            return self.preference(
+                policy, reference, batch.target, batch.weights, shares=batch.shares
+            )
 
 
 build = DiffusionDPO

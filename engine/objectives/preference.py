@@ -7,6 +7,9 @@ With ``d = e^policy - e^reference`` of an image, B pairs, a pair's weight w of m
 ``loss=sigmoid``      ``-mean logsigmoid(logit)``                                     DPO [1]
 ``label_smoothing``   ``-mean [(1 - s) logsigmoid(logit) + s logsigmoid(-logit)]``    cDPO [2]
 ``loss=ipo``          ``mean (logit - 1/2)^2``                                        IPO [3]
+``loss=linear``       ``-mean u * logit``, the gradient not through                   Linear [5]
+                      ``u = clip(1/2 - 0.2 logit, 0.01, 0.99)``
+``pair_weighting``    each pair's loss times its share (see ``rank_weights.py``)      RankDPO [6]
 ``loser_gradient``    the loss as it is, the gradient of ``d_loser`` times a factor   damping
 ``loser_safeguard``   the same with a factor for each pair (see                       SDPO [4]
                       ``kernels/paired_dpo_loss/differences.py``)
@@ -14,11 +17,12 @@ With ``d = e^policy - e^reference`` of an image, B pairs, a pair's weight w of m
 
 IPO's published form is ``(h - 1/(2 tau))^2`` with the log-ratio ``h = logit / scale`` and tau the
 scale; it is multiplied by ``scale^2`` here, so that its size does not depend on beta (at 5000 it
-would be 1e-8, which is the epsilon of AdamW).
+would be 1e-8, which is the epsilon of AdamW). So is Linear-DPO's, ``u * (d_winner - d_loser)``, by
+the scale: its gradient is that of the log-sigmoid with u in place of ``sigmoid(-logit)``.
 
 [1] Wallace et al., arXiv 2311.12908. [2] Mitchell, *A note on DPO with noisy preferences*, 2023.
 [3] Azar et al., arXiv 2310.12036. [4] Fu et al., Diffusion-SDPO, arXiv 2511.03317, with one factor
-a batch.
+a batch. [5] Li et al., arXiv 2605.21123. [6] Karthik et al., arXiv 2410.18013.
 """
 
 from __future__ import annotations
@@ -29,8 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import paired_differences, paired_dpo_loss
+from ...kernels.paired_dpo_loss import PairedDifferences, PairedLoss
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss
+
+SLOPE, LEAST = 0.2, 0.01  # of the linear utility
 
 
 class PreferenceLoss:
@@ -53,28 +60,37 @@ class PreferenceLoss:
         target: Tensor,
         weights: Tensor | None,
         slopes: Tensor | None = None,
+        shares: Tensor | None = None,
     ) -> Loss:
         """Loss of predictions (2B, ...), winners first, and target (B, ...) or (2B, ...).
 
-        Weights and slopes (B,) are those of pairs: of the logit, and of prediction minus target.
+        Weights, slopes and shares (B,) are those of pairs: of the logit, of prediction minus
+        target, and of the loss.
         """
         options = self._options | {"slopes": slopes}
         given = (policy, reference, target)
-        if self.spec.loss == "sigmoid" and self.spec.label_smoothing == 0:
-            paired = paired_dpo_loss(*given, self.scale, weights=weights, **options)
+        plain = self.spec.loss == "sigmoid" and self.spec.label_smoothing == 0
+        found: PairedLoss | PairedDifferences
+        if plain and shares is None:
+            found = paired = paired_dpo_loss(*given, self.scale, weights=weights, **options)
             loss, logits = paired.loss, paired.logits
-            winner, loser = (paired.policy_error - paired.reference_error).chunk(2)
         else:
-            found = paired_differences(*given, **options)
-            logits = -self.scale * found.margin
+            found = differences = paired_differences(*given, **options)
+            logits = -self.scale * differences.margin
             logits = logits if weights is None else logits * weights
-            loss, logits = self._of(logits), logits.detach()
-            winner, loser = (found.policy_error - found.reference_error).chunk(2)
-        return Loss(loss, logits, winner, loser)
+            losses = self._of(logits)
+            loss = (losses if shares is None else losses * shares).mean()
+            logits = logits.detach()
+        winner, loser = (found.policy_error - found.reference_error).chunk(2)
+        guarded = self.spec.loser_safeguard is not None
+        return Loss(loss, logits, winner, loser, found.loser_kept if guarded else None)
 
     def _of(self, logits: Tensor) -> Tensor:
+        """(B,) losses of logits (B,)."""
         if self.spec.loss == "ipo":
-            return ((logits - 0.5) ** 2).mean()
+            return (logits - 0.5) ** 2
+        if self.spec.loss == "linear":
+            return -(0.5 - SLOPE * logits.detach()).clamp(LEAST, 1 - LEAST) * logits
         smoothing = self.spec.label_smoothing
         right, wrong = F.logsigmoid(logits), F.logsigmoid(-logits)
-        return -((1 - smoothing) * right + smoothing * wrong).mean()
+        return -((1 - smoothing) * right + smoothing * wrong)

@@ -21,7 +21,7 @@ class Networks:
     policy: Predict
     """The network in training."""
     reference: Predict
-    """What the policy was at the start."""
+    """What the policy was at the start, or a moving average of it."""
     teacher: Predict | None = None
     """The diffusion model a consistency model was distilled from."""
 
@@ -41,10 +41,13 @@ class TrainingBatch:
     conditioning: Conditioning
     """Of 2B images, winners first."""
     weights: Tensor | None = None
-    """(B,) float32, how much each pair's timestep counts; None if all count the same."""
+    """(B,) float32, factors of the pairs' logits: how much each pair's timestep counts, and how far
+    beta has moved; None if all are 1."""
     unconditional: Conditioning | None = None
     """Of 2B images without their captions, for the guidance of a consistency model's teacher;
     None where no teacher is asked."""
+    shares: Tensor | None = None
+    """(B,) float32, factors of the pairs' losses: how much each pair counts; None if all are 1."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Loss:
     """(B,) policy error minus reference error of the winner; below 0 is what training wants."""
     loser_error: Tensor
     """(B,) the same of the loser."""
+    loser_kept: Tensor | None = None
+    """(B,) the share of the loser's gradient that is kept; None if nothing could hold it back."""
 
 
 class Objective(Protocol):

@@ -29,13 +29,13 @@ IDENTITY = re.compile(
 # Those of them that may be changed in the middle of a run (`--allow-change`): how steps are taken
 # from here on. Neither shapes nor the order of pairs nor the meaning of the weights hang on them.
 CHANGEABLE = re.compile(
-    r"objective\.(?!type|target).+|train\.optimizer\..+"
+    r"objective\.(?!type|target$|reference_ema).+|train\.optimizer\..+"
     r"|train\.(warmup_steps|gradient_clip|caption_dropout)|adapter\.dropout"
 )
 # And why the others may not.
 FIXED = (
     (r"seed|data\..+|curriculum\..+|train\.global_batch", "it decides which pairs come when"),
-    (r"objective\.(type|target)", "it decides what the networks are held against"),
+    (r"objective\.(type|target|reference_ema)", "it decides what the networks are held against"),
     (r"adapter\..+", "it decides what is trained, and what the trained numbers mean"),
     (r"model\..+|train\.precision", "it decides the numbers of the model that is trained"),
 )

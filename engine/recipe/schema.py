@@ -115,6 +115,7 @@ class Recipe(Section):
             self.prompts.heldout,
         )
         check_reward(self.reward, self.prepare.source)
+        self._check_objective()
         check_exports(self.adapter, self.export)
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
@@ -124,6 +125,21 @@ class Recipe(Section):
         if own and self.compare.weights == "ema" and self.adapter.ema is None:
             raise ValueError("compare.weights=ema needs an average: set adapter.ema, e.g. 0.999")
         return self
+
+    def _check_objective(self) -> None:
+        spec = self.objective
+        if spec.reference_ema and self.adapter.type == "full":
+            raise ValueError(
+                f"objective.reference_ema={spec.reference_ema:g} does not go with "
+                "adapter.type=full: the average is one of adapters; use adapter.type=lora, or 0"
+            )
+        if spec.pair_weighting == "rank":
+            source = self.prepare.source.type
+            if source != "generate":
+                raise ValueError(
+                    f"objective.pair_weighting=rank does not go with prepare.source.type={source}, "
+                    "whose pairs are not of one ranking of a prompt's candidates: use uniform"
+                )
 
     def _check_evaluation(self) -> None:
         if not self.evaluate.every:

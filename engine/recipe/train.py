@@ -32,13 +32,24 @@ class Objective(Section):
     the work; or `mixed`, the teacher's in the last quarter of the timesteps, else the image."""
     beta: PositiveFloat = 5000
     """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
+    target_logit: PositiveFloat | None = None
+    """Let beta follow the margins, so that the mean size of the logits is this, e.g. 1.386, where
+    the policy prefers the winner by 4 to 1: beta starts as given and stays within a factor of 30 of
+    that. `null`: beta as given."""
     distance: Literal["mse", "pseudo_huber"] = "mse"
     """Error of a prediction: mean square (diffusion) or pseudo-Huber (consistency)."""
     huber_c: PositiveFloat = 1e-3
     """Bend of the pseudo-Huber distance; unused for mse."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Loss of a margin: DPO's log-sigmoid, or IPO's square, which stops at a margin instead of
-    widening it for ever."""
+    loss: Literal["sigmoid", "ipo", "linear"] = "sigmoid"
+    """Loss of a margin: DPO's log-sigmoid; IPO's square, which stops at a margin instead of
+    widening it for ever; or Linear-DPO's, whose pull falls linearly with the margin and never
+    vanishes (as published with `reference_ema=0.995`)."""
+    pair_weighting: Literal["uniform", "rank"] = "uniform"
+    """How much a pair counts: all the same, or by what swapping its ranks would change of the
+    prompt's discounted gain, with a mean of 1 (RankDPO); for pairs of sampled candidates."""
+    reference_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay a step of a moving average of the adapter that the reference has, e.g. 0.995; 0: the
+    reference stays what the policy was at the start. For adapters, under ZeRO-1 and 2."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
     timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
@@ -60,6 +71,9 @@ class Objective(Section):
         without_pairs = {
             "loss": "sigmoid",
             "label_smoothing": 0,
+            "pair_weighting": "uniform",
+            "reference_ema": 0,
+            "target_logit": None,
             "loser_gradient": 1,
             "loser_safeguard": None,
         }
@@ -67,6 +81,11 @@ class Objective(Section):
         if self.type.endswith("sft") and given:
             raise ValueError(
                 f"{', '.join(given)} has no effect with type={self.type}, which compares nothing"
+            )
+        if self.target_logit is not None and self.loss == "ipo":
+            raise ValueError(
+                f"target_logit={self.target_logit:g} does not go with loss=ipo, which has a target "
+                "of its own for the logits: use loss=sigmoid or linear"
             )
         if self.target != "teacher" and not self.is_consistency:
             raise ValueError(

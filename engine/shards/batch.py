@@ -17,8 +17,9 @@ class PairBatch:
 
     ``images`` are what the shards hold of them: scaled latents (2n, C, h, w) float16, moments
     (2n, 2C, h, w) float16, or pixels (2n, 3, H, W) uint8; ``prompts`` n captions; ``pair_ids``,
-    ``visits`` and ``tiers`` (n,) int64; ``original_sizes`` and ``crops`` (2n, 2) int64, (height,
-    width) and (top, left) in pixels, which SDXL is conditioned on.
+    ``visits`` and ``tiers`` (n,) int64; ``ranks`` (n, 2) int64, the winner's first;
+    ``original_sizes`` and ``crops`` (2n, 2) int64, (height, width) and (top, left) in pixels, which
+    SDXL is conditioned on.
     """
 
     images: torch.Tensor
@@ -26,6 +27,7 @@ class PairBatch:
     pair_ids: torch.Tensor
     visits: torch.Tensor
     tiers: torch.Tensor
+    ranks: torch.Tensor
     original_sizes: torch.Tensor
     crops: torch.Tensor
 
@@ -46,6 +48,7 @@ class PairBatch:
             pair_ids=torch.tensor([meta.pair_id for meta in metas], dtype=torch.int64),
             visits=torch.from_numpy(np.array(visits, dtype=np.int64)),
             tiers=torch.tensor([meta.tier for meta in metas], dtype=torch.int64),
+            ranks=torch.tensor([meta.ranks for meta in metas], dtype=torch.int64),
             original_sizes=_winners_first([meta.original_size for meta in metas]),
             crops=_winners_first([meta.crop for meta in metas]),
         )
@@ -72,6 +75,7 @@ class PairBatch:
             pair_ids=self.pair_ids[rows],
             visits=self.visits[rows],
             tiers=self.tiers[rows],
+            ranks=self.ranks[rows],
             original_sizes=images(self.original_sizes),
             crops=images(self.crops),
         )

@@ -16,8 +16,8 @@ from ..basics.transfer import send
 from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
-from ..objectives import TrainingBatch, min_snr_weights
-from ..recipe import Recipe
+from ..objectives import TrainingBatch, min_snr_weights, rank_weights
+from ..recipe import Objective, Recipe
 from ..shards.batch import PairBatch
 from ..shards.contents import Kind
 from ..shards.manifest import Manifest, shards_by_tier
@@ -33,8 +33,11 @@ class BatchMaker:
         resolution: tuple[int, int],
         device: torch.device,
         kind: Kind = "latents",
+        candidates: int | None = None,
     ) -> None:
-        """``kind`` is what the shards hold of an image; ``resolution`` its height and width."""
+        """``kind`` is what the shards hold of an image; ``resolution`` its height and width;
+        ``candidates`` how many of a prompt are ranked, where ranks are to count.
+        """
         self.recipe = recipe
         self.backbone = backbone
         self.resolution = resolution
@@ -48,6 +51,7 @@ class BatchMaker:
             self._weights = min_snr_weights(
                 all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
             )
+        self._shares = None if candidates is None else rank_weights(candidates)
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
         """The batch of B pairs, on the device."""
@@ -66,7 +70,22 @@ class BatchMaker:
                 nothing = [""] * (2 * len(prompts))
                 unconditional = self.backbone.encode_prompts(nothing, framing)
         weights = None if self._weights is None else self._weights[draw.timesteps]
-        return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional)
+        shares = None if self._shares is None else self._shares_of(pairs.ranks)
+        return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional, shares)
+
+    def _shares_of(self, ranks: torch.Tensor) -> torch.Tensor:
+        """(B,) how much pairs of ranks (B, 2) count, on the device."""
+        assert self._shares is not None
+        if int(ranks.max()) >= len(self._shares):
+            raise DataError(
+                f"a pair has rank {int(ranks.max())}, but the shards' manifest tells of "
+                f"{len(self._shares) - 1} candidates a prompt: were sets of other numbers merged? "
+                "Use objective.pair_weighting=uniform",
+                "objective.pair_weighting",
+                "mismatch",
+            )
+        winner, loser = ranks.unbind(1)
+        return self._shares[winner, loser].to(self.device, non_blocking=True)
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
         """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.
@@ -116,10 +135,47 @@ def describe_pairs(recipe: Recipe, manifest: Manifest, pacing: Pacing) -> list[t
     return rows
 
 
+def describe_moving(spec: Objective) -> list[tuple[str, str]]:
+    """What of the loss moves with training."""
+    rows = []
+    if spec.target_logit is not None:
+        rows.append(
+            ("beta", f"{spec.beta:g}, then by the margins: logits of {spec.target_logit:g}")
+        )
+    if spec.reference_ema:
+        rows.append(("reference", f"moving average of the policy, decay {spec.reference_ema:g}"))
+    return rows
+
+
 def describe_stages(pacing: Pacing) -> list[tuple[str, str]]:
     """A note if there are stages that a run does not come to."""
     never = ", ".join(str(stage.index + 1) for stage in pacing.unreached)
     return [("note", f"stages {never} never open: train.steps ends before them")] * bool(never)
+
+
+def ranked_candidates(recipe: Recipe, manifest: Manifest) -> int | None:
+    """How many candidates of a prompt were ranked, where ranks are to count. DataError where they
+    were not, or not as many of each.
+    """
+    if recipe.objective.pair_weighting != "rank":
+        return None
+    counts = manifest.statistics
+    masked = manifest.reward.type == "masked"
+    if counts.imported is not None or masked or not counts.prompts:
+        what = "masked prompts" if masked else "a data set that was read"
+        reason = f"the pairs are of {what}, not of one ranking of a prompt's candidates"
+    elif counts.candidates % counts.prompts:
+        reason = (
+            f"the shards are of {counts.candidates} candidates for {counts.prompts} prompts, not "
+            "as many of each"
+        )
+    else:
+        return counts.candidates // counts.prompts
+    raise DataError(
+        f"objective.pair_weighting=rank, but {reason}: use uniform",
+        "objective.pair_weighting",
+        "unsupported",
+    )
 
 
 def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone) -> None:

@@ -134,6 +134,12 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
         if isinstance(holder, dict) and leaf in holder:
             filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
     _refuse_lost_states(config, recipe, problems)
+    if recipe.objective.reference_ema and _stage(config) == 3:
+        problems.append(
+            f"zero_optimization.stage is 3, but objective.reference_ema="
+            f"{recipe.objective.reference_ema:g} needs the adapters whole on every rank: use "
+            "stage 1 or 2, e.g. deepspeed=zero2, or reference_ema=0"
+        )
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     _keep_from_waiting(config, world_size)
@@ -166,6 +172,11 @@ def _keep_from_waiting(config: dict[str, Any], world_size: int) -> None:
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("overlap_comm") and world_size == 1:
         zero["overlap_comm"] = False
+
+
+def _stage(config: dict[str, Any]) -> object:
+    zero = config.get("zero_optimization")
+    return zero.get("stage") if isinstance(zero, dict) else None
 
 
 def _refuse_lost_states(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:

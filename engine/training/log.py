@@ -28,19 +28,25 @@ from ..objectives import Loss
 
 QUARTILES = 4
 _SUMS = ("pairs", "winner_error", "loser_error", "margin", "accuracy")
+_KEPT = "loser_kept"  # of safeguarded losers
 
 
 class MetricRing:
     """Rows of sums on the device: for all timesteps, and for each quartile of the timesteps."""
 
-    def __init__(self, capacity: int, num_timesteps: int, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, num_timesteps: int, device: torch.device, guarded: bool = False
+    ) -> None:
+        """``guarded`` says that losses tell of the loser's gradient how much is kept."""
         self._num_timesteps = num_timesteps
+        self._names = (*_SUMS, _KEPT) if guarded else _SUMS
         # Column 0 of the last axis is the whole range, 1..4 the quartiles of t.
-        shape = (capacity, len(_SUMS), 1 + QUARTILES)
+        shape = (capacity, len(self._names), 1 + QUARTILES)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._losses = torch.zeros(capacity, dtype=torch.float64, device=device)
         self._quartiles = torch.arange(QUARTILES, device=device)
         self._host: list[dict[str, Any]] = []
+        self._same: list[Mapping[str, Tensor]] = []
 
     @property
     def is_full(self) -> bool:
@@ -50,28 +56,37 @@ class MetricRing:
         """Add one micro-batch to the row of the step in progress."""
         row = len(self._host)
         logits = loss.logits.double()
-        values = torch.stack(
-            [
-                torch.ones_like(logits),
-                loss.winner_error.double(),
-                loss.loser_error.double(),
-                logits,
-                # A tie, as at step 0, is neither right nor wrong; NaN has sign 0, and stays NaN.
-                logits.sign().where(~logits.isnan(), logits) / 2 + 0.5,
-            ]
-        )
+        columns = [
+            torch.ones_like(logits),
+            loss.winner_error.double(),
+            loss.loser_error.double(),
+            logits,
+            # A tie, as at step 0, is neither right nor wrong; NaN has sign 0, and stays NaN.
+            logits.sign().where(~logits.isnan(), logits) / 2 + 0.5,
+        ]
+        if _KEPT in self._names:
+            assert loss.loser_kept is not None
+            columns.append(loss.loser_kept.double())
+        values = torch.stack(columns)
         quartile = timesteps * QUARTILES // self._num_timesteps
         members = (quartile[:, None] == self._quartiles).double()
         everyone = torch.ones_like(members[:, :1])
         self._sums[row] += values @ torch.cat([everyone, members], dim=1)
         self._losses[row] += loss.loss.detach().double() * len(logits)
 
-    def close_row(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
+    def close_row(
+        self,
+        host: dict[str, Any],
+        gradient_norm: float | Tensor | None,
+        same: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """End the step in progress; ``host`` is what is known without asking the device, and so is
-        the norm: the decision to take the step was made by it.
+        the norm: the decision to take the step was made by it. ``same`` are numbers () on the
+        device that all ranks share.
         """
         norm = float("nan") if gradient_norm is None else float(gradient_norm)
         self._host.append({**host, "grad_norm": None if norm != norm else norm})
+        self._same.append(same or {})
 
     def discard_row(self) -> None:
         """Forget the step in progress (it was skipped)."""
@@ -87,21 +102,26 @@ class MetricRing:
         flat = torch.cat([self._sums[:count].flatten(1), self._losses[:count, None]], dim=1)
         if world_size > 1:
             dist.all_reduce(flat)
+        names = list(self._same[0])
+        same = [torch.stack([row[name] for row in self._same]) for name in names]
+        flat = torch.cat([flat, *(column[:, None].to(flat) for column in same)], dim=1).cpu()
         rows = [
-            {**host, **_describe(values)}
-            for host, values in zip(self._host, flat.cpu(), strict=True)
+            {**host, **_describe(values[: len(values) - len(names)], self._names)}
+            | dict(zip(names, values[len(values) - len(names) :].tolist(), strict=True))
+            for host, values in zip(self._host, flat, strict=True)
         ]
         self._sums.zero_()
         self._losses.zero_()
         self._host.clear()
+        self._same.clear()
         return rows
 
 
-def _describe(values: Tensor) -> dict[str, float | None]:
-    sums = values[:-1].view(len(_SUMS), 1 + QUARTILES)
+def _describe(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
+    sums = values[:-1].view(len(names), 1 + QUARTILES)
     pairs = sums[0]
     described: dict[str, float | None] = {"loss": float(values[-1] / pairs[0])}
-    for name, total in zip(_SUMS[1:], sums[1:], strict=True):
+    for name, total in zip(names[1:], sums[1:], strict=True):
         # NaN where no pair is in the quartile, and where the objective does not compute it.
         overall, *by_quartile = (None if x != x else x for x in (total / pairs).tolist())
         described[name] = overall
@@ -202,9 +222,10 @@ class RunLog:
         device: torch.device,
         terminal: Terminal,
         write_events: Callable[[list[Event]], None] | None,
+        guarded: bool = False,
     ) -> None:
         self._window = window
-        self._ring = MetricRing(window, num_timesteps, device)
+        self._ring = MetricRing(window, num_timesteps, device, guarded)
         self._file = MetricsFile(run_dir / "metrics.jsonl")
         self._global_batch = global_batch
         self._world_size = world_size
@@ -237,9 +258,14 @@ class RunLog:
         """Forget the step in progress: it was skipped."""
         self._ring.discard_row()
 
-    def close_step(self, host: dict[str, Any], gradient_norm: float | Tensor | None) -> None:
+    def close_step(
+        self,
+        host: dict[str, Any],
+        gradient_norm: float | Tensor | None,
+        same: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """End the step in progress, and the window with it if that is full."""
-        self._ring.close_row(host, gradient_norm)
+        self._ring.close_row(host, gradient_norm, same)
         if self._ring.is_full:
             self.flush()
 

@@ -30,9 +30,11 @@ class PolicyAndReference(nn.Module):
         backbone: Backbone,
         objective: Objective,
         teacher: nn.Module | None = None,
+        base: nn.Module | None = None,
         *,
         offloaded: bool = False,
     ) -> None:
+        """``base`` is what the policy was at the start, where the reference is not to stay that."""
         super().__init__()
         self.policy = policy
         if offloaded:
@@ -41,13 +43,21 @@ class PolicyAndReference(nn.Module):
         else:
             self.reference = reference
         self.teacher = teacher
+        if base is not None:
+            self._moved_from = base
         self._backbone = backbone
         self._objective = objective
 
     @property
     def frozen(self) -> list[nn.Module]:
         """The networks beside the policy."""
-        return [net for net in (self.reference, self.teacher) if net is not None]
+        base = None if self.base is self.reference else self.base
+        return [net for net in (self.reference, self.teacher, base) if net is not None]
+
+    @property
+    def base(self) -> nn.Module:
+        """What the policy was at the start."""
+        return getattr(self, "_moved_from", self.reference)
 
     def forward(self, batch: TrainingBatch) -> Loss:
         teacher = self.teacher and self._predicting("teacher", self.teacher)
@@ -76,6 +86,7 @@ def build_networks(
     All of them are tuned alike, as far as goes before DeepSpeed wraps them. Raises RecipeError if
     the adapter's targets are no layers of this denoiser, or a knob does not work here.
     """
+    base: nn.Module | None = None
     denoiser, full = backbone.denoiser, recipe.adapter.type == "full"
     offloaded = full and recipe.train.reference == "offload"
     if full:
@@ -84,11 +95,14 @@ def build_networks(
     else:
         reference = twin_of(denoiser)
         policy = add_lora(denoiser, recipe.adapter, recipe.seed)
+        if recipe.objective.reference_ema:
+            base, reference = reference, twin_of(policy, own=True)
+            base.requires_grad_(False).eval()
     policy.train()
     reference.requires_grad_(False).eval()
     teacher = backbone.load_teacher() if recipe.objective.needs_teacher else None
     networks = PolicyAndReference(
-        policy, reference, backbone, objective, teacher, offloaded=offloaded
+        policy, reference, backbone, objective, teacher, base, offloaded=offloaded
     )
     networks.tuning = tune_for_training(
         recipe, backbone, policy, networks.frozen, zero_stage=zero_stage

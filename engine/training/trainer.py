@@ -39,8 +39,10 @@ from ..shards.store import ShardStore
 from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
 from .batch import (
     BatchMaker,
+    describe_moving,
     describe_pairs,
     describe_stages,
+    ranked_candidates,
     refuse_foreign_shards,
     trained_parts,
 )
@@ -53,6 +55,7 @@ from .exports import Exports
 from .finite import advice
 from .growth import Growth
 from .log import RunLog
+from .moving import Moving
 from .networks import build_networks
 from .samples import TrainingSamples
 from .starts import Starts
@@ -70,9 +73,11 @@ class Trainer:
     engine: deepspeed.DeepSpeedEngine
     pacing: Pacing
     growth: Growth
+    moving: Moving
     # on what, while there are steps to take
     shards: ShardStore | None
     manifest: Manifest
+    candidates: int | None
     stream: PairStream
     batch_maker: BatchMaker
     # where the run stands
@@ -130,6 +135,13 @@ class Trainer:
         )
         self.checkpoints.parts = trained_parts(self.backbone)
         self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
+        self.moving = Moving(
+            recipe.objective,
+            networks.policy,
+            networks.reference,
+            ranks.device,
+            ranks.world_size,
+        )
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(networks.tuning, networks.policy, *networks.frozen)
 
@@ -141,10 +153,11 @@ class Trainer:
             world_size=ranks.world_size,
             device=ranks.device,
             terminal=terminal,
+            guarded=recipe.objective.loser_safeguard is not None,
             write_events=self.engine.monitor.write_events if self.engine.monitor.enabled else None,
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
-        self.evaluation = Evaluation(recipe, self.backbone, networks.reference, ranks, terminal)
+        self.evaluation = Evaluation(recipe, self.backbone, networks.base, ranks, terminal)
         self.exports = Exports(
             recipe, self.backbone, self.engine, networks.policy, ranks, self.checkpoints.parts
         )
@@ -157,6 +170,7 @@ class Trainer:
         recipe, ranks = self.recipe, self.ranks
         self.shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
         self.manifest = ranks.on_first(self.shards.manifest)
+        self.candidates = ranked_candidates(recipe, self.manifest)
         self.checkpoints.data_hash = manifest_hash(self.manifest)
         self.stream = self._open_stream(self.shards)
 
@@ -165,7 +179,12 @@ class Trainer:
         recipe, manifest = self.recipe, self.manifest
         refuse_foreign_shards(recipe, manifest, self.backbone)
         self.batch_maker = BatchMaker(
-            recipe, self.backbone, manifest.resolution, self.ranks.device, manifest.kind
+            recipe,
+            self.backbone,
+            manifest.resolution,
+            self.ranks.device,
+            manifest.kind,
+            self.candidates,
         )
 
     def _open_stream(self, shards: ShardStore) -> PairStream:
@@ -209,7 +228,12 @@ class Trainer:
         ]
         if self.shards is not None:
             rows += describe_pairs(recipe, self.manifest, self.pacing)
-        return [*rows, *describe_stages(self.pacing), *self.growth.describe()]
+        return [
+            *rows,
+            *describe_moving(recipe.objective),
+            *describe_stages(self.pacing),
+            *self.growth.describe(),
+        ]
 
     # The run
 
@@ -240,6 +264,7 @@ class Trainer:
 
     def _read_checkpoint(self, folder: Path, saved_ranks: int) -> None:
         note = read_partitions(self.engine, self.ranks, folder, saved_ranks)
+        self.moving.read(folder)
         keep_settings(self.engine, self.recipe.train.optimizer, self.recipe.train.gradient_clip)
         if note is not None:
             self.terminal.line(note)
@@ -352,7 +377,7 @@ class Trainer:
         return True
 
     def _forward_backward(self, pairs: PairBatch) -> None:
-        batch = self.batch_maker.make(pairs)
+        batch = self.moving.weighted(self.batch_maker.make(pairs))
         loss: Loss = self.engine(batch)
         with phase("backward"):
             if failpoint("train.loss") == "nan":
@@ -361,6 +386,7 @@ class Trainer:
             else:
                 self.engine.backward(loss.loss)
         with phase("log"):
+            self.moving.add(loss)
             self.log.add(loss, batch.draw.timesteps)
         # At the last micro-batch of a step this reduces, clips and updates; or, where the norm of
         # the gradient is not finite on any rank, drops the gradients on all of them.
@@ -395,8 +421,9 @@ class Trainer:
             "lr": lr,
             "skipped": sum(self.cursor.skips),
         }
+        moved = self.moving.step()
         with phase("log"):
-            self.log.close_step(host, self.engine.get_global_grad_norm())
+            self.log.close_step(host, self.engine.get_global_grad_norm(), moved)
         shown: dict[str, float | str] = {
             "stage": f"{stage.index + 1}/{len(self.pacing.stages)}",
             **{name: str(count) for name, count in self.growth.row.items()},
@@ -408,6 +435,7 @@ class Trainer:
     def _skip(self) -> None:
         """Count a non-finite step; it advances neither schedule nor curriculum."""
         self.log.discard_step()
+        self.moving.skip()
         self.cursor = self.cursor.skipped(self.pacing)
         self.skipped_in_a_row += 1
         searching = SCALE_SEARCH if self.recipe.train.precision == "fp16" else 0
@@ -502,10 +530,14 @@ class Trainer:
         """Both parts on every rank, whatever fails: each of them meets the other ranks."""
         errors: list[OSError | RuntimeError] = []
         partitions = partial(write_partitions, self.engine, rank=self.ranks.rank)
-        for write in (partitions, self.exports.write_adapters):
+        for write in (partitions, self.exports.write_adapters, self._write_moving):
             try:
                 write(folder)
             except (OSError, RuntimeError) as error:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def _write_moving(self, folder: Path) -> None:
+        if self.ranks.is_first:
+            self.moving.write(folder)

@@ -36,6 +36,8 @@ class Sizes:
     """Bytes kept for the backward pass of one micro-batch."""
     averaged: bool = False
     """Whether the optimiser keeps a moving average of what trains."""
+    moving: int = 0
+    """Elements of the average that the reference follows, whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def memory_rows(
         _at(zero.optimizer)("float32 gradients", share * FLOAT32, "in the step"),
         _at(zero.optimizer)("AdamW, float32 weights", share * ADAMW_STATES * FLOAT32),
         _at(zero.optimizer)("moving average", share * FLOAT32 if sizes.averaged else 0),
+        Row("reference's average", device=sizes.moving * FLOAT32),
         Row("reduction buckets", device=bucket),
         _at(encoders)("text encoders", sizes.text_encoders),
         _at(encoders)("VAE, float32", sizes.vae),

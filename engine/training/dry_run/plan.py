@@ -26,7 +26,7 @@ from ...objectives import build_objective
 from ...recipe import Recipe
 from ...shards.remote.fetch import is_remote
 from ...shards.remote.store import open_store
-from ..batch import describe_pairs, describe_stages
+from ..batch import describe_moving, describe_pairs, describe_stages
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..evaluation import DRAWS
 from ..growth import growth_rows
@@ -86,6 +86,8 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     frozen = _frozen_parameters(recipe, model)
     policy = _build_policy(recipe, model)
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    moving = trained if recipe.objective.reference_ema else 0
+    frozen["reference"] += moving
     if recipe.adapter.type == "full":
         networks["denoiser"] = (trained, trained)
     else:
@@ -112,6 +114,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
             checkpointing=tuning.activation_checkpointing,
         ),
         averaged=recipe.adapter.ema is not None,
+        moving=moving,
     )
     memory = memory_rows(
         sizes,
@@ -203,6 +206,7 @@ def _print_header(
         ),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *_pairs_rows(recipe),
+        *describe_moving(recipe.objective),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
         *(
             ("configs", f"of {name} as shipped: it is not in the hub's cache")

@@ -28,28 +28,44 @@ def errors(prediction: Tensor, target: Tensor, spec: Objective) -> Tensor:
 
 
 def published(
-    policy: Tensor, reference: Tensor, target: Tensor, spec: Objective, weights: Tensor | None
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    spec: Objective,
+    weights: Tensor | None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, logits), each form written out as its paper has it."""
     gains = errors(policy, target, spec) - errors(reference, target, spec)
     ratio = -(gains[:PAIRS] - gains[PAIRS:]) * (1.0 if weights is None else weights.double())
     logits = SCALE * ratio
     if spec.loss == "ipo":
-        return SCALE**2 * ((ratio - 1 / (2 * SCALE)) ** 2).mean(), logits
+        return SCALE**2 * _mean((ratio - 1 / (2 * SCALE)) ** 2, shares), logits
+    if spec.loss == "linear":
+        utility = [min(max(0.5 - 0.2 * z, 0.01), 0.99) for z in logits.tolist()]
+        return -SCALE * _mean(torch.tensor(utility, dtype=torch.float64) * ratio, shares), logits
     right, wrong = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
     smoothing = spec.label_smoothing
-    return -((1 - smoothing) * right + smoothing * wrong).mean(), logits
+    return -_mean((1 - smoothing) * right + smoothing * wrong, shares), logits
 
 
+def _mean(losses: Tensor, shares: Tensor | None) -> Tensor:
+    return losses.mean() if shares is None else (losses @ shares.double()) / PAIRS
+
+
+FORMS = [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}, {"loss": "linear"}]
+
+
+@pytest.mark.parametrize("shares", [None, torch.linspace(1.9, 0.1, PAIRS)], ids=["", "shared"])
 @pytest.mark.parametrize("weights", [None, torch.linspace(0.2, 1.8, PAIRS)], ids=["", "weighted"])
 @pytest.mark.parametrize("distance", ["mse", "pseudo_huber"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}], ids=str)
-def test_loss_logits_and_gradient_are_those_of_the_formula(options, distance, weights):
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_loss_logits_and_gradient_are_those_of_the_formula(options, distance, weights, shares):
     spec = Objective(distance=distance, huber_c=0.05, **options)
     policy, reference, target = predictions()
     leaf, exact = policy.clone().requires_grad_(), policy.double().requires_grad_()
-    found = PreferenceLoss(spec, SCALE)(leaf, reference, target, weights)
-    loss, logits = published(exact, reference, target, spec, weights)
+    found = PreferenceLoss(spec, SCALE)(leaf, reference, target, weights, shares=shares)
+    loss, logits = published(exact, reference, target, spec, weights, shares)
     assert logits.abs().min() > 1e-2  # the example says something
     torch.testing.assert_close(found.loss.double(), loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.logits.double(), logits.detach(), rtol=1e-5, atol=1e-5)
@@ -69,6 +85,7 @@ def test_loss_logits_and_gradient_are_those_of_the_formula(options, distance, we
         ({}, math.log(2)),
         ({"label_smoothing": 0.3}, math.log(2)),
         ({"loss": "ipo"}, 0.25),
+        ({"loss": "linear"}, 0),
         ({"loser_gradient": 0.5}, math.log(2)),
     ],
     ids=str,
@@ -83,7 +100,7 @@ def test_identical_networks_start_at_the_known_loss(options, at_start, dtype):
 
 
 @pytest.mark.parametrize("distance", ["mse", "pseudo_huber"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}], ids=str)
+@pytest.mark.parametrize("options", FORMS, ids=str)
 def test_the_safeguard_keeps_of_each_loser_what_its_winner_bears(options, distance):
     policy, reference, target = predictions()
     policy[PAIRS:] += 0.8 * policy[:PAIRS]  # losers that pull where their winners do
@@ -92,7 +109,8 @@ def test_the_safeguard_keeps_of_each_loser_what_its_winner_bears(options, distan
     for safeguard in (None, 0.6):
         leaf = policy.clone().requires_grad_()
         guarded = spec.model_copy(update={"loser_safeguard": safeguard})
-        PreferenceLoss(guarded, SCALE)(leaf, reference, target, None).loss.backward()
+        found = PreferenceLoss(guarded, SCALE)(leaf, reference, target, None)
+        found.loss.backward()
         assert leaf.grad is not None
         grads.append(leaf.grad.double().flatten(1))
     plain, held = grads
@@ -102,6 +120,8 @@ def test_the_safeguard_keeps_of_each_loser_what_its_winner_bears(options, distan
     winner, loser = exact.grad.flatten(1).chunk(2)
     shared = (winner * loser).sum(1)
     kept = (0.4 * (winner**2).sum(1) / shared).clamp(max=1).where(shared > 0, torch.ones(PAIRS))
+    assert found.loser_kept is not None
+    torch.testing.assert_close(found.loser_kept.double(), kept, rtol=1e-4, atol=1e-6)
     assert kept.min() < 0.6 and kept.max() > kept.min()  # the example says something
     torch.testing.assert_close(held[:PAIRS], plain[:PAIRS])
     torch.testing.assert_close(held[PAIRS:], kept[:, None] * plain[PAIRS:], rtol=1e-4, atol=1e-9)
@@ -159,6 +179,13 @@ def test_loss_is_finite_where_the_sigmoid_underflows():
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 needs loss=sigmoid"),
         ({"type": "sft", "loser_gradient": 0.5}, "loser_gradient has no effect with type=sft"),
         ({"type": "sft", "loser_safeguard": 0.9}, "loser_safeguard has no effect with type=sft"),
+        ({"type": "sft", "pair_weighting": "rank"}, "pair_weighting has no effect with type=sft"),
+        ({"type": "sft", "reference_ema": 0.9}, "reference_ema has no effect with type=sft"),
+        ({"type": "sft", "target_logit": 1}, "target_logit has no effect with type=sft"),
+        ({"loss": "ipo", "target_logit": 1.5}, "target_logit=1.5 does not go with loss=ipo"),
+        ({"loss": "linear", "label_smoothing": 0.1}, "label_smoothing=0.1 needs loss=sigmoid"),
+        ({"reference_ema": 1}, "less than 1"),
+        ({"target_logit": 0}, "greater than 0"),
         ({"loser_safeguard": 1.5}, "less than or equal to 1"),
         ({"label_smoothing": 0.5}, "less than 0.5"),
         ({"loser_gradient": 1.5}, "less than or equal to 1"),

@@ -607,6 +607,7 @@ CHANGEABLE_KEYS = (
     *("train.caption_dropout", "adapter.dropout", "objective.beta", "objective.distance"),
     *("objective.huber_c", "objective.loss", "objective.label_smoothing"),
     *("objective.timestep_weighting", "objective.loser_gradient", "objective.loser_safeguard"),
+    *("objective.pair_weighting", "objective.target_logit"),
 )
 
 

@@ -32,6 +32,7 @@ def batch_of(images: torch.Tensor, pair_ids: list[int], visit: int = 0) -> PairB
         pair_ids=torch.tensor(pair_ids),
         visits=torch.full((count,), visit),
         tiers=torch.ones(count, dtype=torch.int64),
+        ranks=torch.tensor([[1, 2]] * count),
         original_sizes=torch.full((2 * count, 2), 16),
         crops=torch.zeros(2 * count, 2, dtype=torch.int64),
     )

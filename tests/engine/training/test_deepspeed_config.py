@@ -11,6 +11,13 @@ ROOT = Path(__file__).parents[3]
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
 
+def test_a_reference_that_moves_is_not_for_zero_3(build):
+    build({"zero_optimization": {"stage": 1}}, objective={"reference_ema": 0.9})
+    with refused(RecipeError, "contradiction", "deepspeed") as told:
+        build({"zero_optimization": {"stage": 3}}, objective={"reference_ema": 0.9})
+    assert "objective.reference_ema=0.9" in str(told.value)
+
+
 @pytest.fixture
 def build(tmp_path):
     """The config built from a JSON value (or text) and sections of a recipe."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,21 @@ def micro_batch(seed: int, timesteps: list[int], scale: float = 1.0) -> tuple[Lo
     )
     loss = -torch.nn.functional.logsigmoid(logits).mean()
     return Loss(loss, logits, winner, loser), torch.tensor(timesteps)
+
+
+def test_what_only_some_losses_tell_is_in_the_rows_of_those() -> None:
+    metrics = MetricRing(2, NUM_TIMESTEPS, torch.device("cpu"), guarded=True)
+    for step, beta in enumerate((2.0, 3.0)):
+        for kept in ([0.5, 1.0], [0.0, 0.5]):
+            loss, timesteps = micro_batch(step, [5, 999])
+            metrics.add(replace(loss, loser_kept=torch.tensor(kept)), timesteps)
+        metrics.close_row({"step": step}, 1.0, {"beta": torch.tensor(beta)})
+    rows = metrics.flush(1)
+    assert [row["beta"] for row in rows] == [2, 3]
+    assert [row["grad_norm"] for row in rows] == [1, 1]
+    found = [(r["loser_kept"], r["loser_kept_q1"], r["loser_kept_q4"]) for r in rows]
+    assert found == [(0.5, 0.25, 0.75)] * 2
+    assert rows[0]["margin"] == pytest.approx(micro_batch(0, [5, 999])[0].logits.mean().item())
 
 
 def ring(capacity: int = 4) -> MetricRing:
