@@ -3,7 +3,8 @@
     deepspeed engine/rounds.py --recipe recipes/emoji_cdpo.yaml prompts.validation.count=12
 
 Each of `rounds.count` rounds is a `prepare` and a `train` in a run folder of its own, `round-1`,
-`round-2`, ..., on the model that the kept rounds before have left, which is the reference, too. A
+`round-2`, ..., on the model that the kept rounds before have left, which is the reference, too
+(with `rounds.reference=base` the reference stays the base). A
 round that gains nothing on `prompts.validation` is not kept (`rounds.json` says which are): the
 next begins where it began. Goes on where it was stopped; a finished run says so. Leaves the sum of
 the kept rounds as one adapter of the base (`lora/` and whatever `export.formats` asks for) and a
@@ -40,7 +41,7 @@ def main(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
         terminal.line(f"round {number} of {count}")
         with run_lock(ranks, Path(own.run_dir)):
             prepare.main(ranks, own, terminal)
-            train.main(ranks, own, terminal)
+            train.main(ranks, series.training_of(own), terminal)
         _free()
         terminal.line(series.told(series.judge()))
     runs = series.export()

@@ -29,6 +29,7 @@ PARTS = {
     "lcm_lora": "LCM-LoRA",
     "teacher": "teacher",
     "teacher_config": "config of the teacher",
+    "start": "adapter to start from",
     "reward": "reward",
 }
 """The parts by the names that products record, and what messages call them."""

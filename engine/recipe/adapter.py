@@ -63,6 +63,10 @@ class Adapter(Section):
     """Decay of a moving average of what is trained, e.g. 0.999 averages some 1,000 steps; exported
     beside the last weights, in `ema/`. Four bytes a trained parameter, divided among the ranks."""
 
+    start: str | None = None
+    """Folder of an exported adapter, `lora/` of a run of this model and rank, that training goes on
+    from; the reference stays the model without it. `null`: adapters that change nothing yet."""
+
     @property
     def grows(self) -> bool:
         """Whether what is trained grows with the stages."""
@@ -105,6 +109,21 @@ def check_exports(adapter: Adapter, export: Export) -> None:
         )
     if not formats:
         raise ValueError("export.formats is empty: the run would leave nothing to use")
+
+
+def check_start(adapter: Adapter, reference_ema: float) -> None:
+    """ValueError for what does not go on from an adapter that is there."""
+    others = {
+        "adapter.type=full": adapter.type == "full",
+        "adapter.dora=true": adapter.dora,
+        "adapter.rank_schedule or opening": adapter.grows,
+        "objective.reference_ema": bool(reference_ema),
+    }
+    for other, given in others.items():
+        if adapter.start is not None and given:
+            raise ValueError(
+                f"adapter.start={adapter.start} does not go with {other}: leave one of them out"
+            )
 
 
 def check_growth(adapter: Adapter, num_stages: int, weight_decay: float) -> None:

@@ -128,7 +128,7 @@ def differences(
     def show(value: object) -> str:
         return "not set" if value is absent else shown(value)
 
-    names = () if by_name else {f"model.{key}" for key in MODEL_FILES}
+    names = () if by_name else {"adapter.start", *(f"model.{key}" for key in MODEL_FILES)}
     pairs = {key: (value_of(old, key), value_of(new, key)) for key in (*new, *old)}
     return {
         key: (show(before), show(now))

@@ -48,6 +48,14 @@ def check_rounds(recipe: Recipe) -> None:
             "full",
             "with model.lcm_lora a further round can go on from adapters alone: use lora",
         )
+    if adapter.start is not None:
+        raise _unfit(
+            "adapter.start",
+            adapter.start,
+            "the first round begins from the base: leave it out",
+        )
+    if recipe.rounds.reference == "base":
+        _check_base(recipe)
     for key in ("path", "manifest_sha256"):
         if (value := getattr(recipe.data, key)) is not None:
             raise _unfit(f"data.{key}", value, "every round makes shards of its own: leave it out")
@@ -58,6 +66,23 @@ def check_rounds(recipe: Recipe) -> None:
             "what is compared is the model after each round: leave it out, and compare with other "
             "runs afterwards",
         )
+
+
+def _check_base(recipe: Recipe) -> None:
+    """RecipeError for what cannot go on with the adapter of the round before."""
+    others = {
+        "adapter.type=full": recipe.adapter.type == "full",
+        "adapter.rank_schedule or opening": recipe.adapter.grows,
+        "objective.reference_ema": bool(recipe.objective.reference_ema),
+    }
+    for other, given in others.items():
+        if given:
+            raise _unfit(
+                "rounds.reference",
+                "base",
+                f"every round goes on with one adapter, which does not go with {other}: use "
+                "previous",
+            )
 
 
 def _unfit(key: str, value: str, reason: str) -> RecipeError:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .adapter import Adapter, Export, check_exports, check_growth
+from .adapter import Adapter, Export, check_exports, check_growth, check_start
 from .compare import Compare
 from .data import Curriculum, Data
 from .evaluate import Evaluate
@@ -117,6 +117,7 @@ class Recipe(Section):
         check_reward(self.reward, self.prepare.source)
         self._check_objective()
         check_exports(self.adapter, self.export)
+        check_start(self.adapter, self.objective.reference_ema)
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
         check_growth(self.adapter, stages, self.train.optimizer.weight_decay)

@@ -59,11 +59,20 @@ class Lora:
 
 def trained_lora(values: dict[str, Tensor], spec: Adapter) -> Lora:
     """The adapter of a recipe: ``values`` are those of :class:`Lora`, B without its scale."""
-    scale = spec.alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
-    return Lora(
-        {name: value * scale if name.endswith(UP) else value for name, value in values.items()},
-        spec.rank,
-    )
+    return Lora(_scaled(values, _scale(spec)), spec.rank)
+
+
+def untrained_lora(lora: Lora, spec: Adapter) -> dict[str, Tensor]:
+    """What :func:`trained_lora` makes that adapter of."""
+    return _scaled(lora.values, 1 / _scale(spec))
+
+
+def _scale(spec: Adapter) -> float:
+    return spec.alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
+
+
+def _scaled(values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    return {name: value * scale if name.endswith(UP) else value for name, value in values.items()}
 
 
 def both(one: Lora, other: Lora) -> Lora:

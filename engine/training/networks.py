@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..basics.errors import DataError, told_by
 from ..basics.phases import Phase, phase
 from ..models import Backbone, Conditioning
 from ..models.adapters import add_lora, twin_of
+from ..models.fingerprints import fingerprint_of_tensors
 from ..models.tuning import Tuning, tune_for_training
 from ..objectives import Loss, Networks, Objective, Predict, TrainingBatch
-from ..recipe import Recipe
+from ..recipe import Adapter, Recipe
+from .export_formats import read_adapter
+from .lora import Lora, untrained_lora
 
 
 class PolicyAndReference(nn.Module):
@@ -95,6 +101,10 @@ def build_networks(
     else:
         reference = twin_of(denoiser)
         policy = add_lora(denoiser, recipe.adapter, recipe.seed)
+        if recipe.adapter.start is not None:
+            load_start(policy, recipe.adapter)
+            base = twin_of(policy, own=True)
+            base.requires_grad_(False).eval()
         if recipe.objective.reference_ema:
             base, reference = reference, twin_of(policy, own=True)
             base.requires_grad_(False).eval()
@@ -110,6 +120,54 @@ def build_networks(
     if offloaded:
         _bring_by_layer(reference, backbone.device)
     return networks
+
+
+def load_start(policy: nn.Module, spec: Adapter) -> None:
+    """Give a policy's adapters the values of those that it starts from. DataError if these cannot
+    be read, or are of other layers or another rank.
+    """
+    lora = started_from(spec)
+    own = get_peft_model_state_dict(policy)
+    found = {name: value.shape for name, value in lora.values.items()}
+    if found != {name: value.shape for name, value in own.items()}:
+        raise _other_adapter(spec, lora)
+    set_peft_model_state_dict(policy, untrained_lora(lora, spec))
+
+
+def started_from(spec: Adapter) -> Lora:
+    """What training goes on from. DataError if it cannot be read or has another rank."""
+    assert spec.start is not None
+    try:
+        lora = read_adapter(Path(spec.start))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"adapter.start={spec.start} cannot be read as an exported adapter: {told_by(error)}; "
+            "name the lora/ of a run",
+            "adapter.start",
+            "unreadable",
+        ) from None
+    if lora.rank != spec.rank:
+        raise _other_adapter(spec, lora)
+    return lora
+
+
+def _other_adapter(spec: Adapter, lora: Lora) -> DataError:
+    return DataError(
+        f"adapter.start={spec.start} is an adapter of rank {lora.rank} on {len(lora.layers)} "
+        f"layers, not that of adapter.targets at adapter.rank={spec.rank}: give the same, or leave "
+        "it out",
+        "adapter.start",
+        "mismatch",
+    )
+
+
+def started_parts(spec: Adapter) -> dict[str, str]:
+    """The fingerprint of what training goes on from, if that is an adapter. DataError as of
+    :func:`started_from`.
+    """
+    if spec.start is None:
+        return {}
+    return {"start": fingerprint_of_tensors(started_from(spec).values)}
 
 
 def _copied_to(device: torch.device, network: ModelMixin) -> ModelMixin:

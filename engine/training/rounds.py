@@ -6,7 +6,9 @@ the next begins where it began, with other noise. Both follow from what lies in 
 rounds which are started again come to the same.
 
 The next round gets the denoiser that the kept ones have left in place of the model's. Each of their
-adapters changes what the one before has left, so together they are one adapter of the base.
+adapters changes what the one before has left, so together they are one adapter of the base. With
+`rounds.reference=base` it gets that denoiser for its candidates alone: it trains on the base, and
+goes on with the adapter of the last that was kept, which holds all that those before have learnt.
 """
 
 from __future__ import annotations
@@ -148,7 +150,8 @@ class Series:
         return [
             (
                 "rounds",
-                f"{self.recipe.rounds.count}, each from the model that those before it left",
+                f"{self.recipe.rounds.count}, each from the model that those before it left"
+                f"{', against the base' * (self.recipe.rounds.reference == 'base')}",
             ),
             ("kept", f"if {scorer} finds a gain on the validation prompts"),
         ]
@@ -167,6 +170,14 @@ class Series:
     def next_recipe(self) -> Recipe:
         """Of the round that follows."""
         return recipe_of_round(self.recipe, len(self.rounds) + 1, self.prompts, self._model())
+
+    def training_of(self, own: Recipe) -> Recipe:
+        """The recipe that a round is trained by, of the one that its candidates are drawn by."""
+        if self.recipe.rounds.reference == "previous" or not self.kept:
+            return own
+        start = str(Path(self.kept[-1].folder) / FOLDERS["diffusers"])
+        adapter = own.adapter.model_copy(update={"start": start})
+        return own.model_copy(update={"model": self.recipe.model, "adapter": adapter})
 
     def _model(self) -> Model:
         """What the kept rounds have left."""
@@ -217,13 +228,22 @@ class Sums:
         for at, last in enumerate(self.kept, start=1):
             folder = self.run_dir / "after" / f"round-{last.number}"
             changes = {"run_dir": str(folder), "export": of_each}
-            self._write(self.kept[:at], self.recipe.model_copy(update=changes))
+            self._write(self._made_of(at), self.recipe.model_copy(update=changes))
             found[f"after round {last.number}"] = str(folder)
         if self.kept:
-            self._write(self.kept, self.recipe)
+            self._write(self._made_of(len(self.kept)), self.recipe)
         else:
             self._withdraw()
         return found
+
+    def _made_of(self, count: int) -> Sequence[Round]:
+        """The rounds whose adapters are, together, what there is after so many that were kept."""
+        return self.kept[count - 1 : count] if self._is_one else self.kept[:count]
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether each round goes on with the adapter of the one before."""
+        return self.recipe.rounds.reference == "base"
 
     def _write(self, rounds: Sequence[Round], recipe: Recipe) -> None:
         """The sum of some rounds into the run folder of a recipe, unless it is there."""

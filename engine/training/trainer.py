@@ -56,7 +56,7 @@ from .finite import advice
 from .growth import Growth
 from .log import RunLog
 from .moving import Moving
-from .networks import build_networks
+from .networks import build_networks, started_parts
 from .samples import TrainingSamples
 from .starts import Starts
 
@@ -122,6 +122,8 @@ class Trainer:
         if has_steps_left:  # absent shards are found early
             self._open_shards()
 
+        started = started_parts(recipe.adapter)
+
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self.backbone.fingerprints()  # as it was loaded: a policy is made of it next
@@ -133,7 +135,8 @@ class Trainer:
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )
-        self.checkpoints.parts = trained_parts(self.backbone)
+        parts = trained_parts(self.backbone)
+        self.checkpoints.parts = parts | started
         self.growth = Growth(networks.policy, recipe.adapter, self.pacing, ranks.device)
         self.moving = Moving(
             recipe.objective,
@@ -158,9 +161,7 @@ class Trainer:
         )
         self.samples = TrainingSamples(recipe, self.backbone, ranks)
         self.evaluation = Evaluation(recipe, self.backbone, networks.base, ranks, terminal)
-        self.exports = Exports(
-            recipe, self.backbone, self.engine, networks.policy, ranks, self.checkpoints.parts
-        )
+        self.exports = Exports(recipe, self.backbone, self.engine, networks.policy, ranks, parts)
 
     def _open_shards(self) -> None:
         """Find all shards, and start to read the pairs of this rank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,26 +177,32 @@ OF_FIRST = ("checkpoint.manifest", "rounds.judged", "rounds.exported")
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize(
+    ("ranks", "before", "reference"),
+    [*((ranks, before, "previous") for ranks in (1, 2) for before in (0, 1)), (2, 1, "base")],
+)
 def test_killed_in_every_phase_of_every_round(
-    world: World, tmp_path: Path, ranks: int, before: int
+    world: World, tmp_path: Path, ranks: int, before: int, reference: str
 ) -> None:
     """One phase after the other in one run folder, of the first round, or of a second that is asked
     for when the first is over.
     """
     first, run = tmp_path / "first", tmp_path / "run"
-    rounds(world, first, KEPT, ranks=ranks).succeeded()
+    asked_for = (KEPT, f"rounds.reference={reference}")
+    rounds(world, first, *asked_for, ranks=ranks).succeeded()
+    starts = [losses(first / f"round-{number}")[0] for number in (1, 2)]
+    is_base = reference == "base"
+    assert [abs(loss - math.log(2)) < 1e-6 for loss in starts] == [True, not is_base]
     if before:
-        rounds(world, run, KEPT, "rounds.count=1", ranks=ranks).succeeded()
+        rounds(world, run, *asked_for, "rounds.count=1", ranks=ranks).succeeded()
     killed = []
     for phase in PHASES:
         place = f"{phase}{'@2' if before and phase.startswith('rounds') else ''}"
         asked = f"{place}:kill/rank{0 if phase in OF_FIRST else ranks - 1}"
-        outcome = rounds(world, run, KEPT, failpoint=asked, ranks=ranks)
+        outcome = rounds(world, run, *asked_for, failpoint=asked, ranks=ranks)
         killed += [phase] * (KILLED in outcome.codes)
     assert killed == list(PHASES)
-    rounds(world, run, KEPT, ranks=ranks).succeeded()
+    rounds(world, run, *asked_for, ranks=ranks).succeeded()
     ours, theirs = left(run), left(first)
     if before:  # the first round was scored in other company, which enters the rounding
         one, other = (np.array(found.pop("scores")).ravel() for found in (ours, theirs))

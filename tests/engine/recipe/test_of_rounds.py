@@ -31,6 +31,15 @@ VALIDATION = "prompts.validation={count: 2}"
         ("out-of-range", None, "rounds.count=0"),
         ("contradiction", "adapter.dora", "adapter.dora=true"),
         ("contradiction", "adapter.ema", "adapter.ema=0.9"),
+        ("contradiction", "adapter.start", "adapter.start=lora"),
+        *(
+            ("contradiction", "rounds.reference", f"rounds.reference=base {other}")
+            for other in (
+                "objective.reference_ema=0.9",
+                "adapter.opening=inside_out",
+                "adapter.type=full export.formats=[merged]",
+            )
+        ),
         ("contradiction", "data.path", "data.path=elsewhere"),
         ("contradiction", "compare.runs", "compare.runs={a:b}"),
         (

@@ -68,6 +68,38 @@ def test_a_round_that_does_not_gain_is_not_kept_and_the_next_begins_where_it_beg
     assert kept == [True, False, False, False, True]
 
 
+def test_against_the_base_a_round_goes_on_with_the_last_kept_adapter(
+    tiny_recipe: Callable[..., Recipe], ranks: Ranks
+) -> None:
+    recipe = tiny_recipe(VALIDATION, "rounds.reference=base", "adapter.alpha=3.0")
+    series = Series(ranks, recipe)
+    asked = []
+    for number, gain in enumerate([0.2, -0.1, 0.1, 0.1], start=1):
+        own = series.next_recipe()
+        asked.append((own.model.unet, series.training_of(own)))
+        finish(recipe, number, gain)
+        series.judge()
+    folders = [folder_of_round(recipe, number) for number in (1, 1, 3)]
+    assert [unet for unet, _ in asked] == [None, *(str(f / "merged" / "unet") for f in folders)]
+    starts = [own.adapter.start for _, own in asked]
+    assert starts == [None, *(str(folder / "lora") for folder in folders)]
+    assert all(own.model == recipe.model for _, own in asked)
+
+
+def test_against_the_base_the_last_adapter_is_all_of_it(recipe: Recipe) -> None:
+    base = recipe.rounds.model_copy(update={"reference": "base"})
+    one = recipe.model_copy(update={"rounds": base})
+    first = trained(one, 1, [])
+    kept = [first, trained(one, 2, [])]
+    assert set(Sums(one, kept).write()) == {"after round 1", "after round 2"}
+    run = Path(one.run_dir)
+    for last, ours in ((1, run / "after" / "round-1"), (2, run / "after" / "round-2"), (2, run)):
+        theirs = load_file(Path(kept[last - 1].folder) / "lora" / "adapter_model.safetensors")
+        found = load_file(ours / "lora" / "adapter_model.safetensors")
+        assert all(torch.equal(found[name], theirs[name]) for name in {**found, **theirs})
+        assert json.loads((ours / "exported.json").read_text())["rounds"] == [last]
+
+
 def test_the_gain_is_that_of_the_step_that_is_exported(recipe: Recipe, ranks: Ranks) -> None:
     """Where the best is exported, and that is where the round began, nothing is gained."""
     series = Series(ranks, recipe)
