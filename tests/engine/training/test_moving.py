@@ -195,6 +195,7 @@ def test_what_does_not_go_together_is_refused(tiny_recipe, overrides, key):
 @pytest.mark.long
 @pytest.mark.parametrize("zero", [1, 2])
 def test_a_killed_run_of_all_of_it_goes_on_bit_for_bit(world: World, tmp_path: Path, zero: int):
+    """And on one rank with another stage, to rounding."""
     knobs = [*CALM, "train.steps=4", "checkpoint.every=2", "objective.loser_safeguard=0.5"]
     knobs += ["objective.loss=linear", "objective.reference_ema=0.5", "objective.target_logit=1"]
     knobs += [f"deepspeed={zero_config(tmp_path / 'zero.json', zero)}"]
@@ -209,3 +210,9 @@ def test_a_killed_run_of_all_of_it_goes_on_bit_for_bit(world: World, tmp_path: P
     assert rows[0]["loss"] == 0 and rows[0]["beta"] == rows[1]["beta"] == 500
     assert rows[2]["beta"] != 500
     assert all(0 <= row["loser_kept"] <= 1 for row in rows)
+    elastic = tmp_path / "elastic"
+    world.train(elastic, *knobs, ranks=2, failpoint="train.step@4:kill")
+    knobs += [f"deepspeed={zero_config(tmp_path / 'other.json', 3 - zero)}"]
+    world.train(elastic, *knobs, ranks=1).succeeded()
+    assert losses(elastic) == pytest.approx(losses(whole), rel=1e-3, abs=1e-5)
+    assert metrics(elastic)[-1]["beta"] == pytest.approx(rows[-1]["beta"], rel=1e-4)
