@@ -12,6 +12,7 @@ from cdpo.engine.basics.keyed import (
     normal,
     uniform,
 )
+from cdpo.kernels import philox_uint32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,7 @@ def test_uniform_integers_and_normal_are_what_they_say():
     assert u.dtype == torch.float32
     assert 0 <= u.min() < u.max() < 1
     assert abs(u.mean() - 0.5) < 0.01
+    assert torch.equal(n, philox_uint32(keys, 1)[:, 0] * 10 >> 32)
     counts = torch.bincount(n, minlength=10)
     assert len(counts) == 10
     assert ((counts - 2000.0) ** 2 / 2000).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
