@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 triton: Any
 tl: Any
@@ -163,6 +164,19 @@ def as_float32(value: float) -> float:
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether something looks at operations, and does not only run them: torch.compile, a counter.
+
+    Then a kernel has to be one operation of `torch.library`; otherwise the launcher may be called
+    at once, which costs the host a third.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+    )
 
 
 _tickets: dict[tuple[int, int], Tensor] = {}

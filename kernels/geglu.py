@@ -9,8 +9,8 @@ backward; here the projection alone is kept, and Φ is computed again. The halve
 a row of the projection holds hidden, then gate. All arithmetic is float32, so a half-precision
 result is rounded once, not twice.
 
-Φ(−|gate|) is one polynomial under `exp2` (`elementary.py`), which serves Φ of either sign; the density
-is another `exp2`.
+Φ(−|gate|) is one polynomial under `exp2` (`elementary.py`), which serves Φ of either sign; the
+density is another `exp2`.
 
 Layout: a program takes BLOCK neighbouring elements of one row of the output.
 
@@ -30,6 +30,7 @@ from .dispatch import (
     CompileSpec,
     check_floating,
     device_of,
+    is_traced,
     takes_triton,
     tl,
     triton,
@@ -128,6 +129,10 @@ def _empty_output(projected: Tensor) -> Tensor:
 
 @torch.library.custom_op("cdpo::geglu", mutates_args=())
 def _op(projected: Tensor) -> Tensor:
+    return _forward(projected)
+
+
+def _forward(projected: Tensor) -> Tensor:
     if takes_triton(projected):
         return _forward_triton(projected)
     return geglu_ref(projected).contiguous()
@@ -140,6 +145,10 @@ def _(projected: Tensor) -> Tensor:
 
 @torch.library.custom_op("cdpo::geglu_backward", mutates_args=())
 def _backward_op(grad: Tensor, projected: Tensor) -> Tensor:
+    return _gradient(grad, projected)
+
+
+def _gradient(grad: Tensor, projected: Tensor) -> Tensor:
     if takes_triton(projected, grad):
         return _backward_triton(grad, projected)
     return _backward_torch(grad, projected)
@@ -162,6 +171,22 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher, for what only runs."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        return _forward(projected)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (projected,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_traced(grad):
+            return _backward(ctx, grad)
+        return _gradient(grad, projected)
+
+
 # ----------------------------------------------------------------------------------------- public
 
 
@@ -172,7 +197,7 @@ def geglu(projected: Tensor) -> Tensor:
     what was given and what is taken.
     """
     _check(projected)
-    out: Tensor = _op(projected)
+    out: Tensor = _op(projected) if is_traced(projected) else _Eager.apply(projected)
     return out
 
 

@@ -1,8 +1,8 @@
 """What a kernel's machine code costs, told without a GPU: the real launchers, real compilers.
 
 `launches(call)` runs a launcher on meta tensors under a stand-in driver and catches the
-specialisations that Triton would compile on a GPU, with their grids; `compiled(launch, sm)` compiles
-one and reads the machine code back (`nvdisasm` comes with Triton).
+specialisations that Triton would compile on a GPU, with their grids; `compiled(launch, sm)`
+compiles one and reads the machine code back (`nvdisasm` comes with Triton).
 """
 
 import re

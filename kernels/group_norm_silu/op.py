@@ -44,6 +44,7 @@ from ..dispatch import (
     check_same_device,
     compute_dtype,
     device_of,
+    is_traced,
     takes_triton,
     triton,
     zero_tickets,
@@ -221,9 +222,14 @@ def compile_specs() -> list[CompileSpec]:
 def _op(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if takes_triton(x):
-        return _forward_triton(x, weight, bias, num_groups, eps, silu)
-    return _forward_torch(x, weight, bias, num_groups, eps, silu)
+    return _forward(x, weight, bias, num_groups, eps, silu)
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _forward_triton if takes_triton(x) else _forward_torch
+    return run(x, weight, bias, num_groups, eps, silu)
 
 
 @_op.register_fake
@@ -278,6 +284,29 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher, for what only runs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, num_groups: int, eps: float, silu: bool
+    ) -> Tensor:
+        out, mean, rstd = _forward(x, weight, bias, num_groups, eps, silu)
+        ctx.silu = silu
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or is_traced(grad):
+            return _backward(ctx, grad)
+        affine_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        x = ctx.saved_tensors[0]
+        run: Any = _backward_triton if takes_triton(x, grad) else _backward_torch
+        grads = run(grad, *ctx.saved_tensors, ctx.silu, affine_grads)
+        return grads[0], *(grads[1:] if affine_grads else (None, None)), None, None, None
+
+
 # ----------------------------------------------------------------------------------------- public
 
 
@@ -302,7 +331,8 @@ def group_norm_silu(
     that says what was given and what is taken.
     """
     _check(x, num_groups, weight, bias, eps)
-    out: Tensor = _op(x, weight, bias, num_groups, eps, silu)[0]
+    arguments = (x, weight, bias, num_groups, eps, silu)
+    out: Tensor = _op(*arguments)[0] if is_traced(x) else _Eager.apply(*arguments)
     return out
 
 
