@@ -320,7 +320,8 @@ def paired_dpo_loss(
         gradient has to leave it; none if not given.
 
     Inputs may be bf16, fp16 or fp32, also mixed. All but policy are constants: no gradient reaches
-    them. A non-finite input makes its own pair's logit non-finite, and the mean loss.
+    them. A non-finite input makes its own pair's logit non-finite: NaN makes the mean loss NaN, and
+    an infinite loser gives the logit +inf and the loss 0, of which the gradient alone shows it.
     Raises ValueError or TypeError that says what was given and what is taken.
     """
     how = Comparison(slopes, weights, scale, distance, huber_c, loser_gradient, safeguard)
