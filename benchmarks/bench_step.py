@@ -83,6 +83,8 @@ def variants(knobs: Knobs, on_gpu: bool, compiles: bool) -> dict[str, Knobs]:
     changed = {
         "latents encoded live": replace(knobs, cached_latents=False),
         "text encoded live": replace(knobs, cached_text=False),
+        # Two draws: after three steps, which are not timed, all of them are kept
+        "frozen passes kept": replace(knobs, frozen_cache=2),
         "reference a second copy": replace(knobs, twin_reference=False),
         fused: replace(knobs, fused_layers=not knobs.fused_layers),
         order: replace(knobs, channels_last=not knobs.channels_last),

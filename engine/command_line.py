@@ -5,6 +5,7 @@ cdpo rounds --recipe R                  the three again and again, on what the t
 cdpo new NAME MINE.yaml                 a copy of a shipped recipe, to start from
 cdpo demo [dotted.key=value ...]        the three in turn on the small world that comes along
 cdpo shards check|show|merge ...        looking after sets of shards
+cdpo cache fill --recipe R              what frozen networks say of a run's pairs, ahead of it
 
 Several ranks are started by a launcher: `deepspeed engine/train.py --recipe R`.
 """
@@ -32,12 +33,15 @@ def main() -> None:
         sys.exit(shards(rest))
     if command == "new":
         sys.exit(_new(rest))
-    if command in (*VERBS, ROUNDS):
+    if command == "cache" and rest[:1] == ["fill"]:
+        command, rest = "cache fill", rest[1:]
+    if command in (*VERBS, ROUNDS, "cache fill"):
         from .ranks import run_verb
 
-        verb = importlib.import_module(f"{__package__}.{command}")
+        name = command.partition(" ")[0]
+        verb = importlib.import_module(f"{__package__}.{name}")
         sys.argv = [f"cdpo {command}", *rest]
-        run_verb(command, verb.main, getattr(verb, "dry_run", None))
+        run_verb(name, verb.main, getattr(verb, "dry_run", None))
         return
     if command == "demo":
         sys.exit(demo(rest))

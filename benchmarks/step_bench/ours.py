@@ -9,6 +9,8 @@ losers ride in one call, and the loss and what surrounds it are our kernels.
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.training.batch import BatchMaker
+from cdpo.engine.training.frozen.cache import FrozenCache
 from cdpo.engine.training.networks import build_networks
 from cdpo.kernels import use as use_kernels
 from diffusers import DiffusionPipeline
@@ -51,6 +54,8 @@ class Knobs:
     """Activations are computed again in the backward."""
     compiled: bool = False
     """The blocks that repeat go through torch.compile."""
+    frozen_cache: int = 0
+    """Draws of a pair whose frozen passes are kept; 0 asks the frozen networks in every step."""
     latents_dtype: torch.dtype = torch.float16
     """Of cached latents: half precision is what shards hold."""
 
@@ -86,6 +91,16 @@ class OurStep:
         self.update = Update(trainable(self.policy), device)
         self._maker = BatchMaker(recipe, self._backbone, (model.side, model.side), device)
         self._shard = self._read_shard()
+        if knobs.frozen_cache:
+            self._folder = TemporaryDirectory()
+            self._maker.cache = FrozenCache(
+                Path(self._folder.name),
+                "bench",
+                draws=knobs.frozen_cache,
+                latent_shape=self._backbone.latent_shape((model.side, model.side)),
+                has_targets=recipe.objective.needs_teacher,
+                device=device,
+            )
 
     def __call__(self) -> None:
         """One optimisation step."""
@@ -188,6 +203,7 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
                 "attention": "sdpa",  # as in the straightforward step
                 "compile": "regional" if knobs.compiled else "off",
                 "activation_checkpointing": knobs.checkpointing,
+                "frozen_cache": knobs.frozen_cache,
             },
         }
     )

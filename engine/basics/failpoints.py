@@ -34,6 +34,7 @@ NAMES = (
     "train.sample",
     "train.step",
     "train.loss",
+    "frozen.write",
     "evaluate.draw",
     "evaluate.measured",
     "export.published",

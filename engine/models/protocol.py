@@ -7,7 +7,7 @@ latent channels, height and width; T text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +82,20 @@ class SolverStep:
     prediction: str
     """What teacher and consistency model predict: epsilon, v_prediction or sample."""
 
+    def select(self, rows: Tensor) -> SolverStep:
+        """That of some of the pairs, whose numbers (M,) int64 are on the device."""
+        return replace(
+            self,
+            now=SchedulePoint(*(x.index_select(0, rows) for x in self.now)),
+            earlier=SchedulePoint(*(x.index_select(0, rows) for x in self.earlier)),
+            scales=ConsistencyScales(*(x.index_select(0, rows) for x in self.scales)),
+            earlier_scales=ConsistencyScales(
+                *(x.index_select(0, rows) for x in self.earlier_scales)
+            ),
+            is_high=self.is_high.index_select(0, rows),
+            guidance=self.guidance.index_select(0, rows),
+        )
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -93,6 +107,14 @@ class Draw:
     """(B, 4) int64: what the noise is a function of. The corruption makes it where it needs it."""
     solver: SolverStep | None = None
     """The step of a consistency model's teacher; None for diffusion models."""
+
+    def select(self, rows: Tensor) -> Draw:
+        """Those of some of the pairs, whose numbers (M,) int64 are on the device."""
+        return Draw(
+            self.timesteps.index_select(0, rows),
+            self.noise_keys.index_select(0, rows),
+            self.solver and self.solver.select(rows),
+        )
 
 
 class NoiseProcess(Protocol):

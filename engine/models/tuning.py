@@ -93,6 +93,13 @@ def choose_tuning(
                 "contradiction",
             )
         _check_compiler(spec.compile, device)
+    if zero_stage == 3 and spec.frozen_cache:
+        raise RecipeError(
+            f"speed.frozen_cache={spec.frozen_cache} does not go with ZeRO-3, whose ranks gather "
+            "the frozen weights together while each lacks other pairs: use 0, or ZeRO 1 or 2",
+            "speed.frozen_cache",
+            "contradiction",
+        )
     attention, attend = choose_attention(
         spec.attention, denoiser, device, next(denoiser.parameters()).dtype
     )

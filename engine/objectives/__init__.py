@@ -9,11 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 
 from ..recipe import Objective as ObjectiveSpec
-from .protocol import Loss, Networks, Objective, Predict, TrainingBatch
+from .protocol import HeldAgainstFrozen, Loss, Networks, Objective, Predict, TrainingBatch
 from .rank_weights import rank_weights
 from .weighting import min_snr_weights
 
 __all__ = [
+    "HeldAgainstFrozen",
     "Loss",
     "Networks",
     "Objective",

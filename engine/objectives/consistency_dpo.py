@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ...kernels import consistency_solver_step, consistency_targets
 from ..basics.phases import phase
-from ..models.protocol import Conditioning
+from ..models.protocol import Conditioning, SolverStep
 from ..recipe import Objective as ObjectiveSpec
+from .frozen import Asked, asked_or_kept, rounded
 from .preference import PreferenceLoss
-from .protocol import Loss, Networks, TrainingBatch
+from .protocol import Loss, Networks, Predict, TrainingBatch
 
 
 class ConsistencyDPO:
@@ -42,19 +43,34 @@ class ConsistencyDPO:
         self.frozen_passes = 8 if spec.needs_teacher else 2
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
-        solver = batch.draw.solver
-        assert solver is not None
-        noisy, timesteps = batch.noisy, _twice(solver.now.timesteps)
-        guided = batch.conditioning.with_extras(guidance=_twice(solver.guidance))
-        with torch.no_grad():
-            reference = networks.reference(noisy, timesteps, guided)
-            target = batch.target
-            if self.spec.needs_teacher:
-                target = held_to(self.spec, batch, _one_step_nearer(networks, batch, guided))
-        policy = networks.policy(noisy, timesteps, guided)
+        reference, target = self.frozen(networks, batch)
+        policy = _predict(networks.policy, batch)
         with phase("loss"):
-            slopes = solver.scales.of_prediction
+            slopes = _slopes(batch)
             return self.preference(policy, reference, target, batch.weights, slopes, batch.shares)
+
+    def frozen(self, networks: Networks, batch: TrainingBatch) -> Asked:
+        return asked_or_kept(
+            batch,
+            ask=lambda part: self._ask(networks, part),
+            errors_of=lambda found, target, part: self.preference.errors(
+                found, target, _slopes(part)
+            ),
+            leads=self.spec.needs_teacher,
+            led=self._led,
+        )
+
+    def _ask(self, networks: Networks, batch: TrainingBatch) -> Asked:
+        reference, target = _predict(networks.reference, batch), batch.target
+        if self.spec.needs_teacher:
+            taught = _one_step_nearer(networks, batch, _guided(batch))
+            taught = taught if batch.kept is None else rounded(taught)
+            target = held_to(self.spec, batch, taught)
+        return reference, target
+
+    def _led(self, batch: TrainingBatch) -> Tensor | None:
+        """(B,) bool, which pairs' targets are the teacher's; None if all are."""
+        return _solver(batch).is_high if self.spec.target == "mixed" else None
 
 
 build = ConsistencyDPO
@@ -62,18 +78,15 @@ build = ConsistencyDPO
 
 def held_to(spec: ObjectiveSpec, batch: TrainingBatch, taught: Tensor) -> Tensor:
     """What predictions (2B, ...) are held to, of what the teacher leads to and the batch's own."""
-    solver = batch.draw.solver
-    assert solver is not None
     if spec.target == "teacher":
         return taught
-    return torch.where(_twice(solver.is_high)[:, None, None, None], taught, batch.target)
+    return torch.where(_twice(_solver(batch).is_high)[:, None, None, None], taught, batch.target)
 
 
 def _one_step_nearer(networks: Networks, batch: TrainingBatch, guided: Conditioning) -> Tensor:
     """The predictions (2B, ...) that say what the reference says where the teacher's step leads."""
-    solver, unconditional = batch.draw.solver, batch.unconditional
+    solver, unconditional = _solver(batch), batch.unconditional
     assert networks.teacher is not None
-    assert solver is not None
     assert unconditional is not None
     both = batch.conditioning.followed_by(unconditional)
     teacher = networks.teacher(_twice(batch.noisy), _twice(_twice(solver.now.timesteps)), both)
@@ -91,6 +104,24 @@ def _one_step_nearer(networks: Networks, batch: TrainingBatch, guided: Condition
         return consistency_targets(
             answer, previous, batch.noisy, solver.scales, solver.earlier_scales
         )
+
+
+def _predict(network: Predict, batch: TrainingBatch) -> Tensor:
+    timesteps = _twice(_solver(batch).now.timesteps)
+    return network(batch.noisy, timesteps, _guided(batch))
+
+
+def _guided(batch: TrainingBatch) -> Conditioning:
+    return batch.conditioning.with_extras(guidance=_twice(_solver(batch).guidance))
+
+
+def _slopes(batch: TrainingBatch) -> Tensor:
+    return _solver(batch).scales.of_prediction
+
+
+def _solver(batch: TrainingBatch) -> SolverStep:
+    assert batch.draw.solver is not None
+    return batch.draw.solver
 
 
 def _twice(tensor: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ share timestep, noise and caption. Other losses over the same margin: see ``pref
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..basics.phases import phase
 from ..recipe import Objective as ObjectiveSpec
+from .frozen import Asked, asked_or_kept
 from .preference import PreferenceLoss
-from .protocol import Loss, Networks, TrainingBatch
+from .protocol import Loss, Networks, Predict, TrainingBatch
 
 
 class DiffusionDPO:
@@ -24,15 +26,23 @@ class DiffusionDPO:
         self.preference = PreferenceLoss(spec, scale=spec.beta / 2)
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
-        timesteps = torch.cat([batch.draw.timesteps, batch.draw.timesteps])
         # The reference goes first, so that its activations are gone before the policy's graph is.
-        with torch.no_grad():
-            reference = networks.reference(batch.noisy, timesteps, batch.conditioning)
-        policy = networks.policy(batch.noisy, timesteps, batch.conditioning)
+        reference, target = self.frozen(networks, batch)
+        policy = _predict(networks.policy, batch)
         with phase("loss"):
-            return self.preference(
-                policy, reference, batch.target, batch.weights, shares=batch.shares
-            )
+            return self.preference(policy, reference, target, batch.weights, shares=batch.shares)
+
+    def frozen(self, networks: Networks, batch: TrainingBatch) -> Asked:
+        return asked_or_kept(
+            batch,
+            ask=lambda part: (_predict(networks.reference, part), part.target),
+            errors_of=lambda found, target, _: self.preference.errors(found, target),
+        )
 
 
 build = DiffusionDPO
+
+
+def _predict(network: Predict, batch: TrainingBatch) -> Tensor:
+    timesteps = torch.cat([batch.draw.timesteps, batch.draw.timesteps])
+    return network(batch.noisy, timesteps, batch.conditioning)

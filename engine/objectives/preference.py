@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +39,12 @@ from ..recipe import Objective as ObjectiveSpec
 from .protocol import Loss
 
 SLOPE, LEAST = 0.2, 0.01  # of the linear utility
+
+
+def is_fused(spec: ObjectiveSpec) -> bool:
+    """Whether the loss is that of the kernel, which sums in an order of its own."""
+    plain = spec.loss == "sigmoid" and spec.label_smoothing == 0
+    return plain and spec.pair_weighting == "uniform"
 
 
 class PreferenceLoss:
@@ -53,6 +60,16 @@ class PreferenceLoss:
             "safeguard": spec.loser_safeguard,
         }
 
+    def errors(self, predictions: Tensor, target: Tensor, slopes: Tensor | None = None) -> Tensor:
+        """(2B,) float32: to the bit what a call finds as the policy's errors of such predictions,
+        so that a policy which predicts the same has a margin of 0 over errors that were kept.
+        """
+        nothing = torch.zeros(len(predictions), device=predictions.device)
+        options, given = self._options | {"slopes": slopes}, (predictions, nothing, target)
+        if is_fused(self.spec):
+            return paired_dpo_loss(*given, self.scale, **options).policy_error
+        return paired_differences(*given, **options).policy_error
+
     def __call__(
         self,
         policy: Tensor,
@@ -62,16 +79,16 @@ class PreferenceLoss:
         slopes: Tensor | None = None,
         shares: Tensor | None = None,
     ) -> Loss:
-        """Loss of predictions (2B, ...), winners first, and target (B, ...) or (2B, ...).
+        """Loss of predictions (2B, ...), winners first, and target (B, ...) or (2B, ...); the
+        reference as predictions, too, or as its errors (2B,).
 
         Weights, slopes and shares (B,) are those of pairs: of the logit, of prediction minus
         target, and of the loss.
         """
         options = self._options | {"slopes": slopes}
         given = (policy, reference, target)
-        plain = self.spec.loss == "sigmoid" and self.spec.label_smoothing == 0
         found: PairedLoss | PairedDifferences
-        if plain and shares is None:
+        if is_fused(self.spec):
             found = paired = paired_dpo_loss(*given, self.scale, weights=weights, **options)
             loss, logits = paired.loss, paired.logits
         else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..models.protocol import Conditioning, Draw
+from .kept import Kept, on_device
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy (N, C, h, w), timesteps (N,), conditioning of N) -> prediction (N, C, h, w)."""
@@ -48,6 +50,26 @@ class TrainingBatch:
     None where no teacher is asked."""
     shares: Tensor | None = None
     """(B,) float32, factors of the pairs' losses: how much each pair counts; None if all are 1."""
+    kept: Kept | None = None
+    """What the frozen networks are known to say of these pairs; None where nothing is kept."""
+
+    def select(self, pairs: Sequence[int]) -> TrainingBatch:
+        """Some of the pairs, in that order, as a batch of their own."""
+        count = len(self.draw.timesteps)
+        if list(pairs) == list(range(count)):
+            return self
+        rows = on_device(pairs, self.noisy.device)
+        both = torch.cat([rows, rows + count])
+        return replace(
+            self,
+            noisy=self.noisy.index_select(0, both),
+            target=self.target.index_select(0, rows if len(self.target) == count else both),
+            draw=self.draw.select(rows),
+            conditioning=self.conditioning.select(both),
+            weights=None if self.weights is None else self.weights.index_select(0, rows),
+            shares=None if self.shares is None else self.shares.index_select(0, rows),
+            unconditional=self.unconditional and self.unconditional.select(both),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,3 +100,14 @@ class Objective(Protocol):
     """Forward passes of frozen networks for a pair, over one image each."""
 
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss: ...
+
+
+class HeldAgainstFrozen(Objective, Protocol):
+    """An objective whose frozen networks say what does not depend on what is trained."""
+
+    def frozen(self, networks: Networks, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """What a preference is held against: the reference's predictions (2B, C, h, w), or its
+        errors (2B,) where ``batch`` has some that are kept; and the target. What is missing of
+        those is asked for, and kept.
+        """
+        ...

@@ -20,6 +20,7 @@ WRITTEN = {
         kohya/ lora/ lora_with_lcm/ merged/ metrics.jsonl recipe.yaml samples/ starts.log
         tensorboard/
     """,
+    "cache": "",
     "rounds": """
         after/ evaluations.jsonl exported.json kohya/ lora/ lora_with_lcm/ merged/ metrics.jsonl
         prompts/ recipe.yaml rounds.json

@@ -22,7 +22,8 @@ from .yaml_subset import shown
 # What a checkpoint may be resumed under: the keys that decide what a run computes. Left out are
 # those that only move, watch or speed it up, and train.steps, so that a run can be extended.
 IDENTITY = re.compile(
-    r"seed|data\.(lanes|shuffle_shards|posterior)|(model|curriculum|objective|adapter|train\.optimizer)\..+"
+    r"seed|speed\.frozen_cache|data\.(lanes|shuffle_shards|posterior)"
+    r"|(model|curriculum|objective|adapter|train\.optimizer)\..+"
     r"|train\.(global_batch|warmup_steps|gradient_clip|precision|caption_dropout)"
 )
 
@@ -35,6 +36,7 @@ CHANGEABLE = re.compile(
 # And why the others may not.
 FIXED = (
     (r"seed|data\..+|curriculum\..+|train\.global_batch", "it decides which pairs come when"),
+    (r"speed\.frozen_cache", "it decides which noise a pair meets when"),
     (r"objective\.(type|target|reference_ema)", "it decides what the networks are held against"),
     (r"adapter\..+", "it decides what is trained, and what the trained numbers mean"),
     (r"model\..+|train\.precision", "it decides the numbers of the model that is trained"),

@@ -121,6 +121,7 @@ class Recipe(Section):
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
         check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
+        self._check_frozen_cache()
         self._check_evaluation()
         own = not self.compare.runs
         if own and self.compare.weights == "ema" and self.adapter.ema is None:
@@ -141,6 +142,21 @@ class Recipe(Section):
                     f"objective.pair_weighting=rank does not go with prepare.source.type={source}, "
                     "whose pairs are not of one ranking of a prompt's candidates: use uniform"
                 )
+
+    def _check_frozen_cache(self) -> None:
+        if not self.speed.frozen_cache:
+            return
+        given = f"speed.frozen_cache={self.speed.frozen_cache}"
+        if self.objective.type.endswith("sft"):
+            raise ValueError(
+                f"{given} has no effect with objective.type={self.objective.type}: it is for "
+                "diffusion_dpo and consistency_dpo, which compare with a frozen reference"
+            )
+        if self.objective.reference_ema:
+            raise ValueError(
+                f"{given} does not go with objective.reference_ema: what a reference that moves "
+                "says of a draw is never the same again; use frozen_cache=0"
+            )
 
     def _check_evaluation(self) -> None:
         if not self.evaluate.every:

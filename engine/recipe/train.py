@@ -168,7 +168,9 @@ class Train(Section):
 
 
 class Speed(Section):
-    """Memory and speed of the networks; what is computed stays the same up to rounding."""
+    """Memory and speed of the networks; but for `frozen_cache` what is computed stays the same up
+    to rounding.
+    """
 
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Order of images in memory: channels next to each other, as tensor cores want them. `auto`:
@@ -188,9 +190,25 @@ class Speed(Section):
     encoders: Literal["device", "offload"] = "device"
     """Where frozen text encoders and VAE wait. `offload`: in host memory, on the GPU only while
     they encode a new prompt or draw a sample."""
+    frozen_cache: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Draws of timestep, noise, guidance and caption dropout that a pair has: its visit v repeats
+    visit v modulo this, and what the frozen networks say of it is kept on the disk for all runs
+    that ask the same. 0: every visit draws anew."""
+    frozen_cache_at: str | None = None
+    """Folder for what is kept; by default beside the shards, which for `data/shards` is
+    `data/shards.frozen`, or `~/.cache/cdpo/frozen` for shards behind a URL."""
     prompt_cache_mib: NonNegativeInt = 256
     """Memory on the device for encoded prompts, in MiB (Stable Diffusion in half precision 0.11 a
     prompt, XL 0.3); those not used for longest make room and are encoded again when they return."""
+
+    @model_validator(mode="after")
+    def _a_place_is_for_something(self) -> Speed:
+        if self.frozen_cache_at is not None and not self.frozen_cache:
+            raise ValueError(
+                f"frozen_cache_at={self.frozen_cache_at} has no effect with frozen_cache=0: give "
+                "that the number of draws a pair, e.g. 4"
+            )
+        return self
 
 
 class Checkpoint(Section):

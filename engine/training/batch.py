@@ -6,6 +6,8 @@ a pair meets the same noise whatever batch, rank or restart it comes in; winner 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..basics import keyed
@@ -17,10 +19,16 @@ from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
 from ..objectives import TrainingBatch, min_snr_weights, rank_weights
+from ..ranks import Ranks
 from ..recipe import Objective, Recipe
 from ..shards.batch import PairBatch
 from ..shards.contents import Kind
+from ..shards.lanes import LanePlan
 from ..shards.manifest import Manifest, shards_by_tier
+from ..shards.reader import ShardReaders
+from ..shards.store import ShardStore
+from ..shards.stream import BATCH_TIMEOUT, PairStream
+from .frozen.cache import FrozenCache
 
 
 class BatchMaker:
@@ -43,6 +51,8 @@ class BatchMaker:
         self.resolution = resolution
         self.device = device
         self.kind = kind
+        self.cache: FrozenCache | None = None
+        """Of frozen passes, if the recipe wants one; given when there is one."""
         self._dtype = DTYPES[recipe.train.precision]
         self._weights = None
         if recipe.objective.timestep_weighting == "min_snr":
@@ -55,6 +65,11 @@ class BatchMaker:
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
         """The batch of B pairs, on the device."""
+        kept = None
+        if draws := self.recipe.speed.frozen_cache:
+            pairs = replace(pairs, visits=pairs.visits % draws)
+            if self.cache is not None:
+                kept = self.cache.look_up(pairs.pair_ids, pairs.visits)
         with phase("encode_images"):
             latents = self._latents(pairs)
         with phase("corrupt"):
@@ -66,12 +81,14 @@ class BatchMaker:
             prompts = self._drop_captions(pairs)
             conditioning = self.backbone.encode_prompts([*prompts, *prompts], framing)
             unconditional = None
-            if self.recipe.objective.needs_teacher:
+            if self.recipe.objective.needs_teacher and (kept is None or kept.missing):
                 nothing = [""] * (2 * len(prompts))
                 unconditional = self.backbone.encode_prompts(nothing, framing)
         weights = None if self._weights is None else self._weights[draw.timesteps]
         shares = None if self._shares is None else self._shares_of(pairs.ranks)
-        return TrainingBatch(noisy, target, draw, conditioning, weights, unconditional, shares)
+        return TrainingBatch(
+            noisy, target, draw, conditioning, weights, unconditional, shares, kept
+        )
 
     def _shares_of(self, ranks: torch.Tensor) -> torch.Tensor:
         """(B,) how much pairs of ranks (B, 2) count, on the device."""
@@ -111,6 +128,31 @@ class BatchMaker:
         )
         dropped = (keyed.uniform(keys) < self.recipe.train.caption_dropout).tolist()
         return ["" if drop else p for p, drop in zip(pairs.prompts, dropped, strict=True)]
+
+
+def open_stream(
+    recipe: Recipe, ranks: Ranks, shards: ShardStore, manifest: Manifest, pacing: Pacing
+) -> PairStream:
+    """The pairs of this rank; DataError on all if a shard is missing for one."""
+    plan = LanePlan(
+        manifest,
+        seed=recipe.seed,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        global_batch=recipe.train.global_batch,
+        shuffle_shards=recipe.data.shuffle_shards,
+    )
+    data = recipe.data
+    stream = PairStream(
+        plan,
+        ShardReaders(shards, manifest, image_workers=data.workers),
+        pacing,
+        workers=data.workers,
+        timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
+        pin=ranks.device.type == "cuda",
+    )
+    ranks.together(stream.check_present)  # a shard may be missing for one rank alone
+    return stream
 
 
 def trained_parts(backbone: Backbone) -> dict[str, str]:

@@ -82,7 +82,8 @@ class MetricRing:
     ) -> None:
         """End the step in progress; ``host`` is what is known without asking the device, and so is
         the norm: the decision to take the step was made by it. ``same`` are numbers () on the
-        device that all ranks share.
+        device that all ranks share; `cached` in ``host``, the pairs of this rank whose frozen
+        passes were kept, is summed over the ranks.
         """
         norm = float("nan") if gradient_norm is None else float(gradient_norm)
         self._host.append({**host, "grad_norm": None if norm != norm else norm})
@@ -99,17 +100,26 @@ class MetricRing:
         count = len(self._host)
         if count == 0:
             return []
-        flat = torch.cat([self._sums[:count].flatten(1), self._losses[:count, None]], dim=1)
+        known = "cached" in self._host[0]
+        cached = torch.tensor([host.pop("cached", 0) for host in self._host], dtype=torch.float64)
+        columns = [self._sums[:count].flatten(1), self._losses[:count, None]]
+        if known:
+            columns.insert(0, cached.to(self._losses.device)[:, None])
+        flat = torch.cat(columns, dim=1)
         if world_size > 1:
             dist.all_reduce(flat)
         names = list(self._same[0])
         same = [torch.stack([row[name] for row in self._same]) for name in names]
         flat = torch.cat([flat, *(column[:, None].to(flat) for column in same)], dim=1).cpu()
-        rows = [
-            {**host, **_describe(values[: len(values) - len(names)], self._names)}
-            | dict(zip(names, values[len(values) - len(names) :].tolist(), strict=True))
-            for host, values in zip(self._host, flat, strict=True)
-        ]
+        rows = []
+        for host, values in zip(self._host, flat, strict=True):
+            sizes = [int(known), len(values) - known - len(names), len(names)]
+            served, sums, shared = values.split(sizes)
+            row = {**host, **_describe(sums, self._names)}
+            row |= dict(zip(names, shared.tolist(), strict=True))
+            if known:
+                row["cached"] = float(served / sums[0])
+            rows.append(row)
         self._sums.zero_()
         self._losses.zero_()
         self._host.clear()

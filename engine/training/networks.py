@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import ModelMixin
@@ -17,7 +18,7 @@ from ..models import Backbone, Conditioning
 from ..models.adapters import add_lora, twin_of
 from ..models.fingerprints import fingerprint_of_tensors
 from ..models.tuning import Tuning, tune_for_training
-from ..objectives import Loss, Networks, Objective, Predict, TrainingBatch
+from ..objectives import HeldAgainstFrozen, Loss, Networks, Objective, Predict, TrainingBatch
 from ..recipe import Adapter, Recipe
 from .export_formats import read_adapter
 from .lora import Lora, untrained_lora
@@ -66,13 +67,19 @@ class PolicyAndReference(nn.Module):
         return getattr(self, "_moved_from", self.reference)
 
     def forward(self, batch: TrainingBatch) -> Loss:
-        teacher = self.teacher and self._predicting("teacher", self.teacher)
-        networks = Networks(
+        return self._objective(self._networks(), batch)
+
+    def ask_frozen(self, batch: TrainingBatch) -> None:
+        """Have the frozen networks say what is not kept of a batch, and no more."""
+        objective = cast(HeldAgainstFrozen, self._objective)
+        objective.frozen(self._networks(), batch)
+
+    def _networks(self) -> Networks:
+        return Networks(
             policy=self._predicting("policy", self.policy),
             reference=self._predicting("reference", self.reference),
-            teacher=teacher,
+            teacher=self.teacher and self._predicting("teacher", self.teacher),
         )
-        return self._objective(networks, batch)
 
     def _predicting(self, name: Phase, net: nn.Module) -> Predict:
         """The objective's view of a network: a function, each call of which is a phase."""

@@ -31,17 +31,16 @@ from ..ranks.launch import bound_waits
 from ..recipe import Recipe
 from ..recipe.identity import save_resolved
 from ..shards.batch import PairBatch
-from ..shards.lanes import LanePlan
 from ..shards.manifest import Manifest, manifest_hash
-from ..shards.reader import ShardReaders
 from ..shards.remote.store import open_store
 from ..shards.store import ShardStore
-from ..shards.stream import BATCH_TIMEOUT, PairStream, WaitInterrupted
+from ..shards.stream import PairStream, WaitInterrupted
 from .batch import (
     BatchMaker,
     describe_moving,
     describe_pairs,
     describe_stages,
+    open_stream,
     ranked_candidates,
     refuse_foreign_shards,
     trained_parts,
@@ -53,6 +52,8 @@ from .deepspeed_engine import keep_settings, release, start_engine
 from .evaluation import Evaluation
 from .exports import Exports
 from .finite import advice
+from .frozen.cache import FrozenCache
+from .frozen.place import make_place, open_cache
 from .growth import Growth
 from .log import RunLog
 from .moving import Moving
@@ -80,6 +81,7 @@ class Trainer:
     candidates: int | None
     stream: PairStream
     batch_maker: BatchMaker
+    cache: FrozenCache | None
     # where the run stands
     cursor: Cursor
     came_from: Cursor
@@ -117,10 +119,12 @@ class Trainer:
         self.checkpoints.allowed = tuple(allow_change)
         self.starts = Starts(ranks, recipe)
         self.starts.refuse_if_stuck()
-        self.shards = None
+        self.shards = self.cache = None
         has_steps_left = self.checkpoints.newest_step() < recipe.train.steps
         if has_steps_left:  # absent shards are found early
             self._open_shards()
+            if recipe.speed.frozen_cache:
+                ranks.on_first(lambda: make_place(recipe))
 
         started = started_parts(recipe.adapter)
 
@@ -147,6 +151,8 @@ class Trainer:
         )
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(networks.tuning, networks.policy, *networks.frozen)
+        if has_steps_left:
+            self._open_cache()
 
         self.log = RunLog(
             self.run_dir,
@@ -173,7 +179,7 @@ class Trainer:
         self.manifest = ranks.on_first(self.shards.manifest)
         self.candidates = ranked_candidates(recipe, self.manifest)
         self.checkpoints.data_hash = manifest_hash(self.manifest)
-        self.stream = self._open_stream(self.shards)
+        self.stream = open_stream(recipe, ranks, self.shards, self.manifest, self.pacing)
 
     def _match_shards(self) -> None:
         """Make batches of the shards, which must be of the model that is loaded."""
@@ -188,26 +194,14 @@ class Trainer:
             self.candidates,
         )
 
-    def _open_stream(self, shards: ShardStore) -> PairStream:
-        plan = LanePlan(
-            self.manifest,
-            seed=self.recipe.seed,
-            world_size=self.ranks.world_size,
-            rank=self.ranks.rank,
-            global_batch=self.recipe.train.global_batch,
-            shuffle_shards=self.recipe.data.shuffle_shards,
-        )
-        data = self.recipe.data
-        stream = PairStream(
-            plan,
-            ShardReaders(shards, self.manifest, image_workers=data.workers),
-            self.pacing,
-            workers=data.workers,
-            timeout=max(BATCH_TIMEOUT, 3 * data.fetch.budget),
-            pin=self.ranks.device.type == "cuda",
-        )
-        self.ranks.together(stream.check_present)  # a shard may be missing for one rank alone
-        return stream
+    def _open_cache(self) -> None:
+        """Read what is kept of the frozen passes, if the recipe wants it, now that all parts that
+        decide them are known.
+        """
+        if self.recipe.speed.frozen_cache:
+            tuning, manifest = self.engine.module.tuning, self.manifest
+            self.cache = open_cache(self.recipe, self.backbone, tuning, manifest, self.ranks)
+            self.batch_maker.cache = self.cache
 
     def describe(self) -> list[tuple[str, str]]:
         """What will be done, for the head of the terminal."""
@@ -229,6 +223,9 @@ class Trainer:
         ]
         if self.shards is not None:
             rows += describe_pairs(recipe, self.manifest, self.pacing)
+        if self.cache is not None:
+            found = f"{len(self.cache)} draws of pairs are kept in {self.cache.folder}"
+            rows.append(("cache", f"{found}, {self.cache.draws} a pair are used"))
         return [
             *rows,
             *describe_moving(recipe.objective),
@@ -245,6 +242,7 @@ class Trainer:
             # The last checkpoint is damaged: there are steps to take again.
             self._open_shards()
             self._match_shards()
+            self._open_cache()
             cursor = self.checkpoints.load_newest(self._read_checkpoint)
         for problem in self.checkpoints.passed_over:
             self.terminal.warn(f"checkpoint {problem}; it is passed over")
@@ -326,10 +324,28 @@ class Trainer:
             self._evaluate_if_due()
         if self.ranks.asked_to_stop():
             self._stop()
+        self._close_cache()
         self.starts.reached("the exports")
         self._export()
         if self.shards is not None:
             self.stream.close()
+
+    def _close_cache(self) -> None:
+        """Write down what the frozen networks have said last; what the cache was good for."""
+        if self.cache is None:
+            return
+        self.ranks.together(self.cache.write)
+        told = self.ranks.gather((self.cache.served, self.cache.asked, self.cache.problems))
+        served, asked = (sum(counts) for counts in list(zip(*told, strict=True))[:2])
+        problems = sorted({problem for _, _, own in told for problem in own})
+        for problem in problems:
+            self.terminal.warn(f"{problem}; it counts as not kept")
+        if asked:
+            self.terminal.line(
+                f"frozen passes: {served} of {asked} pairs were served from the cache "
+                f"({served / asked:.1%}), {asked - served} asked for and kept; "
+                f"{len(problems)} damaged"
+            )
 
     def _stop(self) -> None:
         if self.cursor != self.came_from:
@@ -423,6 +439,8 @@ class Trainer:
             "skipped": sum(self.cursor.skips),
         }
         moved = self.moving.step()
+        if self.cache is not None:
+            host["cached"] = self.cache.served_since()
         with phase("log"):
             self.log.close_step(host, self.engine.get_global_grad_norm(), moved)
         shown: dict[str, float | str] = {
@@ -437,6 +455,8 @@ class Trainer:
         """Count a non-finite step; it advances neither schedule nor curriculum."""
         self.log.discard_step()
         self.moving.skip()
+        if self.cache is not None:
+            self.cache.served_since()
         self.cursor = self.cursor.skipped(self.pacing)
         self.skipped_in_a_row += 1
         searching = SCALE_SEARCH if self.recipe.train.precision == "fp16" else 0
@@ -522,6 +542,8 @@ class Trainer:
         self.log.flush()  # so that metrics.jsonl always reaches the newest checkpoint
         self.starts.reached(f"the checkpoint of step {self.cursor.step}")
         with self.log.clock_stopped():
+            if self.cache is not None:
+                self.ranks.together(self.cache.write)
             self.checkpoints.save(
                 self.cursor, self._write_checkpoint, after_skips=self.skipped_in_a_row > 0
             )

@@ -28,15 +28,16 @@ def test_setup_names_a_function_that_is_there():
     assert (name, getattr(importlib.import_module(module), function)) == ("cdpo", command_line.main)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "compare", "rounds"])
-def test_a_verb_runs_as_its_script_does(verb, monkeypatch):
+@pytest.mark.parametrize("words", ["prepare", "train", "compare", "rounds", "cache fill"])
+def test_a_verb_runs_as_its_script_does(words, monkeypatch):
+    verb = words.partition(" ")[0]
     ran = []
     monkeypatch.setattr(ranks, "run_verb", lambda *arguments: ran.append(arguments))
-    monkeypatch.setattr(sys, "argv", ["cdpo", verb, "--recipe", "r.yaml", "seed=1"])
+    monkeypatch.setattr(sys, "argv", ["cdpo", *words.split(), "--recipe", "r.yaml", "seed=1"])
     command_line.main()
     module = importlib.import_module(f"cdpo.engine.{verb}")
     assert ran == [(verb, module.main, getattr(module, "dry_run", None))]
-    assert sys.argv == [f"cdpo {verb}", "--recipe", "r.yaml", "seed=1"]
+    assert sys.argv == [f"cdpo {words}", "--recipe", "r.yaml", "seed=1"]
 
 
 def test_tools_get_their_arguments_and_give_the_exit_code(monkeypatch):

@@ -29,6 +29,7 @@ from ...shards.remote.store import open_store
 from ..batch import describe_moving, describe_pairs, describe_stages
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..evaluation import DRAWS
+from ..frozen.place import place_of, record_bytes
 from ..growth import growth_rows
 from .memory import Row, Sizes, Zero, memory_rows, total
 from .networks import MetaModel, activation_bytes, forward_flops, read_meta_model, training_flops
@@ -56,6 +57,8 @@ class Plan:
     """ZeRO stage of the run."""
     tuning: str
     """The speed knobs that are on, on this machine."""
+    latent_shape: tuple[int, ...]
+    """(C, h, w) of an image."""
     shipped: tuple[str, ...]
     """Models whose configs are those that come with cdpo."""
 
@@ -132,6 +135,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         batches=batches,
         zero_stage=stage,
         tuning=str(tuning),
+        latent_shape=tuple(model.inputs(1, resolution)["sample"].shape[1:]),
         shipped=model.shipped,
     )
 
@@ -207,6 +211,7 @@ def _print_header(
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *_pairs_rows(recipe),
         *describe_moving(recipe.objective),
+        *_cache_rows(plan, recipe),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
         *(
             ("configs", f"of {name} as shipped: it is not in the hub's cache")
@@ -224,6 +229,19 @@ def _pairs_rows(recipe: Recipe) -> list[tuple[str, str]]:
             manifest = open_store(recipe.shards_at, recipe.data).manifest()
             rows = describe_pairs(recipe, manifest, pacing)
     return rows + describe_stages(pacing)
+
+
+def _cache_rows(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
+    """Bytes of the frozen-pass cache, if there is to be one."""
+    if not (draws := recipe.speed.frozen_cache):
+        return []
+    of_pair = draws * record_bytes(recipe.objective, plan.latent_shape)
+    text = f"{draws} draws, {of_pair:,} bytes a pair"
+    if not is_remote(recipe.shards_at):
+        with suppress(DataError):
+            pairs = open_store(recipe.shards_at, recipe.data).manifest().num_pairs
+            text += f", at most {of_pair * pairs / 2**20:,.1f} MiB for {pairs} pairs"
+    return [("cache", f"{text}, in {place_of(recipe)}")]
 
 
 def _print_networks(plan: Plan, terminal: Terminal) -> None:
@@ -244,6 +262,9 @@ def _print_operations(plan: Plan, recipe: Recipe, terminal: Terminal) -> None:
         ("all passes, one pair", plan.units_per_pair),
         ("all passes, one step", plan.units_per_pair * pairs_per_step),
     ]
+    if recipe.speed.frozen_cache:
+        kept = plan.units_per_pair - plan.frozen_passes
+        counts.insert(4, ("all passes, one pair that is kept", kept))
     if recipe.evaluate.every:
         counts.append(("one evaluation, without scorers", evaluation_units(recipe)))
     cells = [

@@ -1,0 +1,1 @@
+"""What frozen networks say of pairs, kept on the disk."""

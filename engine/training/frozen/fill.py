@@ -1,0 +1,66 @@
+"""Filling the frozen-pass cache ahead of training."""
+
+from __future__ import annotations
+
+from ...basics.errors import RecipeError
+from ...curriculum.pacing import Cursor, Pacing
+from ...display.terminal import Terminal
+from ...models import load_backbone
+from ...models.tuning import order_weights
+from ...objectives import build_objective
+from ...ranks import Ranks
+from ...recipe import Recipe
+from ...shards.remote.store import open_store
+from ..batch import BatchMaker, open_stream, refuse_foreign_shards
+from ..deepspeed_config import build_deepspeed_config, plan_batches
+from ..networks import build_networks
+from .place import make_place, open_cache
+
+
+def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
+    """Ask the frozen networks about every draw that the recipe's steps will meet and nobody keeps.
+
+    In the micro-batches of its steps, so that a run which is filled ahead rounds as one that fills
+    as it goes. Raises RecipeError without `speed.frozen_cache`, and what `train` raises.
+    """
+    if not recipe.speed.frozen_cache:
+        raise RecipeError(
+            "speed.frozen_cache=0 keeps nothing: give it the draws a pair, e.g. 4",
+            "speed.frozen_cache",
+            "no-effect",
+        )
+    micro = plan_batches(recipe, ranks.world_size).micro_batch
+    config = build_deepspeed_config(recipe, ranks.world_size, recipe.run_dir)
+    ranks.on_first(lambda: make_place(recipe))
+    shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
+    manifest = ranks.on_first(shards.manifest)
+    pacing = Pacing(recipe.curriculum, recipe.train.steps)
+    stream = open_stream(recipe, ranks, shards, manifest, pacing)
+
+    backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
+    backbone.fingerprints()  # as it was loaded
+    refuse_foreign_shards(recipe, manifest, backbone)
+    stage = int(config["zero_optimization"]["stage"])
+    objective = build_objective(recipe.objective)
+    networks = build_networks(recipe, backbone, objective, zero_stage=stage)
+    order_weights(networks.tuning, networks.policy, *networks.frozen)
+    cache = open_cache(recipe, backbone, networks.tuning, manifest, ranks)
+    maker = BatchMaker(recipe, backbone, manifest.resolution, ranks.device, manifest.kind)
+    maker.cache = cache
+
+    steps, skips = recipe.train.steps, Cursor.start(pacing).skips
+    rows = [("kept", f"{len(cache)} draws of pairs in {cache.folder}")]
+    terminal.header(f"cache fill  {recipe.run_dir}", rows)
+    with terminal.progress("fill", steps, 0, "steps") as progress:
+        for step in ranks.until_stopped(range(steps)):
+            for pairs in stream.next(step, skips).split(micro):
+                if cache.lacks(pairs.pair_ids, pairs.visits):
+                    networks.ask_frozen(maker.make(pairs))
+            progress.advance(1)
+    ranks.together(cache.write)
+    stream.close()
+    told = ranks.gather((cache.written, cache.problems))
+    for problem in sorted({problem for _, own in told for problem in own}):
+        terminal.warn(f"{problem}; it counts as not kept")
+    ranks.meet()
+    terminal.line(f"{sum(count for count, _ in told)} draws of pairs asked for: {cache.folder}")
