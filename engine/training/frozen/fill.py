@@ -11,7 +11,7 @@ from ...objectives import build_objective
 from ...ranks import Ranks
 from ...recipe import Recipe
 from ...shards.remote.store import open_store
-from ..batch import BatchMaker, open_stream, refuse_foreign_shards
+from ..batch import BatchMaker, open_stream, ranked_candidates, refuse_foreign_shards
 from ..deepspeed_config import build_deepspeed_config, plan_batches
 from ..networks import build_networks
 from .place import make_place, open_cache
@@ -45,7 +45,8 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     networks = build_networks(recipe, backbone, objective, zero_stage=stage)
     order_weights(networks.tuning, networks.policy, *networks.frozen)
     cache = open_cache(recipe, backbone, networks.tuning, manifest, ranks)
-    maker = BatchMaker(recipe, backbone, manifest.resolution, ranks.device, manifest.kind)
+    of = manifest.resolution, ranks.device, manifest.kind, ranked_candidates(recipe, manifest)
+    maker = BatchMaker(recipe, backbone, *of)
     maker.cache = cache
 
     steps, skips = recipe.train.steps, Cursor.start(pacing).skips
