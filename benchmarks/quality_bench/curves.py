@@ -16,7 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quality_bench.evidence import ARMS, Arm
 from quality_bench.plan import Group
-from quality_bench.results import BASE, SCORERS, Results, Scores, all_scores, mean_of, names, read
+from quality_bench.results import (
+    BASE,
+    SCORERS,
+    Results,
+    Scores,
+    all_scores,
+    mean_of,
+    names,
+    read_group,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +41,7 @@ def collect_curves(models: list[str], seeds: list[int], work: Path) -> Row:
     points: list[Row] = []
     equal: list[Row] = []
     for model in models:
-        found = {seed: read(Group(model, "clip", seed, {}), work) for seed in seeds}
+        found = {seed: read_group(Group(model, "clip", seed, {}), work) for seed in seeds}
         results = {seed: result for seed, result in found.items() if result is not None}
         for arm, _ in ARMS[model]:
             own = {seed: result for seed, result in results.items() if _has(result, arm)}

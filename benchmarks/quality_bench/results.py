@@ -30,7 +30,7 @@ def collect(table: list[Group], ablations: list[Group], defaults: Row, work: Pat
 
     ``defaults`` has the values of B, K, M and beta in the table.
     """
-    read = {group.name: read(group, work) for group in [*table, *ablations]}
+    read = {group.name: read_group(group, work) for group in [*table, *ablations]}
     return {
         "table": list(_table(table, read)),
         "ablations": list(_ablations(table, ablations, defaults, read)),
@@ -38,7 +38,7 @@ def collect(table: list[Group], ablations: list[Group], defaults: Row, work: Pat
     }
 
 
-def read(group: Group, work: Path) -> Row | None:
+def read_group(group: Group, work: Path) -> Row | None:
     path = results_path(group, work)
     return json.loads(path.read_text()) if path.exists() else None
 

@@ -61,7 +61,8 @@ FORMS = [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}, {"loss": "linear"}]
 @pytest.mark.parametrize("distance", ["mse", "pseudo_huber"])
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_loss_logits_and_gradient_are_those_of_the_formula(options, distance, weights, shares):
-    spec = Objective(distance=distance, huber_c=0.05, **options)
+    weighting = "uniform" if shares is None else "rank"
+    spec = Objective(distance=distance, huber_c=0.05, pair_weighting=weighting, **options)
     policy, reference, target = predictions()
     leaf, exact = policy.clone().requires_grad_(), policy.double().requires_grad_()
     found = PreferenceLoss(spec, SCALE)(leaf, reference, target, weights, shares=shares)

@@ -522,6 +522,7 @@ def test_identity_holds_what_decides_the_result_and_nothing_else(write):
     watched = ("prompts.", "reward.", "prepare.", "speed.", "checkpoint.", "monitor.", "export.")
     watched += ("cluster.", "compare.", "evaluate.", "rounds.")
     expected = {key for key in KNOBS if not key.startswith(watched)} - RUNTIME
+    expected |= {"speed.frozen_cache"}  # which noise a pair meets when
     identity = training_identity(load_recipe(write()))
     assert set(identity) == expected
     assert json.loads(json.dumps(identity)) == identity
