@@ -181,10 +181,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (projected,) = ctx.saved_tensors
         if torch.is_grad_enabled() or is_traced(grad):
             return _backward(ctx, grad)
-        return _gradient(grad, projected)
+        return _gradient(grad, *ctx.saved_tensors)
 
 
 # ----------------------------------------------------------------------------------------- public

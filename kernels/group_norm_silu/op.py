@@ -301,9 +301,9 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled() or is_traced(grad):
             return _backward(ctx, grad)
         affine_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        x = ctx.saved_tensors[0]
-        run: Any = _backward_triton if takes_triton(x, grad) else _backward_torch
-        grads = run(grad, *ctx.saved_tensors, ctx.silu, affine_grads)
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
+        run: Any = _backward_triton if takes_triton(saved[0], grad) else _backward_torch
+        grads = run(grad, *saved, ctx.silu, affine_grads)
         return grads[0], *(grads[1:] if affine_grads else (None, None)), None, None, None
 
 

@@ -125,7 +125,7 @@ def _flat_tile(
 @triton.jit
 def forward_statistics_kernel(
     x_ptr,
-    partials_ptr,  # (num_samples, num_chunks, 2, channels): means, sums of squared deviations
+    partials_ptr,  # (num_samples, num_chunks, 2, channels): distances of means, squared deviations
     tickets_ptr,  # (num_samples,) int32, all 0
     mean_ptr,
     rstd_ptr,
@@ -144,7 +144,9 @@ def forward_statistics_kernel(
     sample, chunk, channel = _place(num_rows, chunk_rows, CHANNELS, BLOCK_C)
     first = chunk * chunk_rows
     rows = tl.minimum(num_rows - first, chunk_rows)
-    x_ptr += (sample * num_rows + first) * CHANNELS
+    group_channels: tl.constexpr = CHANNELS // GROUPS
+    sample_ptr = x_ptr + sample * num_rows * CHANNELS
+    x_ptr = sample_ptr + first * CHANNELS
     offset, mask = _tile(channel, rows, CHANNELS, TILE_ROWS)
     # Each lane counts from its first value: 4 instructions an element, and nothing cancels.
     origin = _load(x_ptr + offset, mask, WHOLE)
@@ -167,13 +169,16 @@ def forward_statistics_kernel(
         count = tl.maximum(count, 0.0)[:, None]
         share = sums / tl.maximum(count, 1.0)
     live = channel < CHANNELS
-    base = tl.load(x_ptr + channel, live, 0.0).to(tl.float32)
+    # Means are distances from the group's first element until the end, so that the mean itself is
+    # rounded once.
+    base = tl.load(sample_ptr + channel // group_channels * group_channels, live, 0.0)
+    base = base.to(tl.float32)
     distance = (origin - base[None, :]) + share
     mean, squares = _join(distance, tl.fma(-sums, share, squares), count, 1.0 * rows, 0)
 
     num_chunks = tl.cdiv(num_rows, chunk_rows)
     partial = partials_ptr + (sample * num_chunks + chunk) * (2 * CHANNELS) + channel
-    tl.store(partial, base + mean, live)
+    tl.store(partial, mean, live)
     tl.store(partial + CHANNELS, squares, live)
     num_blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     if _draws_last_ticket(tickets_ptr, sample, num_chunks * num_blocks):
@@ -184,7 +189,8 @@ def forward_statistics_kernel(
                 partials_ptr, group, num_rows, chunk_rows, CHANNELS, GROUPS, GROUPS_TILE, FLAT_TILE
             )
             of_group = sample * GROUPS + group
-            tl.store(mean_ptr + of_group, group_mean, group < GROUPS)
+            base = tl.load(sample_ptr + group * group_channels, group < GROUPS, 0.0)
+            tl.store(mean_ptr + of_group, base.to(tl.float32) + group_mean, group < GROUPS)
             tl.store(rstd_ptr + of_group, 1.0 / tl.sqrt_rn(variance + eps), group < GROUPS)
 
 
