@@ -189,8 +189,8 @@ def forward_statistics_kernel(
                 partials_ptr, group, num_rows, chunk_rows, CHANNELS, GROUPS, GROUPS_TILE, FLAT_TILE
             )
             of_group = sample * GROUPS + group
-            base = tl.load(sample_ptr + group * group_channels, group < GROUPS, 0.0)
-            tl.store(mean_ptr + of_group, base.to(tl.float32) + group_mean, group < GROUPS)
+            anchor = tl.load(sample_ptr + group * group_channels, group < GROUPS, 0.0)
+            tl.store(mean_ptr + of_group, anchor.to(tl.float32) + group_mean, group < GROUPS)
             tl.store(rstd_ptr + of_group, 1.0 / tl.sqrt_rn(variance + eps), group < GROUPS)
 
 
