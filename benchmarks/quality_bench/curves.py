@@ -9,13 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from cdpo.engine.basics.estimates import Estimate, mean_estimate, paired_difference
-from cdpo.engine.comparing.report.wording import signed_interval
+from cdpo.engine.basics.estimates import mean_estimate, paired_difference
 from kernel_bench.plots import STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quality_bench.evidence import ARMS, Arm
 from quality_bench.plan import Group
+from quality_bench.plot import bars
 from quality_bench.results import (
     BASE,
     SCORERS,
@@ -26,6 +26,7 @@ from quality_bench.results import (
     names,
     read_group,
 )
+from quality_bench.tables import interval
 from rich.console import Console
 from rich.table import Table
 
@@ -150,23 +151,10 @@ def draw_curves(result: Mapping[str, Any], path: Path) -> Path:
 def _curves(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["steps"])
-        gains = [row["over_base"] for row in own]
-        error = [
-            [gain["mean"] - gain["low"] for gain in gains],
-            [gain["high"] - gain["mean"] for gain in gains],
-        ]
         seeds = len(own[0]["of_seeds"])
-        axes.errorbar(
-            [row["divergence"] for row in own],
-            [gain["mean"] for gain in gains],
-            yerr=error,
-            fmt="o-" if seeds > 1 else "o--",
-            color=colors[arm],
-            label=f"{arm} ({seeds} seed{'s' * (seeds > 1)})",
-            capsize=2,
-            markersize=4,
-            linewidth=1,
-        )
+        label = f"{arm} ({seeds} seed{'s' * (seeds > 1)})"
+        places, gains = [row["divergence"] for row in own], [row["over_base"] for row in own]
+        bars(axes, places, gains, colors[arm], label, vertical=True)
     axes.set_xscale("log")
     axes.axhline(0, color="#6e7782", linewidth=0.8)
 
@@ -184,9 +172,9 @@ def show_curves(result: Mapping[str, Any], console: Console) -> None:
                 row["arm"],
                 str(row["steps"]),
                 row["prompts"],
-                _interval(row["over_base"]),
-                "  ".join(_interval(estimate) for estimate in row["of_seeds"].values()),
-                _interval(rewards[_place(row)]["over_base"]),
+                interval(row["over_base"]),
+                "  ".join(interval(estimate) for estimate in row["of_seeds"].values()),
+                interval(rewards[_place(row)]["over_base"]),
                 f"{row['divergence']:.2g}",
             )
     console.print(table)
@@ -195,13 +183,9 @@ def show_curves(result: Mapping[str, Any], console: Console) -> None:
         table.add_column(heading)
     for row in result["equal_distance"]:
         own = (row[key] for key in ("model", "arm", "against", "prompts", "scorer"))
-        table.add_row(*own, f"{row['divergence']:.2g}", _interval(row["difference"]))
+        table.add_row(*own, f"{row['divergence']:.2g}", interval(row["difference"]))
     console.print(table)
 
 
 def _place(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("model", "arm", "steps", "prompts"))
-
-
-def _interval(estimate: Row) -> str:
-    return signed_interval(Estimate(**estimate))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quality_bench.plan import FINE_TUNING, GROWTH, Changes, Group, Scale, recipe_of
-from quality_bench.runs import results_path, share, verb
+from quality_bench.runs import results_path, run_name, share, verb
 
 PROMPTS = Path(__file__).parent / "prompts"
 RANDOM: Changes = {"curriculum.order": "random"}
@@ -47,29 +47,33 @@ class Arm:
         yield from ((f"{self.name} {steps * self.rounds}", steps) for steps in self.marks)
 
 
-def settings(model: str) -> Changes:
-    """What all recipes of this benchmark have, beside their scale."""
-    return {
-        "prompts.train": str(PROMPTS / "train.txt"),
-        "prompts.heldout": str(PROMPTS / "heldout.txt"),
-        "prepare.batch_size": 96,
-        "compare.batch_size": 96,
-        "prepare.precision": "bf16",  # half the time on a processor that has it in hardware
-        "checkpoint.every": 150,
-        "checkpoint.keep": 1,
-    }
+SETTINGS: Changes = {
+    "prompts.train": str(PROMPTS / "train.txt"),
+    "prompts.heldout": str(PROMPTS / "heldout.txt"),
+    "prepare.batch_size": 96,
+    "compare.batch_size": 96,
+    "prepare.precision": "bf16",  # half the time on a processor that has it in hardware
+    "checkpoint.every": 150,
+    "checkpoint.keep": 1,
+}
+"""What all recipes of this benchmark have, beside their scale."""
 
 
 def run_arms(model: str, seed: int, arms: list[Arm], work: Path) -> Path:
     """Prepare, train every arm through its marks, compare; the comparison's results.json."""
-    group, scale = Group(model, "clip", seed, {}, preparing=settings(model)), SCALES[model]
+    group, scale = Group(model, "clip", seed, {}, preparing=SETTINGS), SCALES[model]
     folder = group.folder(work)
     share(group.candidates(work, scale), folder / "prepared" / "candidates")
     verb("prepare", folder / "prepared", recipe_of(group, scale, {}))
     runs: dict[str, str] = {}
     for arm in arms:
         _run_arm(group, arm, work)
-        runs |= {name: str(folder / name.replace(" ", "_")) for name, _ in arm.runs()}
+        for name, _ in arm.runs():
+            run = folder / run_name(name)
+            if (run / "recipe.yaml").exists():
+                runs[name] = str(run)
+            else:
+                print(f"{run} has nothing to compare: no round was kept", flush=True)
     share(group.base_images(work), folder / "comparison" / "compare" / "base")
     compared: Changes = {
         "compare.runs": runs,
@@ -83,11 +87,11 @@ def _run_arm(group: Group, arm: Arm, work: Path) -> None:
     folder, scale = group.folder(work), SCALES[group.model]
     prepared = folder / "prepared"
     if arm.preparing:
-        prepared = folder / f"prepared_{arm.name}".replace(" ", "_")
+        prepared = folder / run_name(f"prepared {arm.name}")
         verb("prepare", prepared, recipe_of(group, scale, arm.preparing))
     before: Path | None = None
     for name, steps in arm.runs():
-        run = folder / name.replace(" ", "_")
+        run = folder / run_name(name)
         changes = arm.changes | {"train.steps": steps}
         if arm.rounds > 1:
             share(group.candidates(work, scale), run / "round-1" / "candidates")

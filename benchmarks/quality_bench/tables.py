@@ -35,13 +35,14 @@ def _gains(rows: list[Row], key: str, title: str, methods: list[str]) -> Table:
     for place in dict.fromkeys(tuple(row[part] for part in PLACE) for row in rows):
         own = {row["method"]: row for row in rows if tuple(row[part] for part in PLACE) == place}
         base = f"{own['base']['mean']['mean']:.4g}"
-        table.add_row(*place, base, *(_interval(own[method][key]) for method in methods))
+        table.add_row(*place, base, *(interval(own[method][key]) for method in methods))
         if place[2:] == ("held-out", "reward"):
             table.add_section()
     return table
 
 
-def _interval(estimate: Row) -> str:
+def interval(estimate: Row) -> str:
+    """An estimate as JSON has it, for people."""
     return signed_interval(Estimate(**estimate))
 
 
@@ -62,8 +63,8 @@ def _ablations(rows: list[Row]) -> Table:
             row["knob"],
             f"{row['value']:g}",
             row["prompts"],
-            _interval(row["over_base"]),
-            _interval(reward["over_base"]),
+            interval(row["over_base"]),
+            interval(reward["over_base"]),
             _number(row["divergence"]),
             _number(row["diversity"]),
         )

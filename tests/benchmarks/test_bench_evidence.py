@@ -10,11 +10,11 @@ from quality_bench.evidence import (
     ARMS,
     PROMPTS,
     SCALES,
+    SETTINGS,
     Arm,
     arms_of,
     of_rounds,
     run_arms,
-    settings,
 )
 from quality_bench.plan import Group, recipe_of
 from quality_bench.runs import results_path
@@ -33,7 +33,7 @@ def test_no_prompt_stands_on_two_sides():
 
 @pytest.mark.parametrize("model", list(ARMS))
 def test_every_recipe_is_one_that_the_verbs_take(model):
-    group = Group(model, "clip", 3, {}, preparing=settings(model))
+    group = Group(model, "clip", 3, {}, preparing=SETTINGS)
     for arm, _ in ARMS[model]:
         changes = of_rounds(arm, arm.changes) if arm.rounds > 1 else arm.changes
         asked = recipe_of(group, SCALES[model], arm.preparing | changes)
@@ -78,15 +78,17 @@ def test_methods_meet_at_equal_distance(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 def test_an_arm_goes_on_through_its_marks(tmp_path, monkeypatch):
-    """Real verbs: the second mark continues the first, which stays as it was; rounds are a run."""
-    few = {"prompts.limit": 2, "evaluate.prompts": 1}
-    arms = [Arm("DPO", few, (1, 2)), Arm("rounds", few, (1,), rounds=2)]
-    monkeypatch.setattr(
-        "quality_bench.evidence.settings", lambda model: settings(model) | {"prompts.limit": 2}
-    )
+    """Real verbs: the second mark continues the first, which stays as it was; rounds that change
+    nothing, and so are not kept, are left out.
+    """
+    still = {"train.optimizer.lr": 1e-30}
+    arms = [Arm("DPO", {}, (1, 2)), Arm("rounds", still, (1,), rounds=2)]
+    monkeypatch.setitem(SETTINGS, "prompts.limit", 2)
     result = json.loads(run_arms("sd", 1, arms, tmp_path).read_text())
-    assert [run["name"] for run in result["runs"]] == ["DPO 1", "DPO 2", "rounds 2"]
+    assert [run["name"] for run in result["runs"]] == ["DPO 1", "DPO 2"]
     folder = tmp_path / "sd-clip-seed1"
+    tried = json.loads((folder / "rounds_2" / "rounds.json").read_text())
+    assert [each["kept"] for each in tried] == [False, False]
     lines = [(folder / run / "metrics.jsonl").read_text() for run in ("DPO_1", "DPO_2")]
     assert lines[1].startswith(lines[0]) and lines[1] != lines[0]
     assert arms_of("sd", 1, ["DPO"]) == [arm for arm, _ in ARMS["sd"] if arm.name == "DPO"]
