@@ -251,8 +251,13 @@ def _backward_op(
     silu: bool,
     affine_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _backward_triton if takes_triton(x, grad) else _backward_torch
-    return run(grad, x, weight, bias, mean, rstd, silu, affine_grads)
+    return _gradients(grad, x, weight, bias, mean, rstd, silu, affine_grads)
+
+
+def _gradients(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    run: Any = _backward_triton if takes_triton(x, grad) else _backward_torch
+    grads: tuple[Tensor, Tensor, Tensor] = run(grad, x, *others)
+    return grads
 
 
 @_backward_op.register_fake
@@ -275,9 +280,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
+    return _backward_by(_backward_op, ctx, grad)
+
+
+def _backward_by(gradients: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Frozen weights, the usual case under LoRA, cost no sums.
     affine_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.silu, affine_grads)
+    # Saved tensors are asked for once: activation checkpointing gives them a single time.
+    grads = gradients(grad, *ctx.saved_tensors, ctx.silu, affine_grads)
     return grads[0], *(grads[1:] if affine_grads else (None, None)), None, None, None
 
 
@@ -300,11 +310,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() or is_traced(grad):
             return _backward(ctx, grad)
-        affine_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
-        run: Any = _backward_triton if takes_triton(saved[0], grad) else _backward_torch
-        grads = run(grad, *saved, ctx.silu, affine_grads)
-        return grads[0], *(grads[1:] if affine_grads else (None, None)), None, None, None
+        return _backward_by(_gradients, ctx, grad)
 
 
 # ----------------------------------------------------------------------------------------- public

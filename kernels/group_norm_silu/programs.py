@@ -146,7 +146,7 @@ def forward_statistics_kernel(
     rows = tl.minimum(num_rows - first, chunk_rows)
     group_channels: tl.constexpr = CHANNELS // GROUPS
     sample_ptr = x_ptr + sample * num_rows * CHANNELS
-    x_ptr = sample_ptr + first * CHANNELS
+    x_ptr += (sample * num_rows + first) * CHANNELS  # in 64 bits, as sample is
     offset, mask = _tile(channel, rows, CHANNELS, TILE_ROWS)
     # Each lane counts from its first value: 4 instructions an element, and nothing cancels.
     origin = _load(x_ptr + offset, mask, WHOLE)
