@@ -20,6 +20,15 @@ def corrupted(backbone: Backbone, prompts: list[str]) -> TrainingBatch:
     return TrainingBatch(noisy, target, draw, backbone.encode_prompts([*prompts, *prompts]))
 
 
+def of_noise() -> TrainingBatch:
+    """Two pairs for networks of the tiny size, latents and text drawn."""
+    generator = torch.Generator().manual_seed(0)
+    noisy, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (4, 2))
+    text = torch.randn(2, 9, 16, generator=generator)
+    draw = Draw(torch.tensor([100, 700]), noise_keys=torch.zeros(2, 4, dtype=torch.int64))
+    return TrainingBatch(noisy, noise, draw, Conditioning(torch.cat([text, text])))
+
+
 def bare(target: Tensor) -> TrainingBatch:
     """A batch for networks that look at nothing."""
     pairs = len(target)

@@ -88,7 +88,7 @@ class PreferenceLoss:
         options = self._options | {"slopes": slopes}
         given = (policy, reference, target)
         found: PairedLoss | PairedDifferences
-        if is_fused(self.spec):
+        if is_fused(self.spec) and shares is None:
             found = paired = paired_dpo_loss(*given, self.scale, weights=weights, **options)
             loss, logits = paired.loss, paired.logits
         else:

@@ -113,17 +113,22 @@ def check_exports(adapter: Adapter, export: Export) -> None:
 
 def check_start(adapter: Adapter, reference_ema: float) -> None:
     """ValueError for what does not go on from an adapter that is there."""
+    others = against_a_start(adapter, reference_ema)
+    if adapter.start is not None and others:
+        raise ValueError(
+            f"adapter.start={adapter.start} does not go with {others[0]}: leave one of them out"
+        )
+
+
+def against_a_start(adapter: Adapter, reference_ema: float) -> list[str]:
+    """What is given that does not go on from an adapter that is there."""
     others = {
         "adapter.type=full": adapter.type == "full",
         "adapter.dora=true": adapter.dora,
         "adapter.rank_schedule or opening": adapter.grows,
         "objective.reference_ema": bool(reference_ema),
     }
-    for other, given in others.items():
-        if adapter.start is not None and given:
-            raise ValueError(
-                f"adapter.start={adapter.start} does not go with {other}: leave one of them out"
-            )
+    return [other for other, given in others.items() if given]
 
 
 def check_growth(adapter: Adapter, num_stages: int, weight_decay: float) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ..basics.errors import RecipeError
+from .adapter import against_a_start
 from .model import Model
 from .prepare import Generate, Masked
 from .prompts import Prompts
@@ -70,19 +71,12 @@ def check_rounds(recipe: Recipe) -> None:
 
 def _check_base(recipe: Recipe) -> None:
     """RecipeError for what cannot go on with the adapter of the round before."""
-    others = {
-        "adapter.type=full": recipe.adapter.type == "full",
-        "adapter.rank_schedule or opening": recipe.adapter.grows,
-        "objective.reference_ema": bool(recipe.objective.reference_ema),
-    }
-    for other, given in others.items():
-        if given:
-            raise _unfit(
-                "rounds.reference",
-                "base",
-                f"every round goes on with one adapter, which does not go with {other}: use "
-                "previous",
-            )
+    for other in against_a_start(recipe.adapter, recipe.objective.reference_ema):
+        raise _unfit(
+            "rounds.reference",
+            "base",
+            f"every round goes on with one adapter, which does not go with {other}: use previous",
+        )
 
 
 def _unfit(key: str, value: str, reason: str) -> RecipeError:

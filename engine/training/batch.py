@@ -93,16 +93,16 @@ class BatchMaker:
     def _shares_of(self, ranks: torch.Tensor) -> torch.Tensor:
         """(B,) how much pairs of ranks (B, 2) count, on the device."""
         assert self._shares is not None
-        if int(ranks.max()) >= len(self._shares):
+        if (worst := int(ranks.max())) >= len(self._shares):
             raise DataError(
-                f"a pair has rank {int(ranks.max())}, but the shards' manifest tells of "
+                f"a pair has rank {worst}, but the shards' manifest tells of "
                 f"{len(self._shares) - 1} candidates a prompt: were sets of other numbers merged? "
                 "Use objective.pair_weighting=uniform",
                 "objective.pair_weighting",
                 "mismatch",
             )
         winner, loser = ranks.unbind(1)
-        return self._shares[winner, loser].to(self.device, non_blocking=True)
+        return send(self._shares[winner, loser], self.device)
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
         """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.

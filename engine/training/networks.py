@@ -50,21 +50,20 @@ class PolicyAndReference(nn.Module):
         else:
             self.reference = reference
         self.teacher = teacher
-        if base is not None:
-            self._moved_from = base
+        self._moved_from = base
         self._backbone = backbone
         self._objective = objective
 
     @property
     def frozen(self) -> list[nn.Module]:
         """The networks beside the policy."""
-        base = None if self.base is self.reference else self.base
-        return [net for net in (self.reference, self.teacher, base) if net is not None]
+        beside = (self.reference, self.teacher, self._moved_from)
+        return [net for net in beside if net is not None]
 
     @property
     def base(self) -> nn.Module:
         """What the policy was at the start."""
-        return getattr(self, "_moved_from", self.reference)
+        return self.reference if self._moved_from is None else self._moved_from
 
     def forward(self, batch: TrainingBatch) -> Loss:
         return self._objective(self._networks(), batch)
@@ -111,12 +110,12 @@ def build_networks(
         if recipe.adapter.start is not None:
             load_start(policy, recipe.adapter)
             base = twin_of(policy, own=True)
-            base.requires_grad_(False).eval()
         if recipe.objective.reference_ema:
             base, reference = reference, twin_of(policy, own=True)
-            base.requires_grad_(False).eval()
     policy.train()
-    reference.requires_grad_(False).eval()
+    for frozen in (reference, base):
+        if frozen is not None:
+            frozen.requires_grad_(False).eval()
     teacher = backbone.load_teacher() if recipe.objective.needs_teacher else None
     networks = PolicyAndReference(
         policy, reference, backbone, objective, teacher, base, offloaded=offloaded

@@ -53,7 +53,7 @@ from .evaluation import Evaluation
 from .exports import Exports
 from .finite import advice
 from .frozen.cache import FrozenCache
-from .frozen.place import make_place, open_cache
+from .frozen.place import close_cache, make_place, open_cache
 from .growth import Growth
 from .log import RunLog
 from .moving import Moving
@@ -123,9 +123,6 @@ class Trainer:
         has_steps_left = self.checkpoints.newest_step() < recipe.train.steps
         if has_steps_left:  # absent shards are found early
             self._open_shards()
-            if recipe.speed.frozen_cache:
-                ranks.on_first(lambda: make_place(recipe))
-
         started = started_parts(recipe.adapter)
 
         failpoint("train.start")
@@ -180,6 +177,8 @@ class Trainer:
         self.candidates = ranked_candidates(recipe, self.manifest)
         self.checkpoints.data_hash = manifest_hash(self.manifest)
         self.stream = open_stream(recipe, ranks, self.shards, self.manifest, self.pacing)
+        if recipe.speed.frozen_cache:
+            ranks.on_first(lambda: make_place(recipe))
 
     def _match_shards(self) -> None:
         """Make batches of the shards, which must be of the model that is loaded."""
@@ -334,17 +333,11 @@ class Trainer:
         """Write down what the frozen networks have said last; what the cache was good for."""
         if self.cache is None:
             return
-        self.ranks.together(self.cache.write)
-        told = self.ranks.gather((self.cache.served, self.cache.asked, self.cache.problems))
-        served, asked = (sum(counts) for counts in list(zip(*told, strict=True))[:2])
-        problems = sorted({problem for _, _, own in told for problem in own})
-        for problem in problems:
-            self.terminal.warn(f"{problem}; it counts as not kept")
+        served, asked, _, damaged = close_cache(self.cache, self.ranks, self.terminal)
         if asked:
             self.terminal.line(
                 f"frozen passes: {served} of {asked} pairs were served from the cache "
-                f"({served / asked:.1%}), {asked - served} asked for and kept; "
-                f"{len(problems)} damaged"
+                f"({served / asked:.1%}), {asked - served} asked for and kept; {damaged} damaged"
             )
 
     def _stop(self) -> None:

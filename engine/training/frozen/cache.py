@@ -60,6 +60,7 @@ class FrozenCache:
         self._waiting_keys: set[tuple[int, int]] = set()
         self._waiting_bytes = 0
         self._segments: list[Segment] = []
+        self._lost = np.zeros(0, bool)
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             self._read(path)
         self._index()
@@ -216,8 +217,7 @@ class FrozenCache:
         sizes = [len(each.pair_ids) for each in rows]
         self._segment = np.repeat(np.arange(len(rows)), sizes)
         self._row = np.concatenate([np.zeros(0, np.int64), *(np.arange(size) for size in sizes)])
-        lost = getattr(self, "_lost", np.zeros(0, bool))
-        self._lost = np.concatenate([lost, np.zeros(len(ids) - len(lost), bool)])
+        self._lost = np.concatenate([self._lost, np.zeros(len(ids) - len(self._lost), bool)])
         self._sorted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for draw in np.unique(draws).tolist():
             at = np.flatnonzero((draws == draw) & ~self._lost)

@@ -14,7 +14,7 @@ from ...shards.remote.store import open_store
 from ..batch import BatchMaker, open_stream, ranked_candidates, refuse_foreign_shards
 from ..deepspeed_config import build_deepspeed_config, plan_batches
 from ..networks import build_networks
-from .place import make_place, open_cache
+from .place import close_cache, make_place, open_cache
 
 
 def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
@@ -58,10 +58,7 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
                 if cache.lacks(pairs.pair_ids, pairs.visits):
                     networks.ask_frozen(maker.make(pairs))
             progress.advance(1)
-    ranks.together(cache.write)
+    totals = close_cache(cache, ranks, terminal)
     stream.close()
-    told = ranks.gather((cache.written, cache.problems))
-    for problem in sorted({problem for _, own in told for problem in own}):
-        terminal.warn(f"{problem}; it counts as not kept")
     ranks.meet()
-    terminal.line(f"{sum(count for count, _ in told)} draws of pairs asked for: {cache.folder}")
+    terminal.line(f"{totals.written} draws of pairs asked for: {cache.folder}")

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ....kernels.dispatch import takes_triton
 from ...basics.errors import RecipeError, unwritable
 from ...basics.files import replacing, user_cache
+from ...display.terminal import Terminal
 from ...models import Backbone
 from ...models.tuning import Tuning
 from ...objectives.preference import is_fused
@@ -83,6 +84,29 @@ def open_cache(
         device=backbone.device,
         whole=tuning.compile != "off",
     )
+
+
+class Totals(NamedTuple):
+    """What a cache was good for, over all ranks."""
+
+    served: int
+    """Pairs that were known, of those asked about."""
+    asked: int
+    written: int
+    """Draws of pairs."""
+    damaged: int
+    """Files, and targets in them."""
+
+
+def close_cache(cache: FrozenCache, ranks: Ranks, terminal: Terminal) -> Totals:
+    """Write down what waits, and warn of what was damaged; on all ranks together."""
+    ranks.together(cache.write)
+    told = ranks.gather(((cache.served, cache.asked, cache.written), cache.problems))
+    problems = sorted({problem for _, own in told for problem in own})
+    for problem in problems:
+        terminal.warn(f"{problem}; it counts as not kept")
+    served, asked, written = (sum(each) for each in zip(*(own for own, _ in told), strict=True))
+    return Totals(served, asked, written, len(problems))
 
 
 def made_of(

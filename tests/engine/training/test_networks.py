@@ -6,21 +6,14 @@ import math
 
 import pytest
 import torch
-from cdpo.engine.models import Conditioning, Draw, sd
-from cdpo.engine.objectives import TrainingBatch, build_objective
+from batches import of_noise
+from cdpo.engine.models import sd
+from cdpo.engine.objectives import build_objective
 from cdpo.engine.training.networks import PolicyAndReference, build_networks
 from diffusers.hooks.group_offloading import ModuleGroup
 
 FULL = ("adapter.type=full", "export.formats=[merged]")
 CPU = torch.device("cpu")
-
-
-def batch() -> TrainingBatch:
-    generator = torch.Generator().manual_seed(0)
-    noisy, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (4, 2))
-    text = torch.randn(2, 9, 16, generator=generator)
-    draw = Draw(torch.tensor([100, 700]), noise_keys=torch.zeros(2, 4, dtype=torch.int64))
-    return TrainingBatch(noisy, noise, draw, Conditioning(torch.cat([text, text])))
 
 
 def build(tiny_recipe, *overrides: str) -> PolicyAndReference:
@@ -37,7 +30,7 @@ def test_all_of_the_policy_trains_and_nothing_of_the_reference(tiny_recipe) -> N
     for (name, ours), theirs in pairs:
         assert ours.requires_grad and not theirs.requires_grad, name
         assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr(), name
-    loss = networks(batch()).loss
+    loss = networks(of_noise()).loss
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     loss.backward()
     assert all(parameter.grad is not None for (_, parameter), _ in pairs)
@@ -62,7 +55,7 @@ def test_an_offloaded_reference_is_streamed_layer_by_layer_and_equal(
     assert "reference" not in dict(networks.named_children())
     # ... and every layer of the reference that holds weights comes and goes by itself.
     fetched.clear(), given_back.clear()
-    networks(batch()).loss.backward()
+    networks(of_noise()).loss.backward()
     layers = [m for m in networks.reference.modules() if list(m.parameters(recurse=False))]
     assert len(set(fetched)) == len(layers) > 50
     assert set(given_back) == set(fetched)
@@ -71,6 +64,6 @@ def test_an_offloaded_reference_is_streamed_layer_by_layer_and_equal(
     for some in (networks, copied):
         with torch.no_grad():
             some.policy.conv_out.bias += 0.1
-    ours, theirs = networks(batch()), copied(batch())
+    ours, theirs = networks(of_noise()), copied(of_noise())
     assert torch.equal(ours.loss, theirs.loss)
     assert ours.loss.item() != pytest.approx(math.log(2), abs=1e-3)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import of_noise
 from cdpo.engine.basics.errors import DataError, RecipeError
-from cdpo.engine.models import Conditioning, Draw, sd
+from cdpo.engine.models import sd
 from cdpo.engine.models.adapters import add_lora
-from cdpo.engine.objectives import TrainingBatch, build_objective
+from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.export_formats import about_adapter, save_for_all
 from cdpo.engine.training.lora import trained_lora
@@ -43,16 +44,8 @@ def build(recipe: Recipe) -> PolicyAndReference:
     return build_networks(recipe, backbone, build_objective(recipe.objective), zero_stage=2)
 
 
-def batch() -> TrainingBatch:
-    generator = torch.Generator().manual_seed(0)
-    noisy, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (4, 2))
-    text = torch.randn(2, 9, 16, generator=generator)
-    draw = Draw(torch.tensor([100, 700]), noise_keys=torch.zeros(2, 4, dtype=torch.int64))
-    return TrainingBatch(noisy, noise, draw, Conditioning(torch.cat([text, text])))
-
-
 def predictions(net: torch.nn.Module) -> torch.Tensor:
-    given = batch()
+    given = of_noise()
     timesteps = torch.cat([given.draw.timesteps] * 2)
     embeddings = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -79,7 +72,7 @@ def test_the_policy_starts_as_the_adapter_draws_and_the_reference_as_the_base(
             parameter.data += 1
     torch.testing.assert_close(predictions(networks.base), drawn, rtol=1e-4, atol=1e-5)
     networks.policy.train()
-    assert networks(batch()).loss.item() != pytest.approx(math.log(2), abs=1e-4)
+    assert networks(of_noise()).loss.item() != pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_another_adapter_is_another_start(tiny_recipe: Tiny, start: Path) -> None:
