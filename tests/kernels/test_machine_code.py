@@ -131,6 +131,9 @@ def test_a_ticket_is_between_fences(machine_code):
             if name.startswith("ATOMG"):
                 tickets += 1
                 assert any(x.startswith("MEMBAR") and x.endswith("GPU") for x in names[i - 4 : i])
+                # What all threads have stored is behind a barrier of the program
+                stored = max(j for j in range(i) if names[j].startswith("STG"))
+                assert any(x.startswith("BAR.SYNC") for x in names[stored:i])
                 assert names[i + 1].startswith("CCTL.IVALL")
     assert tickets == 2
 

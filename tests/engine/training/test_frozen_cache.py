@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from cdpo.engine.basics.errors import DataError, RecipeError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.models.tuning import choose_tuning
 from cdpo.engine.objectives import Loss, build_objective
+from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.training.batch import BatchMaker
 from cdpo.engine.training.frozen.cache import FrozenCache
-from cdpo.engine.training.frozen.place import made_of, make_place, place_of
+from cdpo.engine.training.frozen.place import close_cache, made_of, make_place, place_of
 from cdpo.engine.training.networks import build_networks
 from launching import CALM, World, losses, metrics
 from refusals import refused
@@ -241,7 +243,10 @@ def test_a_damaged_file_is_named_and_what_it_held_is_asked_for_again(
     assert alike(whole, steps(0, 1)) and steps.images_asked
     [problem] = steps.cache.problems
     assert problem.startswith(f"{path}: ")
-    steps.cache.write()
+    warned: list[str] = []
+    told: Any = SimpleNamespace(warn=warned.append)
+    assert close_cache(steps.cache, Ranks(0, 1, 0, CPU), told).damaged == 1
+    assert len(warned) == 1 and problem in warned[0]
     steps.restart()
     assert alike(whole, steps(0, 1)) and steps.cache.served == 2
 
