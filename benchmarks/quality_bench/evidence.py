@@ -24,6 +24,14 @@ PUBLISHED: Changes = {
     "objective.loser_safeguard": None,
     "objective.loser_gradient": 0.5,  # with all of it the small world's LCM unlearns
 }
+VARIANTS: dict[str, Changes] = {
+    "rank weights": {"objective.pair_weighting": "rank"},
+    "linear utility": {"objective.loss": "linear", "objective.reference_ema": 0.995},
+    "auto beta": {"objective.target_logit": 1.386},  # logit(0.8)
+    "loser safeguard": {"objective.loser_safeguard": 0.9},
+}
+"""Curriculum-DPO with another loss."""
+
 SCALES = {
     "sd": Scale(steps=300, steps_per_tier=40, candidates=8, images_per_prompt=2),
     "lcm": Scale(steps=100, steps_per_tier=20, candidates=16, images_per_prompt=4),
@@ -135,6 +143,7 @@ ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
         (Arm("hard to easy", {"curriculum.order": "hard_to_easy"}, _SD), (0,)),
         (Arm("Curriculum-DPO++", GROWTH, _SD), (0,)),
         (Arm("reward-free ++", GROWTH, _SD, preparing=MASKED), (0,)),
+        *((Arm(name, changes, _SD), (0,)) for name, changes in VARIANTS.items()),
     ),
     "lcm": (
         (Arm("published target", PUBLISHED, _LCM), None),
