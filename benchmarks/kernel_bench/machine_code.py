@@ -47,12 +47,6 @@ class Launch(NamedTuple):
         """Of a program."""
         return WARP * int(self.options["num_warps"])
 
-    @property
-    def specialisation(self) -> str:
-        """Equal for launches that run the same machine code."""
-        parts = (self.signature, self.constants, self.attrs, self.options)
-        return f"{self.name} {parts}"
-
 
 class _StandIn:
     """A driver for which a GPU is there; it is never asked to run anything."""

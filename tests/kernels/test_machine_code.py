@@ -42,21 +42,7 @@ REGISTERS = {("backward_apply_kernel", LOW): 144}
 def machine_code():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-        module = importlib.import_module("kernel_bench.machine_code")
-        patch.setattr(module, "compiled", cache_by_code(module.compiled))
-        yield module
-
-
-def cache_by_code(compiled):
-    kept = {}
-
-    def once(launch, sm=90):
-        key = (launch.specialisation, sm)
-        if key not in kept:
-            kept[key] = compiled(launch, sm)
-        return kept[key]
-
-    return once
+        yield importlib.import_module("kernel_bench.machine_code")
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -79,6 +65,13 @@ def gate(tokens, width):
 
 CALLS = {shape: lambda shape=shape: norm(shape) for shape in (SD, LOW)}
 CALLS["geglu"] = lambda: gate(8 * 4096, 1280)
+KERNELS = [(x, name) for x in CALLS for name in BUDGET if (x == "geglu") == name.startswith("_")]
+TICKETS = ("forward_statistics_kernel", "backward_sums_kernel")
+
+
+def mostly_long(cases):
+    """A compilation takes one to three seconds: one layer stands for both."""
+    return [pytest.param(*x, marks=pytest.mark.long) if x[0] == LOW else x for x in cases]
 
 
 def constants(launch):
@@ -91,7 +84,7 @@ def cost(launch, code, shape):
     if "BLOCK" in known:
         return code.thread_instructions() / (known["BLOCK"] / launch.threads)
     tiles = trips = 1
-    if launch.name in ("forward_statistics_kernel", "backward_sums_kernel"):
+    if launch.name in TICKETS:
         cut = group_norm._cut_of(meta(*shape), 32)
         tiles = trips = cut.sums_sizes[1] // known["TILE_ROWS"]
         trips -= launch.name == "forward_statistics_kernel"  # the first is origin
@@ -100,62 +93,67 @@ def cost(launch, code, shape):
 
 
 @cache
-def layers(machine_code):
-    return {name: machine_code.launches(call) for name, call in CALLS.items()}
+def launches(machine_code, layer):
+    return {launch.name: launch for launch in machine_code.launches(CALLS[layer])}
+
+
+@cache
+def compiled(machine_code, layer, kernel):
+    return machine_code.compiled(launches(machine_code, layer)[kernel])
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layer", CALLS, ids=str)
-def test_budget_registers_and_accesses(machine_code, layer):
-    for launch in layers(machine_code)[layer]:
-        code = machine_code.compiled(launch)
-        assert cost(launch, code, layer) <= BUDGET[launch.name], launch.name
-        assert code.registers <= REGISTERS.get((launch.name, layer), 128), launch.name
-        used = machine_code.opcodes(code.instructions)
-        assert not [name for name in used if name.startswith(("LDL", "STL"))]  # no local memory
-        body = code.instructions[code.loops[0]] if code.loops else code.main_path
-        moved = [x for x in machine_code.opcodes(body) if x.startswith(("LDG", "STG"))]
-        wide = [x for x in moved if x.endswith(".128")]
-        # Beside the tensors themselves only what is the same for a channel
-        assert wide
-        assert all(x in ("LDG.E.128", "STG.E.128", "LDG.E", "LDG.E.U16") for x in moved)
-        assert not code.loops or moved == wide
+@pytest.mark.parametrize(("layer", "kernel"), mostly_long(KERNELS), ids=str)
+def test_budget_registers_and_accesses(machine_code, layer, kernel):
+    code = compiled(machine_code, layer, kernel)
+    assert cost(launches(machine_code, layer)[kernel], code, layer) <= BUDGET[kernel]
+    assert code.registers <= REGISTERS.get((kernel, layer), 128)
+    used = machine_code.opcodes(code.instructions)
+    assert not [name for name in used if name.startswith(("LDL", "STL"))]  # no local memory
+    body = code.instructions[code.loops[0]] if code.loops else code.main_path
+    moved = [x for x in machine_code.opcodes(body) if x.startswith(("LDG", "STG"))]
+    wide = [x for x in moved if x.endswith(".128")]
+    # Beside the tensors themselves only what is the same for a channel
+    assert wide
+    assert all(x in ("LDG.E.128", "STG.E.128", "LDG.E", "LDG.E.U16") for x in moved)
+    assert not code.loops or moved == wide
 
 
-def test_a_ticket_is_between_fences(machine_code):
-    tickets = 0
-    for launch in layers(machine_code)[SD]:
-        code = machine_code.compiled(launch)
-        names = machine_code.opcodes(code.instructions)
-        for i, name in enumerate(names):
-            if name.startswith("ATOMG"):
-                tickets += 1
-                assert any(x.startswith("MEMBAR") and x.endswith("GPU") for x in names[i - 4 : i])
-                # What all threads have stored is behind a barrier of the program
-                stored = max(j for j in range(i) if names[j].startswith("STG"))
-                assert any(x.startswith("BAR.SYNC") for x in names[stored:i])
-                assert names[i + 1].startswith("CCTL.IVALL")
-    assert tickets == 2
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernel", TICKETS)
+def test_a_ticket_is_between_fences(machine_code, kernel):
+    names = machine_code.opcodes(compiled(machine_code, SD, kernel).instructions)
+    (ticket,) = (i for i, name in enumerate(names) if name.startswith("ATOMG"))
+    before = names[ticket - 4 : ticket]
+    assert any(x.startswith("MEMBAR") and x.endswith("GPU") for x in before)
+    # What all threads have stored is behind a barrier of the program
+    stored = max(i for i in range(ticket) if names[i].startswith("STG"))
+    assert any(x.startswith("BAR.SYNC") for x in names[stored:ticket])
+    assert names[ticket + 1].startswith("CCTL.IVALL")
 
 
-def shapes(machine_code):
-    """Of every GroupNorm of the networks, with its images."""
+def shapes(model):
+    """Of every GroupNorm of a network, with its images."""
+    if model == "VAE":
+        return {(1, channels, size, size) for channels, size in VAE}
     calls = importlib.import_module("kernel_bench.unet_layers")
-    for model, images in IMAGES.items():
-        for call in calls.layer_calls(model):
-            if isinstance(call, calls.GroupNormCall):
-                yield images, call.channels, call.height, call.width
-    yield from ((1, channels, size, size) for channels, size in VAE)
+    return {
+        (IMAGES[model], call.channels, call.height, call.width)
+        for call in calls.layer_calls(model)
+        if isinstance(call, calls.GroupNormCall)
+    }
 
 
 @pytest.mark.timeout(600)
-def test_every_layer_keeps_the_gpu_busy_and_combines_few_sums(machine_code):
-    seen = 0
-    for shape in set(shapes(machine_code)):
+@pytest.mark.parametrize(
+    "model", ["VAE", "SD1.5@512", pytest.param("SDXL@1024", marks=pytest.mark.long)]
+)
+def test_every_layer_keeps_the_gpu_busy_and_combines_few_sums(machine_code, model):
+    found = shapes(model)
+    assert len(found) >= len(VAE)
+    for shape in found:
         cut = group_norm._cut_of(meta(*shape), 32)
         assert cut.sums_grid[0] >= group_norm.PROGRAMS or shape in FEW_PROGRAMS, shape
         assert cut.apply_grid[0] >= group_norm.PROGRAMS, shape
         values = cut.partials[1] * shape[1] // 32  # of a group
         assert values <= COMBINE_TRIPS * cut.sums["FLAT_TILE"], shape
-        seen += 1
-    assert seen > 20
