@@ -30,6 +30,7 @@ from .dispatch import (
     CompileSpec,
     check_floating,
     device_of,
+    is_differentiated,
     is_traced,
     takes_triton,
     tl,
@@ -196,7 +197,11 @@ def geglu(projected: Tensor) -> Tensor:
     what was given and what is taken.
     """
     _check(projected)
-    out: Tensor = _op(projected) if is_traced(projected) else _Eager.apply(projected)
+    if is_traced(projected):
+        run: Any = _op
+    else:
+        run = _Eager.apply if is_differentiated(projected) else _forward
+    out: Tensor = run(projected)
     return out
 
 

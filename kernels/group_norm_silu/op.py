@@ -44,6 +44,7 @@ from ..dispatch import (
     check_same_device,
     compute_dtype,
     device_of,
+    is_differentiated,
     is_traced,
     takes_triton,
     triton,
@@ -338,7 +339,12 @@ def group_norm_silu(
     """
     _check(x, num_groups, weight, bias, eps)
     arguments = (x, weight, bias, num_groups, eps, silu)
-    out: Tensor = _op(*arguments)[0] if is_traced(x) else _Eager.apply(*arguments)
+    if is_traced(x):
+        out: Tensor = _op(*arguments)[0]
+    elif is_differentiated(x, weight, bias):
+        out = _Eager.apply(*arguments)
+    else:
+        out = _forward(*arguments)[0]
     return out
 
 

@@ -37,3 +37,15 @@ def test_second_derivatives_are_refused(backend, device, kernel):
     (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("kernel", ["group_norm_silu", "geglu"])
+def test_what_is_not_differentiated_is_the_same(backend, device, kernel):
+    function, shape = CASES[kernel]
+    x = torch.randn(shape, device=device, requires_grad=True)
+    recorded = function(x)
+    with torch.no_grad():
+        torch.testing.assert_close(function(x), recorded, rtol=0, atol=0)
+    plain = function(x.detach())
+    torch.testing.assert_close(plain, recorded, rtol=0, atol=0)
+    assert recorded.requires_grad and not plain.requires_grad
