@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,8 @@ class Tuning:
     activation_checkpointing: bool
     offload_encoders: bool
     prompt_cache_mib: int
+    pieces: int = 0
+    """Least number of graphs that compilation will make of the networks it was applied to."""
 
     def __str__(self) -> str:
         """What is on, as a line for people: `channels_last, fused kernels, attention sdpa`."""
@@ -143,11 +145,14 @@ def tune_for_training(
     _tune_frozen_parts(backbone, tuning)
     if tuning.activation_checkpointing:
         policy.enable_gradient_checkpointing()
+    pieces: set[object] = set()
     for network in (policy, *frozen):
         _tune(network, tuning)
         if tuning.compile != "off":
-            _compile(network, regional=tuning.compile == "regional")
-    return tuning
+            kinds = _compile(network, regional=tuning.compile == "regional")
+            # Frozen networks of one shape share their graphs.
+            pieces |= {(network is policy, kind) for kind in kinds}
+    return replace(tuning, pieces=len(pieces))
 
 
 def order_weights(tuning: Tuning, network: nn.Module, *frozen: nn.Module) -> None:
@@ -178,9 +183,9 @@ def tune_denoiser(spec: Speed, backbone: Backbone) -> Tuning:
 
 
 @contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Run the network as it was written: for samples, whose sizes are not those of training."""
-    compiled = {part: part._compiled_call_impl for part in network.modules()}
+def uncompiled(networks: nn.Module) -> Iterator[None]:
+    """Run networks as they were written: for samples, whose sizes are not those of training."""
+    compiled = {part: part._compiled_call_impl for part in networks.modules()}
     compiled = {part: call for part, call in compiled.items() if call is not None}
     try:
         for part in compiled:
@@ -268,12 +273,18 @@ def _reorder_images(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     )
 
 
-def _compile(network: nn.Module, *, regional: bool) -> None:
-    """In place, and not as torch.compile(network): names in checkpoints and exports stay."""
+def _compile(network: nn.Module, *, regional: bool) -> set[object]:
+    """In place, and not as torch.compile(network): names in checkpoints and exports stay.
+
+    Returns what tells those parts apart that are sure to be graphs of their own: their class and
+    the shapes of their weights.
+    """
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
     blocks = [part for part in network.modules() if isinstance(part, REPEATED_BLOCKS)]
-    for part in blocks if regional else [network]:
+    parts = blocks if regional else [network]
+    for part in parts:
         part.compile(**COMPILE)
+    return {(type(part), tuple(p.shape for p in part.parameters())) for part in parts}
 
 
 def _check_compiler(mode: str, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from ..basics.phases import phase
 from ..curriculum.pacing import Cursor, Pacing, Stage
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
+from ..models.compilation import compilation_told
 from ..models.tuning import order_weights, uncompiled
 from ..objectives import Loss, build_objective
 from ..ranks import Ranks
@@ -294,7 +295,8 @@ class Trainer:
 
         ``after_step`` is called when a step is taken and logged, before its checkpoint.
         """
-        with self.starts.watched(self.cursor.step):
+        told = compilation_told(self.engine.module.tuning.pieces, self.terminal.line)
+        with self.starts.watched(self.cursor.step), told:
             self._run(after_step)
 
     def close(self) -> None:
@@ -514,7 +516,8 @@ class Trainer:
         """The policy as it draws images; what that takes is no time of training."""
         policy = self.engine.module.policy
         policy.eval()
-        with self.log.clock_stopped(), uncompiled(policy):
+        # All networks: an evaluation draws with the reference, too.
+        with self.log.clock_stopped(), uncompiled(self.engine.module):
             yield policy
         policy.train()
 

@@ -12,6 +12,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from launching import CALM, ROOT, World, losses, metrics
 
 LOG_2 = math.log(2)
+CAPTURED = ROOT / "tests" / "workers" / "train_captured.py"
 KNOBS = (
     "speed.channels_last=on",
     "speed.fused_kernels=on",
@@ -56,6 +57,31 @@ def test_a_missing_attention_package_is_one_line(world: World, tmp_path: Path) -
 def test_compilation_is_refused_under_zero_3(world: World, tmp_path: Path) -> None:
     outcome = world.train(tmp_path / "run", "speed.compile=regional", zero=3)
     outcome.refused(2, "speed.compile=regional")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(("mode", "most"), [("regional", 40), ("full", 2)])
+def test_all_is_compiled_in_the_first_step(
+    world: World, tmp_path: Path, mode: str, most: int
+) -> None:
+    """Tiers, ranks and blocks that open, pictures and evaluations need no graphs of their own."""
+    prompts = tmp_path / "validation.txt"
+    prompts.write_text("a rocket\na green book\n")
+    growing = ("adapter.rank=4", "adapter.rank_schedule=[1,2,4]", "adapter.opening=inside_out")
+    drawing = (
+        "train.sample_every=2",
+        f"prompts.validation={prompts}",
+        "evaluate.every=2",
+        "evaluate.images=1",
+        "evaluate.prompts=1",
+    )
+    outcome = world.train(
+        tmp_path / "run", f"speed.compile={mode}", *growing, *drawing, script=CAPTURED
+    ).succeeded()
+    captured = [int(line.split()[1]) for line in outcome.text.splitlines() if "captured " in line]
+    assert len(captured) == 7 and 2 <= captured[0] <= most
+    assert set(captured) == {captured[0]}
 
 
 # --------------------------------------------------------------------------------------------------
