@@ -28,8 +28,10 @@ class _Counter(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # A view that hides that it is one, as matrix products of three dimensions return it.
+        is_view = func.is_view or func is torch.ops.aten._unsafe_view.default
         allocates = func.namespace == "aten" and "empty" in func.name()
-        self.count += not (func.is_view or allocates)
+        self.count += not (is_view or allocates)
         return func(*args, **(kwargs or {}))
 
 

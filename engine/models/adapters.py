@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..basics.errors import RecipeError
 from ..recipe import Adapter
+from .low_rank import add_in_one_product
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -61,6 +62,8 @@ def add_lora(network: ModelMixin, spec: Adapter, seed: int) -> ModelMixin:
             _draw_later_rows(network, spec.rank_schedule[0])
     if spec.dora:
         _declare_foreign_weights(network)
+    else:
+        add_in_one_product(network)
     return network
 
 
