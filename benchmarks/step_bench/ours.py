@@ -81,9 +81,7 @@ class OurStep:
             device,
             None if built.teacher is None else lambda: (built.teacher, {}),
         )
-        self.module = build_networks(
-            recipe, self._backbone, build_objective(recipe.objective), zero_stage=2
-        )
+        self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
         order_weights(self.module.tuning, self.module.policy, *self.module.frozen)
         if not knobs.twin_reference:
             self.module.reference = copy.deepcopy(self.module.reference)

@@ -69,7 +69,7 @@ def choose_tuning(
     denoiser: ModelMixin,
     device: torch.device,
     *,
-    zero_stage: int | None = None,
+    training: bool = False,
 ) -> Tuning:
     """Decide what `auto` means here, and refuse what does not work here.
 
@@ -78,30 +78,15 @@ def choose_tuning(
         denoiser: the network to be tuned; its arithmetic and the widths of its attention heads
             decide which kernels take it.
         device: where it computes.
-        zero_stage: of the training; None where the network is only sampled from, which leaves out
-            what is for training alone (compilation and checkpointing).
+        training: where the network is only sampled from, what is for training alone is left out:
+            compilation and checkpointing.
 
     Raises:
         RecipeError: one line that names the knob, and what would work.
     """
     on_gpu = device.type == "cuda"
-    training = zero_stage is not None
     if training and spec.compile != "off":
-        if zero_stage == 3:
-            raise RecipeError(
-                f"speed.compile={spec.compile} does not go with ZeRO-3, whose parameters are "
-                "elsewhere while a block is compiled: use speed.compile=off, or ZeRO 1 or 2",
-                "speed.compile",
-                "contradiction",
-            )
         _check_compiler(spec.compile, device)
-    if zero_stage == 3 and spec.frozen_cache:
-        raise RecipeError(
-            f"speed.frozen_cache={spec.frozen_cache} does not go with ZeRO-3, whose ranks gather "
-            "the frozen weights together while each lacks other pairs: use 0, or ZeRO 1 or 2",
-            "speed.frozen_cache",
-            "contradiction",
-        )
     attention, attend = choose_attention(
         spec.attention, denoiser, device, next(denoiser.parameters()).dtype
     )
@@ -122,8 +107,6 @@ def tune_for_training(
     backbone: Backbone,
     policy: ModelMixin,
     frozen: Sequence[nn.Module],
-    *,
-    zero_stage: int,
 ) -> Tuning:
     """All that is done to networks before DeepSpeed wraps them, and what that was.
 
@@ -135,12 +118,11 @@ def tune_for_training(
         backbone: its VAE and text encoders are tuned as for sampling.
         policy: what trains; it alone keeps no activations, if the recipe says so.
         frozen: reference and teacher, which may share the policy's parameters.
-        zero_stage: of the training.
 
     Raises:
         RecipeError: for knobs that do not work here; nothing is tuned yet.
     """
-    tuning = choose_tuning(recipe.speed, policy, backbone.device, zero_stage=zero_stage)
+    tuning = choose_tuning(recipe.speed, policy, backbone.device, training=True)
     _choose_kernels(recipe.train.kernels, backbone.device)
     _tune_frozen_parts(backbone, tuning)
     if tuning.activation_checkpointing:

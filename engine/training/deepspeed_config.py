@@ -134,12 +134,8 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
         if isinstance(holder, dict) and leaf in holder:
             filler.fill(f"{section}.{leaf}", True, "a check for non-finite steps, which needs true")
     _refuse_lost_states(config, recipe, problems)
-    if recipe.objective.reference_ema and _stage(config) == 3:
-        problems.append(
-            f"zero_optimization.stage is 3, but objective.reference_ema="
-            f"{recipe.objective.reference_ema:g} needs the adapters whole on every rank: use "
-            "stage 1 or 2, e.g. deepspeed=zero2, or reference_ema=0"
-        )
+    if _stage(config) == 3:
+        problems += _not_for_stage_3(recipe)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     _keep_from_waiting(config, world_size)
@@ -177,6 +173,36 @@ def _keep_from_waiting(config: dict[str, Any], world_size: int) -> None:
 def _stage(config: dict[str, Any]) -> object:
     zero = config.get("zero_optimization")
     return zero.get("stage") if isinstance(zero, dict) else None
+
+
+def _not_for_stage_3(recipe: Recipe) -> list[str]:
+    """What a recipe asks for that does not go where weights are divided among the ranks."""
+    speed, objective = recipe.speed, recipe.objective
+    asked = (
+        (
+            objective.reference_ema,
+            f"objective.reference_ema={objective.reference_ema:g} needs the adapters whole on "
+            "every rank",
+            "reference_ema=0",
+        ),
+        (
+            speed.compile != "off",
+            f"what speed.compile={speed.compile} compiles has its weights elsewhere",
+            "speed.compile=off",
+        ),
+        (
+            speed.frozen_cache,
+            f"with speed.frozen_cache={speed.frozen_cache} each rank would lack other pairs, while "
+            "all of them gather the frozen weights together",
+            "speed.frozen_cache=0",
+        ),
+    )
+    return [
+        f"zero_optimization.stage is 3, but {why}: use stage 1 or 2, e.g. deepspeed=zero2, or "
+        f"{without}"
+        for is_asked, why, without in asked
+        if is_asked
+    ]
 
 
 def _refuse_lost_states(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:

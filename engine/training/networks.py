@@ -90,9 +90,7 @@ class PolicyAndReference(nn.Module):
         return predict
 
 
-def build_networks(
-    recipe: Recipe, backbone: Backbone, objective: Objective, *, zero_stage: int
-) -> PolicyAndReference:
+def build_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> PolicyAndReference:
     """Make ``backbone.denoiser`` the policy, with a frozen reference of equal output beside it.
 
     All of them are tuned alike, as far as goes before DeepSpeed wraps them. Raises RecipeError if
@@ -120,9 +118,7 @@ def build_networks(
     networks = PolicyAndReference(
         policy, reference, backbone, objective, teacher, base, offloaded=offloaded
     )
-    networks.tuning = tune_for_training(
-        recipe, backbone, policy, networks.frozen, zero_stage=zero_stage
-    )
+    networks.tuning = tune_for_training(recipe, backbone, policy, networks.frozen)
     if offloaded:
         _bring_by_layer(reference, backbone.device)
     return networks

@@ -132,8 +132,7 @@ class Trainer:
         if has_steps_left:
             self._match_shards()
         objective = build_objective(recipe.objective)
-        stage = int(config["zero_optimization"]["stage"])
-        networks = build_networks(recipe, self.backbone, objective, zero_stage=stage)
+        networks = build_networks(recipe, self.backbone, objective)
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )

@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     dtype = DTYPES[recipe.train.precision]
     model = read_meta_model(spec, dtype)
     stage = int(config["zero_optimization"]["stage"])
-    tuning = choose_tuning(recipe.speed, model.denoiser, device, zero_stage=stage)
+    tuning = choose_tuning(recipe.speed, model.denoiser, device, training=True)
 
     parts = {"denoiser": model.denoiser, "VAE": model.vae, **model.text_encoders}
     networks = {name: (count_parameters(part), 0) for name, part in parts.items()}

@@ -30,7 +30,7 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
             "no-effect",
         )
     micro = plan_batches(recipe, ranks.world_size).micro_batch
-    config = build_deepspeed_config(recipe, ranks.world_size, recipe.run_dir)
+    build_deepspeed_config(recipe, ranks.world_size, recipe.run_dir)  # which may refuse it
     ranks.on_first(lambda: make_place(recipe))
     shards = open_store(recipe.shards_at, recipe.data, ranks.local_size)
     manifest = ranks.on_first(shards.manifest)
@@ -40,9 +40,7 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
     backbone.fingerprints()  # as it was loaded
     refuse_foreign_shards(recipe, manifest, backbone)
-    stage = int(config["zero_optimization"]["stage"])
-    objective = build_objective(recipe.objective)
-    networks = build_networks(recipe, backbone, objective, zero_stage=stage)
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
     order_weights(networks.tuning, networks.policy, *networks.frozen)
     cache = open_cache(recipe, backbone, networks.tuning, manifest, ranks)
     of = manifest.resolution, ranks.device, manifest.kind, ranked_candidates(recipe, manifest)

@@ -11,11 +11,19 @@ ROOT = Path(__file__).parents[3]
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
 
-def test_a_reference_that_moves_is_not_for_zero_3(build):
-    build({"zero_optimization": {"stage": 1}}, objective={"reference_ema": 0.9})
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("objective", "reference_ema", 0.9),
+        ("speed", "compile", "regional"),
+        ("speed", "frozen_cache", 4),
+    ],
+)
+def test_what_needs_whole_weights_is_not_for_zero_3(build, section, key, value):
+    build({"zero_optimization": {"stage": 1}}, **{section: {key: value}})
     with refused(RecipeError, "contradiction", "deepspeed") as told:
-        build({"zero_optimization": {"stage": 3}}, objective={"reference_ema": 0.9})
-    assert "objective.reference_ema=0.9" in str(told.value)
+        build({"zero_optimization": {"stage": 3}}, **{section: {key: value}})
+    assert f"{section}.{key}={value}" in str(told.value)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import tiny
 import torch
 from cdpo.engine.basics.errors import DataError, RecipeError
 from cdpo.engine.models import load_backbone
-from cdpo.engine.models.tuning import choose_tuning
 from cdpo.engine.objectives import Loss, build_objective
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
@@ -51,7 +50,7 @@ class Steps:
     def __init__(self, recipe: Recipe, folder: Path, draws: int = 2) -> None:
         backbone = load_backbone(recipe.model, CPU, "fp32")
         objective = build_objective(recipe.objective)
-        self.networks = build_networks(recipe, backbone, objective, zero_stage=2)
+        self.networks = build_networks(recipe, backbone, objective)
         self.maker = BatchMaker(recipe, backbone, (16, 16), CPU)
         self.folder, self.has_targets = folder, recipe.objective.needs_teacher
         self.draws = draws
@@ -339,10 +338,8 @@ def test_a_place_that_cannot_be_made_is_refused_before_a_model_is_loaded(
 # Through the real trainer
 
 
-def test_zero_3_and_a_reference_that_moves_are_refused(steps: Steps) -> None:
+def test_a_reference_that_moves_is_refused(steps: Steps) -> None:
     recipe = steps.maker.recipe
-    with refused(RecipeError, "contradiction", "speed.frozen_cache"):
-        choose_tuning(recipe.speed, steps.networks.reference, CPU, zero_stage=3)
     moving = SimpleNamespace(type="diffusion_dpo", reference_ema=0.99)
     with pytest.raises(ValueError, match="reference_ema"):
         Recipe._check_frozen_cache(SimpleNamespace(speed=recipe.speed, objective=moving))  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def test_the_reference_is_the_average_rounded_once_and_resumes_exactly(tmp_path,
 def test_a_reference_that_moves_starts_as_the_base_and_trains_nothing(tiny_recipe) -> None:
     recipe = tiny_recipe("objective.reference_ema=0.5")
     backbone = sd.load(recipe.model, CPU, torch.float32)
-    networks = build_networks(recipe, backbone, build_objective(recipe.objective), zero_stage=2)
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
     given = batch()
     loss = networks(given)
     assert not loss.logits.any()

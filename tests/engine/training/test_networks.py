@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def build(tiny_recipe, *overrides: str) -> PolicyAndReference:
     recipe = tiny_recipe(*FULL, *overrides)
     backbone = sd.load(recipe.model, CPU, torch.float32)
-    return build_networks(recipe, backbone, build_objective(recipe.objective), zero_stage=2)
+    return build_networks(recipe, backbone, build_objective(recipe.objective))
 
 
 def test_all_of_the_policy_trains_and_nothing_of_the_reference(tiny_recipe) -> None:

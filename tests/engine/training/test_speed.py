@@ -54,9 +54,12 @@ def test_a_missing_attention_package_is_one_line(world: World, tmp_path: Path) -
     world.train(tmp_path / "run", "speed.attention=flash").refused(2, "speed.attention=flash")
 
 
-def test_compilation_is_refused_under_zero_3(world: World, tmp_path: Path) -> None:
-    outcome = world.train(tmp_path / "run", "speed.compile=regional", zero=3)
-    outcome.refused(2, "speed.compile=regional")
+@pytest.mark.parametrize("knob", ["speed.compile=regional", "speed.frozen_cache=2"])
+def test_what_needs_whole_weights_is_refused_under_zero_3_before_a_model_is_looked_for(
+    world: World, tmp_path: Path, knob: str
+) -> None:
+    outcome = world.train(tmp_path / "run", knob, f"model.path={tmp_path}", zero=3)
+    outcome.refused(2, knob, "zero_optimization.stage is 3")
 
 
 @pytest.mark.slow

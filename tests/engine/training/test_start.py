@@ -41,7 +41,7 @@ def start(tiny_recipe: Tiny, tmp_path: Path) -> Path:
 
 def build(recipe: Recipe) -> PolicyAndReference:
     backbone = sd.load(recipe.model, CPU, torch.float32)
-    return build_networks(recipe, backbone, build_objective(recipe.objective), zero_stage=2)
+    return build_networks(recipe, backbone, build_objective(recipe.objective))
 
 
 def predictions(net: torch.nn.Module) -> torch.Tensor:
