@@ -137,7 +137,7 @@ _LCM = (50, 100)
 ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
     "sd": (
         (Arm("SFT", RANDOM | {"objective.type": "sft", "train.optimizer.lr": 1e-4}, _SD), None),
-        (Arm("DPO", RANDOM, _SD), None),
+        (Arm("DPO", RANDOM, (*_SD, 600)), None),
         (Arm("Curriculum-DPO", {}, _SD), None),
         (Arm("rounds", {}, (150,), rounds=2), None),
         (Arm("hard to easy", {"curriculum.order": "hard_to_easy"}, _SD), (0,)),
