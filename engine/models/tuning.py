@@ -91,8 +91,8 @@ def choose_tuning(
         spec.attention, denoiser, device, next(denoiser.parameters()).dtype
     )
     return Tuning(
-        channels_last=_is_on(spec.channels_last, on_gpu),
-        fused_kernels=_is_on(spec.fused_kernels, on_gpu),
+        channels_last=is_on(spec.channels_last, on_gpu),
+        fused_kernels=is_on(spec.fused_kernels, on_gpu),
         attention=attention,
         attend=attend,
         compile=spec.compile if training else "off",
@@ -204,7 +204,8 @@ def _visit(
         part.to("cpu")
 
 
-def _is_on(knob: str, on_gpu: bool) -> bool:
+def is_on(knob: str, on_gpu: bool) -> bool:
+    """What a knob of `auto`, `on` or `off` that is for GPUs means on this device."""
     return knob == "on" or (knob == "auto" and on_gpu)
 
 

@@ -6,10 +6,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -17,6 +25,19 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _one_line(value: Any, of_union: ValidatorFunctionWrapHandler) -> Any:
+    """One error of a value that may be of two kinds, instead of one a kind."""
+    try:
+        return of_union(value)
+    except ValidationError:
+        is_integer = type(value) is int
+        kind = "out_of_range" if is_integer else "int_type"
+        raise PydanticCustomError(kind, "should be auto or an integer, 1 or more") from None
+
+
+PositiveIntOrAuto = Annotated[PositiveInt | Literal["auto"], WrapValidator(_one_line)]
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 LARGEST_INT = 2**32 - 1
 SMALLEST, LARGEST = (float(x) for x in (np.finfo("f4").smallest_subnormal, np.finfo("f4").max))

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from .section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveIntOrAuto,
+    Section,
+)
 
 
 class Cluster(Section):
@@ -132,9 +140,11 @@ class Train(Section):
     global_batch: PositiveInt = 32
     """Pairs in one optimiser step, over all ranks and accumulation; fixes what the run computes.
     The default is the papers' 16 times 2 steps of accumulation."""
-    micro_batch: PositiveInt = 4
-    """Most pairs in one forward on one rank: memory only. Accumulation follows from it. Divides
-    `global_batch` / ranks: with 32 up to 32 on one GPU and up to 4 on eight."""
+    micro_batch: PositiveIntOrAuto = "auto"
+    """Most pairs in one forward on one rank: memory only. Accumulation follows from it. `auto`: the
+    largest divisor of a rank's share, `global_batch` / ranks, that by the dry run's plan takes at
+    most 80 % of a GPU's memory, or of this machine's divided by its ranks; kept by a resume on as
+    many ranks. A number divides that share too."""
     optimizer: Optimizer = Optimizer()
     """Optimiser settings."""
     warmup_steps: NonNegativeInt = 0

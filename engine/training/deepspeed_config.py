@@ -67,24 +67,28 @@ class BatchPlan:
 
 
 def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
-    """Divide the global batch over ranks and forwards, or say which numbers would divide it."""
+    """Divide the global batch over ranks and forwards, or say which numbers would divide it.
+
+    Of `train.micro_batch: auto` it knows no more than the most, a rank's share in one forward.
+    """
     batch, lanes = recipe.train.global_batch, recipe.data.lanes
     if lanes % world_size:
         raise RecipeError(
             f"world size {world_size} does not divide data.lanes={lanes}: "
-            f"start {_one_of(_divisors(lanes))} ranks, or prepare with other data.lanes",
+            f"start {_one_of(divisors(lanes))} ranks, or prepare with other data.lanes",
             "data.lanes",
             "mismatch",
         )
     pairs = batch // world_size  # exact: lanes divide the batch (schema), ranks divide the lanes
     # A rank with fewer pairs than fit in its memory is no mistake: the recipe was made for fewer.
-    micro = min(recipe.train.micro_batch, pairs)
+    wanted = recipe.train.micro_batch
+    micro = pairs if wanted == "auto" else min(wanted, pairs)
     if pairs % micro:
         raise RecipeError(
             f"train.micro_batch={micro} does not divide the {pairs} pairs of a rank "
             f"(train.global_batch={batch} over {world_size} "
             f"{'ranks' if world_size > 1 else 'rank'}): "
-            f"use train.micro_batch={_one_of(_divisors(pairs))}",
+            f"use train.micro_batch={_one_of(divisors(pairs))}",
             "train.micro_batch",
             "mismatch",
         )
@@ -102,16 +106,15 @@ def build_deepspeed_config(recipe: Recipe, world_size: int, run_dir: str | Path)
     problems = _misplaced(config)
     filler = _Filler(config, problems)
     train = recipe.train
+    micro = f"train.micro_batch={'auto' if train.micro_batch == 'auto' else plan.micro_batch}"
 
     filler.fill("train_batch_size", train.global_batch, f"train.global_batch={train.global_batch}")
-    filler.fill(
-        "train_micro_batch_size_per_gpu", plan.micro_batch, f"train.micro_batch={plan.micro_batch}"
-    )
+    filler.fill("train_micro_batch_size_per_gpu", plan.micro_batch, micro)
     filler.fill(
         "gradient_accumulation_steps",
         plan.accumulation,
-        f"{plan.accumulation} from train.global_batch={train.global_batch}, "
-        f"train.micro_batch={plan.micro_batch} and {world_size} rank(s)",
+        f"{plan.accumulation} from train.global_batch={train.global_batch}, {micro} and "
+        f"{world_size} rank(s)",
     )
     filler.fill(
         "gradient_clipping", train.gradient_clip, f"train.gradient_clip={train.gradient_clip}"
@@ -361,7 +364,8 @@ def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
         ) from error
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

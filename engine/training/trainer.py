@@ -57,6 +57,7 @@ from .frozen.cache import FrozenCache
 from .frozen.place import close_cache, make_place, open_cache
 from .growth import Growth
 from .log import RunLog
+from .micro_batch import settle_micro_batch
 from .moving import Moving
 from .networks import build_networks, started_parts
 from .samples import TrainingSamples
@@ -107,9 +108,7 @@ class Trainer:
         self.recipe = recipe
         self.terminal = terminal
         self.run_dir = Path(recipe.run_dir)
-        self.batches = plan_batches(recipe, ranks.world_size)
-        config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
-        refuse_missing_trackers(config)
+        refuse_missing_trackers(build_deepspeed_config(recipe, ranks.world_size, self.run_dir))
 
         self.pacing = Pacing(recipe.curriculum, recipe.train.steps)
         self.cursor = self.came_from = Cursor.start(self.pacing)
@@ -125,6 +124,13 @@ class Trainer:
         if has_steps_left:  # absent shards are found early
             self._open_shards()
         started = started_parts(recipe.adapter)
+
+        recipe, self.note = settle_micro_batch(
+            recipe, ranks, self.checkpoints.last_batches(), trains=has_steps_left
+        )
+        self.recipe = self.checkpoints.recipe = recipe
+        self.batches = plan_batches(recipe, ranks.world_size)
+        config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
 
         failpoint("train.start")
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
@@ -217,6 +223,11 @@ class Trainer:
                 f"{spec.precision}, ZeRO-{self.engine.zero_optimization_stage()}, "
                 f"{self.ranks.world_size} x {self.ranks.device.type}",
             ),
+            (
+                "forward",
+                f"{self.batches.micro_batch} pairs on each rank, {self.batches.accumulation} a "
+                "step",
+            ),
             ("speed", str(self.engine.module.tuning)),
             *self.evaluation.describe(),
         ]
@@ -246,6 +257,8 @@ class Trainer:
         for problem in self.checkpoints.passed_over:
             self.terminal.warn(f"checkpoint {problem}; it is passed over")
         self._tell_changes()
+        if self.note is not None:
+            self.terminal.line(self.note)
         if cursor is not None:
             self.cursor = self.came_from = cursor
         self.evaluation.start_after(self.cursor.step)

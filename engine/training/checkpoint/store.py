@@ -89,6 +89,13 @@ class CheckpointStore:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
         return max((step for step, _ in self.ranks.on_first(self._committed)), default=0)
 
+    def last_batches(self) -> tuple[int, int] | None:
+        """Ranks, and pairs in one forward of each, of the newest checkpoint that tells; None if
+        there is none.
+        """
+        found = self.ranks.on_first(lambda: [_told_batches(path) for _, path in self._committed()])
+        return next((each for each in found if each is not None), None)
+
     def save(
         self, cursor: Cursor, write: Callable[[Path], None], *, after_skips: bool = False
     ) -> Path:
@@ -177,6 +184,7 @@ class CheckpointStore:
                 # The weights of one step are the same before and after batches that are skipped.
                 "after_skips": after_skips and not _is_after_a_step(final),
                 "world_size": self.ranks.world_size,
+                "micro_batch": self.recipe.train.micro_batch,
                 "zero": self.recipe.deepspeed,
                 "recipe": recipe_hash(self.recipe),
                 "identity": training_identity(self.recipe),
@@ -417,6 +425,15 @@ def _is_after_a_step(folder: Path) -> bool:
         return not read_manifest(folder).get("after_skips", False)
     except (OSError, ValueError):
         return False
+
+
+def _told_batches(folder: Path) -> tuple[int, int] | None:
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError):
+        return None
+    ranks, pairs = manifest.get("world_size"), manifest.get("micro_batch")
+    return (ranks, pairs) if type(ranks) is int and type(pairs) is int else None
 
 
 def _manifest_of_step(folder: Path) -> dict[str, Any]:

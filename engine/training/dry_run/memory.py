@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from ..deepspeed_config import divisors
 
 Place = Literal["device", "host", "nvme"]
 FLOAT32 = 4
 ADAMW_STATES = 3  # float32 weights, and the two moments
+# Of a device's memory that is planned with. What is not counted takes the rest: CUDA's context and
+# libraries, workspaces of convolutions, gradients on their way, holes between blocks.
+PLANNED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,42 @@ def memory_rows(
         Row("activations", device=sizes.activations, note="of one micro-batch"),
     ]
     return [row for row in rows if row in frozen_rows or row.device or row.host or row.nvme]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank holds, by the number of pairs in one forward."""
+
+    sizes: Sizes
+    """With the activations of one pair, which grow with their number."""
+    zero: Zero
+    streamed_reference: bool
+    encoders: Place
+
+    def rows(self, pairs: int) -> list[Row]:
+        """:func:`memory_rows` at so many pairs."""
+        return memory_rows(
+            replace(self.sizes, activations=pairs * self.sizes.activations),
+            self.zero,
+            streamed_reference=self.streamed_reference,
+            encoders=self.encoders,
+        )
+
+    def needed(self, pairs: int, device_type: str) -> int:
+        """Bytes of its device's memory at so many pairs; a CPU's is the host's as well."""
+        whole = total(self.rows(pairs))
+        return whole.device + (whole.host if device_type == "cpu" else 0)
+
+    def most_pairs(self, share: int, memory: int, device_type: str) -> int:
+        """The largest divisor of ``share`` pairs that :data:`PLANNED_SHARE` of so many bytes of a
+        device takes; 0 where they do not take one pair.
+        """
+        fit = (
+            pairs
+            for pairs in reversed(divisors(share))
+            if self.needed(pairs, device_type) <= PLANNED_SHARE * memory
+        )
+        return next(fit, 0)
 
 
 def total(rows: list[Row]) -> Row:

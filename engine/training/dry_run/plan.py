@@ -8,6 +8,7 @@ counted, not assumed, and given in units of one denoiser forward over one image.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,12 +18,14 @@ from torch import nn
 
 from ....kernels.fuse import fuse
 from ...basics.errors import DataError
+from ...basics.memory import device_memory
 from ...curriculum.pacing import Pacing, stage_tiers
 from ...display.terminal import Terminal
 from ...models import DTYPES
 from ...models.adapters import add_lora
-from ...models.tuning import choose_tuning
+from ...models.tuning import choose_tuning, is_on
 from ...objectives import build_objective
+from ...ranks.launcher import local_size
 from ...recipe import Recipe
 from ...shards.remote.fetch import is_remote
 from ...shards.remote.store import open_store
@@ -31,8 +34,12 @@ from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..evaluation import DRAWS
 from ..frozen.place import place_of, record_bytes
 from ..growth import growth_rows
-from .memory import Row, Sizes, Zero, memory_rows, total
+from .memory import Footprint, Row, Sizes, Zero, total
 from .networks import MetaModel, activation_bytes, forward_flops, read_meta_model, training_flops
+
+GIB = 1 << 30
+# GiB that PyTorch sees of a card of each size: of a GeForce 4090, an H100 and an H200.
+DEVICES = {"24 GB": 23.5, "80 GB": 79.1, "141 GB": 139.8}
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Plan:
     """Of each rank."""
     batches: BatchPlan
     """How a rank works through its share of a step."""
+    fits: bool
+    """Whether `auto` is planned to fit this machine's device; True for a number of the recipe."""
+    auto: dict[str, int]
+    """By device what `train.micro_batch: auto` would choose; 0 where not one pair fits."""
     zero_stage: int
     """ZeRO stage of the run."""
     tuning: str
@@ -89,8 +100,6 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     frozen = _frozen_parameters(recipe, model)
     policy = _build_policy(recipe, model)
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-    moving = trained if recipe.objective.reference_ema else 0
-    frozen["reference"] += moving
     if recipe.adapter.type == "full":
         networks["denoiser"] = (trained, trained)
     else:
@@ -101,42 +110,79 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     if tuning.fused_kernels:
         fuse(policy)
     objective = build_objective(recipe.objective)
-    trained_images = objective.trained_images
+    zero = Zero.from_config(config["zero_optimization"], world_size)
+    footprint = footprint_of(recipe, model, policy, frozen, zero)
+    share, fits = batches.pairs_per_rank, True
+    if recipe.train.micro_batch == "auto":
+        memory = device_memory(device, local_size(world_size))
+        found = footprint.most_pairs(share, memory, device.type)
+        micro, fits = found or 1, found > 0
+        batches = BatchPlan(share, micro, share // micro)
+    if recipe.speed.fused_kernels == "auto" and not tuning.fused_kernels:
+        fuse(policy)  # as on the devices below
+    on_gpu = footprint_of(recipe, model, policy, frozen, zero)
+    return Plan(
+        networks=networks,
+        forward_flops=unit,
+        training_units=training_units,
+        trained_images=objective.trained_images,
+        frozen_passes=objective.frozen_passes,
+        memory=footprint.rows(batches.micro_batch),
+        batches=batches,
+        fits=fits,
+        auto={
+            name: on_gpu.most_pairs(share, int(gib * GIB), "cuda") for name, gib in DEVICES.items()
+        },
+        zero_stage=stage,
+        tuning=str(tuning),
+        latent_shape=tuple(model.inputs(1, resolution)["sample"].shape[1:]),
+        shipped=model.shipped,
+    )
+
+
+def read_footprint(recipe: Recipe, world_size: int, device: torch.device) -> Footprint:
+    """What a rank of a training will hold on such a device, of the model's configs alone.
+
+    Raises RecipeError and OutsideError as :func:`make_plan`.
+    """
+    config = build_deepspeed_config(recipe, world_size, recipe.run_dir)
+    model = read_meta_model(recipe.model, DTYPES[recipe.train.precision])
+    frozen = _frozen_parameters(recipe, model)
+    policy = _build_policy(recipe, model)
+    if is_on(recipe.speed.fused_kernels, device.type == "cuda"):
+        fuse(policy)
+    zero = Zero.from_config(config["zero_optimization"], world_size)
+    return footprint_of(recipe, model, policy, frozen, zero)
+
+
+def footprint_of(
+    recipe: Recipe, model: MetaModel, policy: ModelMixin, frozen: Mapping[str, int], zero: Zero
+) -> Footprint:
+    """Of the policy as it is fused or not; its attention and checkpointing are changed."""
+    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    moving = trained if recipe.objective.reference_ema else 0
     sizes = Sizes(
         policy=count_parameters(policy),
         trained=trained,
-        frozen=frozen,
-        bytes_per_weight=dtype.itemsize,
+        frozen={**frozen, "reference": frozen["reference"] + moving},
+        bytes_per_weight=DTYPES[recipe.train.precision].itemsize,
         text_encoders=sum(bytes_of(encoder) for encoder in model.text_encoders.values()),
         vae=bytes_of(model.vae),
         activations=activation_bytes(
             model,
             policy,
-            trained_images * batches.micro_batch,
-            resolution,
-            checkpointing=tuning.activation_checkpointing,
+            build_objective(recipe.objective).trained_images,
+            recipe.model.resolution,
+            checkpointing=recipe.speed.activation_checkpointing,
         ),
         averaged=recipe.adapter.ema is not None,
         moving=moving,
     )
-    memory = memory_rows(
+    return Footprint(
         sizes,
-        Zero.from_config(config["zero_optimization"], world_size),
+        zero,
         streamed_reference=_streams_reference(recipe),
-        encoders="host" if tuning.offload_encoders else "device",
-    )
-    return Plan(
-        networks=networks,
-        forward_flops=unit,
-        training_units=training_units,
-        trained_images=trained_images,
-        frozen_passes=objective.frozen_passes,
-        memory=memory,
-        batches=batches,
-        zero_stage=stage,
-        tuning=str(tuning),
-        latent_shape=tuple(model.inputs(1, resolution)["sample"].shape[1:]),
-        shipped=model.shipped,
+        encoders="host" if recipe.speed.encoders == "offload" else "device",
     )
 
 
@@ -178,7 +224,6 @@ def _streams_reference(recipe: Recipe) -> bool:
     return recipe.adapter.type == "full" and recipe.train.reference == "offload"
 
 
-GIB = 1 << 30
 HEADS = ("of", "units", "FLOP")
 
 
@@ -206,8 +251,9 @@ def _print_header(
         (
             "step",
             f"{recipe.train.global_batch} pairs; on each rank {batches.accumulation} x "
-            f"{batches.micro_batch}",
+            f"{batches.micro_batch}{'' if plan.fits else f', more than this {device.type} takes'}",
         ),
+        ("auto", f"train.micro_batch {', '.join(_auto_text(*each) for each in plan.auto.items())}"),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *_pairs_rows(recipe),
         *describe_moving(recipe.objective),
@@ -219,6 +265,10 @@ def _print_header(
         ),
     ]
     terminal.header(f"dry run  {recipe.run_dir}  computed, not measured", rows)
+
+
+def _auto_text(name: str, pairs: int) -> str:
+    return f"{pairs or 'none'} in {name}"
 
 
 def _pairs_rows(recipe: Recipe) -> list[tuple[str, str]]:

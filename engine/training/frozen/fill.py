@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...basics.errors import RecipeError
 from ...curriculum.pacing import Cursor, Pacing
 from ...display.terminal import Terminal
@@ -12,7 +14,9 @@ from ...ranks import Ranks
 from ...recipe import Recipe
 from ...shards.remote.store import open_store
 from ..batch import BatchMaker, open_stream, ranked_candidates, refuse_foreign_shards
+from ..checkpoint.store import CheckpointStore
 from ..deepspeed_config import build_deepspeed_config, plan_batches
+from ..micro_batch import settle_micro_batch
 from ..networks import build_networks
 from .place import close_cache, make_place, open_cache
 
@@ -29,6 +33,9 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
             "speed.frozen_cache",
             "no-effect",
         )
+    folder = Path(recipe.run_dir) / "checkpoints"
+    checkpoints = CheckpointStore(folder, ranks, recipe, keep=recipe.checkpoint.keep)
+    recipe, _ = settle_micro_batch(recipe, ranks, checkpoints.last_batches(), trains=True)
     micro = plan_batches(recipe, ranks.world_size).micro_batch
     build_deepspeed_config(recipe, ranks.world_size, recipe.run_dir)  # which may refuse it
     ranks.on_first(lambda: make_place(recipe))

@@ -198,7 +198,7 @@ def test_all_conflicts_are_shown_with_both_values_and_both_places(build, tmp_pat
             "tensorboard": {"enabled": True},
             "zero_allow_untested_optimizer": False,
         },
-        train={"precision": "bf16"},
+        train={"precision": "bf16", "micro_batch": 4},
     )
     remedy = "make them agree, or take it out of the JSON"
     assert lines[0] == (

@@ -347,15 +347,17 @@ def test_a_reference_that_moves_is_refused(steps: Steps) -> None:
 
 @pytest.fixture(scope="module")
 def filled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A run that fills its cache as it goes, and the cache of `cdpo cache fill`."""
+    """A run that fills its cache as it goes, and the cache of `cdpo cache fill`, which under `auto`
+    takes the micro-batches of its checkpoints.
+    """
     folder = tmp_path_factory.mktemp("filled")
     run, cache = folder / "run", f"speed.frozen_cache_at={folder / 'ahead'}"
     own = f"speed.frozen_cache_at={folder / 'own'}"
     outcome = world.train(run, *CALM, "speed.frozen_cache=1", own).succeeded()
     assert "10 of 48 pairs were served from the cache (20.8%), 38 asked for" in outcome.text
-    shards = [f"run_dir={folder / 'fill'}", f"data.path={world.shards}"]
+    where = [f"run_dir={run}", f"data.path={world.shards}", "train.micro_batch=auto"]
     outcome = world.server.run(
-        "cache", world.recipe, [*shards, *CALM, "speed.frozen_cache=1", cache]
+        "cache", world.recipe, [*where, *CALM, "speed.frozen_cache=1", cache]
     )
     assert "38 draws of pairs asked for" in outcome.succeeded().text
     yield run, cache

@@ -28,7 +28,10 @@ def test_first_loss_is_log_2_in_bfloat16(world: World, tmp_path: Path) -> None:
 def test_micro_batches_do_not_change_the_curve(
     world: World, plain: list[float], tmp_path: Path
 ) -> None:
-    world.train(tmp_path / "run", "train.micro_batch=8", *CALM).succeeded()
+    """`auto` takes the whole of a step."""
+    outcome = world.train(tmp_path / "run", "train.micro_batch=auto", *CALM).succeeded()
+    assert "8 pairs on each rank, 1 a step" in outcome.text
+    assert "micro_batch: 8" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-5)
 
 
