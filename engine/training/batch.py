@@ -18,6 +18,7 @@ from ..basics.transfer import send
 from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
+from ..models.tuning import is_on
 from ..objectives import TrainingBatch, min_snr_weights, rank_weights
 from ..ranks import Ranks
 from ..recipe import Objective, Recipe
@@ -54,6 +55,9 @@ class BatchMaker:
         self.cache: FrozenCache | None = None
         """Of frozen passes, if the recipe wants one; given when there is one."""
         self._dtype = DTYPES[recipe.train.precision]
+        # As the networks are tuned: targets then lie as predictions do, and the loss copies neither
+        channels_last = is_on(recipe.speed.channels_last, device.type == "cuda")
+        self._order = torch.channels_last if channels_last else torch.contiguous_format
         self._weights = None
         if recipe.objective.timestep_weighting == "min_snr":
             noise = backbone.noise
@@ -71,7 +75,7 @@ class BatchMaker:
             if self.cache is not None:
                 kept = self.cache.look_up(pairs.pair_ids, pairs.visits)
         with phase("encode_images"):
-            latents = self._latents(pairs)
+            latents = self._latents(pairs).contiguous(memory_format=self._order)
         with phase("corrupt"):
             noise = self.backbone.noise
             draw = noise.draw(self.recipe.seed, pairs.pair_ids, pairs.visits)
@@ -105,21 +109,18 @@ class BatchMaker:
         return send(self._shares[winner, loser], self.device)
 
     def _latents(self, pairs: PairBatch) -> torch.Tensor:
-        """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold.
-
-        Always in PyTorch's own order of memory: policy and reference round differently in others.
-        """
+        """Scaled latents (2B, C, h, w) on the device, of whatever the shards hold."""
         images = send(pairs.images, self.device)
         if self.kind == "latents":
             return images
         moments = self.backbone.image_moments(images) if self.kind == "raw" else images
         if self.recipe.data.posterior == "mean":
-            return self.backbone.latents_of(moments).contiguous()
+            return self.backbone.latents_of(moments)
         keys = keyed.make_keys(self.recipe.seed, Stream.POSTERIOR, pairs.pair_ids, pairs.visits)
         channels, *size = moments.shape[1:]
         noise = keyed.normal(send(keys, self.device), (2, channels // 2, *size))
         noise = noise.transpose(0, 1).flatten(0, 1)
-        return self.backbone.latents_of(moments, noise).contiguous()
+        return self.backbone.latents_of(moments, noise)
 
     def _drop_captions(self, pairs: PairBatch) -> list[str]:
         """The prompts of a micro-batch, some of them emptied as train.caption_dropout says."""

@@ -11,9 +11,11 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.basics.errors import EXIT_DATA
+from cdpo.engine.models.tuning import tune_denoiser
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.training.batch import BatchMaker
+from cdpo.kernels.layout import sample_strides
 from launching import CALM, World, losses
 
 SHORT = (*CALM, "train.steps=4")
@@ -63,6 +65,30 @@ def test_the_mean_is_the_same_from_every_kind(latents_by, tiny_backbone, pixels)
         found = latents_by(kind, batch_of(images, [7, 8]))
         assert not found.requires_grad
         torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_targets_lie_as_predictions_do_so_that_the_loss_copies_nothing(
+    tiny_recipe, tiny_backbone, pixels, prediction_type
+):
+    tiny_backbone.noise.prediction_type = prediction_type
+    pairs = batch_of(tiny_backbone.image_moments(pixels), [7, 8])
+    recipes = [tiny_recipe(f"speed.channels_last={knob}") for knob in ("off", "on")]
+    plain, ordered = (
+        BatchMaker(recipe, tiny_backbone, SIZE, CPU, "moments").make(pairs) for recipe in recipes
+    )
+    assert plain.noisy.is_contiguous() and not ordered.noisy.is_contiguous()
+    assert torch.equal(plain.noisy, ordered.noisy) and torch.equal(plain.target, ordered.target)
+    tune_denoiser(recipes[1].speed, tiny_backbone)
+    with torch.no_grad():
+        predicted = tiny_backbone.predict(
+            tiny_backbone.denoiser,
+            ordered.noisy,
+            ordered.draw.timesteps.repeat(2),
+            ordered.conditioning,
+        )
+    for tensor in (ordered.noisy, ordered.target):
+        assert sample_strides(tensor) == sample_strides(predicted)
 
 
 def test_a_sample_is_the_mean_and_noise_of_the_posteriors_width(latents_by, tiny_backbone, pixels):
