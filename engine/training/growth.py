@@ -43,6 +43,7 @@ class Growth:
         self._columns = torch.arange(spec.rank, device=device)
         self._depths = block_depths(policy) if spec.opening == "inside_out" else {}
         self._num_depths = 1 + max(self._depths.values(), default=0)
+        self._stage: int | None = None
         self.enter(pacing.stages[0])
         for name, layer in policy.named_modules():
             if spec.grows and isinstance(layer, LoraLayer):
@@ -65,15 +66,21 @@ class Growth:
         """Of a B: (out, r), or (out, r, 1, 1) of a convolution. What is not finite stays so: the
         step is skipped, whatever is open.
         """
-        mask = self._open_columns & (depth < self._open_depths)
-        return gradient * mask.view(-1, *(1,) * (gradient.ndim - 2))
+        if depth >= self._open_depths or self._open_columns is None:
+            return self._mask_whole(depth, gradient)
+        return gradient * self._open_columns.view(-1, *(1,) * (gradient.ndim - 2))
 
     def _mask_whole(self, depth: int, gradient: Tensor) -> Tensor:
-        return gradient * (depth < self._open_depths)
+        return gradient if depth < self._open_depths else gradient * 0
 
     def enter(self, stage: Stage) -> None:
         """What follows is a step of ``stage``: to be called before its backward passes."""
-        self._open_columns = self._columns < rank_at(self._spec, stage.index)
+        if stage.index == self._stage:
+            return
+        self._stage = stage.index
+        rank = rank_at(self._spec, stage.index)
+        # Made once a stage and not for each gradient; none where all is open.
+        self._open_columns = None if rank == self._spec.rank else self._columns < rank
         self._open_depths = self._depths_at(stage)
         self.row = self._row_of(stage)
 

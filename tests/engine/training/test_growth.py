@@ -24,6 +24,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import CALM, KILLED, ROOT, World, losses, metrics
+from operations import Operations
 from peft import LoraConfig, inject_adapter_in_model
 from refusals import refused
 from safetensors.torch import load_file
@@ -182,6 +183,27 @@ def test_masked_training_is_that_of_adapters_that_are_padded(
 
 # --------------------------------------------------------------------------------------------------
 # On UNets: what opens when, and what the network is meanwhile
+
+
+@pytest.mark.parametrize(
+    ("stage", "inner", "outer"), [(0, 1, 1), (1, 1, 1), (2, 0, 0)], ids=["half", "less", "all"]
+)
+def test_what_is_open_costs_nothing_and_what_is_closed_one_product(
+    stage: int, inner: int, outer: int, operations: Operations
+) -> None:
+    network = Nested().requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["mid_block", "conv_in"]), network)
+    spec = Adapter(rank=4, rank_schedule=(1, 2, 4), opening="inside_out")
+    plan = pacing(3)
+    growth = Growth(network, spec, plan, CPU)
+    growth.enter(plan.stages[stage])
+    with operations:
+        growth.enter(plan.stages[stage])
+        assert not operations.names
+        for part, products in ((network.mid_block, inner), (network.conv_in, outer)):
+            operations.names.clear()
+            torch.autograd.grad(part.lora_B["default"].weight.sum(), part.lora_B["default"].weight)
+            assert operations.names.count("aten::mul.Tensor") == products
 
 
 def unet_of(*channels: int, **changes: Any) -> UNet2DConditionModel:
