@@ -129,7 +129,7 @@ class OurStep:
     def predict(self, batch: TrainingBatch) -> Tensor:
         """The reference's prediction for the first image: one unit of work."""
         timesteps = batch.draw.timesteps[:1]
-        told = batch.conditioning.select([0])
+        told = batch.conditioning.first(1)
         return self._backbone.predict(self.module.reference, batch.noisy[:1], timesteps, told)
 
     @torch.no_grad()

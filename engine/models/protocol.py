@@ -31,13 +31,17 @@ class Conditioning:
     """Further per-image tensors (N, ...) by the UNet's name for them: SDXL's pooled `text_embeds`
     and `time_ids`; whatever else stands here is an argument of the UNet's forward."""
 
-    def select(self, rows: Sequence[int] | Tensor) -> Conditioning:
-        """The rows asked for, in that order."""
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.text.device)
+    def select(self, rows: Tensor) -> Conditioning:
+        """The rows of some images, whose numbers (M,) int64 are on the device, in that order."""
         return Conditioning(
             self.text.index_select(0, rows),
             {name: value.index_select(0, rows) for name, value in self.extras.items()},
         )
+
+    def first(self, count: int) -> Conditioning:
+        """That of the first images, as views."""
+        extras = {name: value[:count] for name, value in self.extras.items()}
+        return Conditioning(self.text[:count], extras)
 
     def with_extras(self, **extras: Tensor) -> Conditioning:
         """The same with further per-image tensors, each (N, ...)."""

@@ -34,7 +34,7 @@ class ConsistencyFineTuning:
         solver = batch.draw.solver
         assert solver is not None
         pairs = len(solver.guidance)
-        prompts = batch.conditioning.select(range(pairs))
+        prompts = batch.conditioning.first(pairs)
         guided = prompts.with_extras(guidance=solver.guidance)
         target = batch.target
         if self.spec.needs_teacher:
@@ -67,7 +67,7 @@ def _one_step_nearer(
     assert unconditional is not None
     pairs, now, earlier = len(solver.guidance), solver.now, solver.earlier
     doubled = torch.cat([batch.noisy[:pairs]] * 2)
-    both = prompts.followed_by(unconditional.select(range(pairs)))
+    both = prompts.followed_by(unconditional.first(pairs))
     conditional, empty = networks.teacher(
         doubled, torch.cat([now.timesteps, now.timesteps]), both
     ).chunk(2)

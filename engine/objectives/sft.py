@@ -26,7 +26,7 @@ class SupervisedFineTuning:
     def __call__(self, networks: Networks, batch: TrainingBatch) -> Loss:
         pairs = len(batch.draw.timesteps)
         prediction = networks.policy(
-            batch.noisy[:pairs], batch.draw.timesteps, batch.conditioning.select(range(pairs))
+            batch.noisy[:pairs], batch.draw.timesteps, batch.conditioning.first(pairs)
         )
         with phase("loss"):
             errors = mean_errors(prediction.float() - batch.target[:pairs].float(), self.spec)
