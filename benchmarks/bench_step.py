@@ -93,6 +93,7 @@ def variants(knobs: Knobs, on_gpu: bool, compiles: bool) -> dict[str, Knobs]:
     }
     if on_gpu:  # on a CPU they are in PyTorch
         changed["loss and noise in PyTorch"] = replace(knobs, kernels="torch")
+        changed["attention by the engine's rule"] = replace(knobs, attention="auto")
     if compiles:
         changed["blocks compiled"] = replace(knobs, compiled=True)
     return changed

@@ -56,6 +56,8 @@ class Knobs:
     """The blocks that repeat go through torch.compile."""
     frozen_cache: int = 0
     """Draws of a pair whose frozen passes are kept; 0 asks the frozen networks in every step."""
+    attention: str = "sdpa"
+    """As in the straightforward step."""
     latents_dtype: torch.dtype = torch.float16
     """Of cached latents: half precision is what shards hold."""
 
@@ -198,7 +200,7 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
             "speed": {
                 "channels_last": _switch(knobs.channels_last),
                 "fused_kernels": _switch(knobs.fused_layers),
-                "attention": "sdpa",  # as in the straightforward step
+                "attention": knobs.attention,
                 "compile": "regional" if knobs.compiled else "off",
                 "activation_checkpointing": knobs.checkpointing,
                 "frozen_cache": knobs.frozen_cache,

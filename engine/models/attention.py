@@ -1,7 +1,8 @@
 """Attention kernels for a denoiser's transformer blocks: which there are, and putting one in.
 
-PyTorch's own (`sdpa`) is what diffusers uses. `xformers` and `flash` replace the processor of every
-plain attention layer; the VAE keeps PyTorch's, its one head is too wide for either.
+PyTorch's own (`sdpa`) is what diffusers uses, and it picks among its kernels by its version, the
+device and the environment. `cudnn`, `flash` and `xformers` replace the processor of every plain
+attention layer; the VAE keeps PyTorch's, its one head is too wide for any.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..basics.errors import RecipeError, told_by
 
@@ -25,6 +27,13 @@ PACKAGES = {
     "flash": ("flash_attn", "flash_attn_func", "pip install --no-build-isolation 'cdpo[flash]'"),
     "xformers": ("xformers.ops", "memory_efficient_attention", "pip install 'cdpo[xformers]'"),
 }
+# Compute capabilities where others measured cuDNN's kernel ahead of FlashAttention 2, forward and
+# backward: Hopper, and Blackwell for data centers. On an A100, an L40S and Blackwell for
+# workstations (12.0) it was behind or no faster. A rule and no timing: what a timing decides may
+# differ from start to start, and a resumed run with it.
+CUDNN_WINS = ((9, 0), (10, 0))
+CUDNN_DTYPES = (torch.bfloat16, torch.float16)
+CUDNN_WIDTH = 128  # of its heads at most, in steps of 8; wider ones not backward on every release
 PROBE_TOKENS = 77  # the odd length that text has, so that padding is tried as well
 
 
@@ -56,6 +65,20 @@ class ProjectedAttention:
         return dropout(project(attended))
 
 
+def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:data:`Attend` by cuDNN, and by PyTorch's choice where the shapes are not for it."""
+    tokens, width = min(query.shape[1], key.shape[1]), query.shape[-1]
+    needs_backward = query.requires_grad or key.requires_grad or value.requires_grad
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    if width > CUDNN_WIDTH or tokens < 2:
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    # The operator itself: PyTorch's context to choose it costs the host more than the call.
+    attended: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, needs_backward and torch.is_grad_enabled()
+    )[0]
+    return attended.transpose(1, 2)
+
+
 def use_attention(network: nn.Module, attend: Attend) -> None:
     """Let every plain attention layer of ``network`` run through ``attend``."""
     for layer in _plain_layers(network):
@@ -63,15 +86,15 @@ def use_attention(network: nn.Module, attend: Attend) -> None:
 
 
 def choose_attention(
-    wanted: Literal["auto", "sdpa", "xformers", "flash"],
+    wanted: Literal["auto", "sdpa", "cudnn", "xformers", "flash"],
     network: nn.Module,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[str, Attend | None]:
     """The kernel to use and its name; None stands for diffusers' own, over PyTorch's.
 
-    ``auto`` takes the first of flash, xformers and sdpa that imports and computes the widths of
-    this network's heads forward and backward on this device; on a CPU it takes sdpa.
+    ``auto`` takes the first of cudnn (where it wins), flash, xformers and sdpa that imports and
+    computes the widths of this network's heads forward and backward on this device; on a CPU sdpa.
 
     Raises:
         RecipeError: if the one that was asked for does not.
@@ -79,7 +102,8 @@ def choose_attention(
     if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
         return "sdpa", None
     widths = {layer.inner_dim // layer.heads for layer in _plain_layers(network)}
-    for name in PACKAGES if wanted == "auto" else (wanted,):
+    of_auto = (*["cudnn"] * _cudnn_wins(device, dtype), *PACKAGES)
+    for name in of_auto if wanted == "auto" else (wanted,):
         try:
             attend = _import(name)
             for width in sorted(widths):
@@ -116,7 +140,13 @@ def _plain_layers(network: nn.Module) -> Iterator[Attention]:
                 yield layer
 
 
+def _cudnn_wins(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in CUDNN_DTYPES and torch.cuda.get_device_capability(device) in CUDNN_WINS
+
+
 def _import(name: str) -> Attend:
+    if name == "cudnn":
+        return cudnn_attention
     module, function, _ = PACKAGES[name]
     attend: Attend = getattr(import_module(module), function)
     return attend

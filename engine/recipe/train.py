@@ -188,9 +188,10 @@ class Speed(Section):
     fused_kernels: Literal["auto", "on", "off"] = "auto"
     """GroupNorm with SiLU, and GEGLU, as one Triton kernel each: fewer passes over memory, fewer
     saved activations. `auto`: on a GPU."""
-    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
-    """Attention kernel of the denoiser: PyTorch's, or that of a package. `auto` takes the first of
-    flash, xformers and sdpa that imports and works on the device, and says which."""
+    attention: Literal["auto", "sdpa", "cudnn", "xformers", "flash"] = "auto"
+    """Attention kernel of the denoiser: PyTorch's choice, cuDNN's, or that of a package. `auto`
+    takes the first of cudnn (in half precision on an H100, H200 or B200), flash, xformers and sdpa
+    that imports and works on the device, and says which."""
     compile: Literal["off", "regional", "full"] = "off"
     """torch.compile for training: minutes at the start for faster steps. `regional` compiles each
     kind of block once, `full` the whole denoiser. Not with ZeRO-3; step-0 loss within 1e-3."""

@@ -139,6 +139,7 @@ class Trainer:
             self._match_shards()
         objective = build_objective(recipe.objective)
         networks = build_networks(recipe, self.backbone, objective)
+        self.checkpoints.speed = str(networks.tuning)
         self.engine = start_engine(
             networks, config, recipe.train.optimizer, ranks.device, ema=recipe.adapter.ema
         )

@@ -70,6 +70,8 @@ class CheckpointStore:
         self.parts: Mapping[str, str] | None = None
         """Fingerprints of what is trained and what teaches it, once they are known: a resume is
         held to them instead of the names of files, which a checkpoint without any is held to."""
+        self.speed = ""
+        """The knobs of `speed` as they were decided for the device, which a checkpoint tells."""
         self.best: int | None = None
         """A step whose checkpoint is kept however old it is."""
         self.passed_over: list[str] = []
@@ -185,6 +187,7 @@ class CheckpointStore:
                 "after_skips": after_skips and not _is_after_a_step(final),
                 "world_size": self.ranks.world_size,
                 "micro_batch": self.recipe.train.micro_batch,
+                "speed": self.speed,
                 "zero": self.recipe.deepspeed,
                 "recipe": recipe_hash(self.recipe),
                 "identity": training_identity(self.recipe),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.models.attention import Attend, choose_attention, use_attention
+from cdpo.engine.models.attention import Attend, choose_attention, cudnn_attention, use_attention
 from diffusers import UNet2DConditionModel
 from refusals import refused
 from torch import Tensor
@@ -79,6 +81,43 @@ def test_layers_with_norms_of_their_own_keep_their_processor() -> None:
     assert before and list(vae.attn_processors.values()) == before
 
 
+def of_math(*inputs: Any) -> tuple[Tensor]:
+    """What the operator gives first; the others are for its own backward pass."""
+    *tensors, mask, for_backward = inputs
+    assert mask is None and for_backward == tensors[0].requires_grad
+    return (scaled_dot_product_attention(*tensors),)
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "by_cudnn"), [(40, 77, 1), (128, 2, 1), (160, 64, 0), (64, 1, 0)]
+)
+def test_cudnn_computes_what_it_takes_and_pytorch_the_rest(
+    monkeypatch, width: int, tokens: int, by_cudnn: int
+) -> None:
+    operator = Mock(side_effect=of_math)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", operator)
+    query, key = torch.randn(2, 9, 3, width), torch.randn(2, tokens, 3, width)
+    for wants_gradient in (False, True):
+        query.requires_grad_(wants_gradient)
+        attended = cudnn_attention(query, key, key)
+        torch.testing.assert_close(attended, heads_next_to_width(query, key, key))
+        with torch.no_grad():
+            cudnn_attention(query.detach(), key, key)
+    assert operator.call_count == 4 * by_cudnn
+
+
+def test_the_operator_of_cudnn_is_called_as_pytorch_declares_it() -> None:
+    """Shapes and backward pass without a GPU; a release that declares another is found here."""
+    query, key = (
+        torch.empty(2, n, 3, 40, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for n in (64, 77)
+    )
+    attended = cudnn_attention(query, key, key)
+    assert attended.shape == query.shape and attended.is_contiguous()
+    attended.sum().backward()
+    assert query.grad.shape == query.shape and key.grad.shape == key.shape
+
+
 def choose(wanted: str, unet: UNet2DConditionModel, device: torch.device = CPU) -> str:
     return choose_attention(wanted, unet, device, torch.float32)[0]
 
@@ -107,10 +146,45 @@ def test_a_kernel_that_does_not_work_here_is_refused(unet, install, kernel) -> N
     assert "\n" not in str(told.value)
 
 
-def test_auto_takes_the_first_that_works(unet, install, monkeypatch) -> None:
-    """As on a GPU: the probe's tensors are made on the CPU instead."""
-    ones = torch.ones
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> Callable[[tuple[int, int]], None]:
+    """As on a GPU of a compute capability: the probe's tensors are made on the CPU instead."""
+    ones, operator = torch.ones, "_scaled_dot_product_cudnn_attention"
     monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, **{**k, "device": CPU}))
+    monkeypatch.setattr(torch.ops.aten, operator, of_math)
+    return lambda own: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: own)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((8, 0), torch.bfloat16, "flash"),
+        ((8, 9), torch.float16, "flash"),
+        ((9, 0), torch.bfloat16, "cudnn"),
+        ((9, 0), torch.float16, "cudnn"),
+        ((9, 0), torch.float32, "flash"),
+        ((10, 0), torch.bfloat16, "cudnn"),
+        ((12, 0), torch.bfloat16, "flash"),
+    ],
+)
+def test_cudnn_comes_first_where_it_wins(
+    unet, install, on_a_gpu, capability, dtype, expected
+) -> None:
+    on_a_gpu(capability)
+    install(flash=heads_next_to_width)
+    for _ in range(2):  # by a rule, and so the same at each start
+        assert choose_attention("auto", unet, CUDA, dtype)[0] == expected
+
+
+def test_auto_takes_the_first_that_works(unet, install, on_a_gpu, monkeypatch) -> None:
+    on_a_gpu((9, 0))
+    install(flash=heads_next_to_width)
+    monkeypatch.setattr(
+        torch.ops.aten, "_scaled_dot_product_cudnn_attention", Mock(side_effect=RuntimeError("old"))
+    )
+    assert choose_attention("auto", unet, CUDA, torch.bfloat16)[0] == "flash"
+    with refused(RecipeError, "unsupported", "speed.attention"):
+        choose("cudnn", unet)
     install(flash=heads_next_to_width, xformers=heads_next_to_width)
     assert choose("auto", unet, CUDA) == "flash"
     install(flash=refusing, xformers=heads_next_to_width)
