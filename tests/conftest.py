@@ -98,6 +98,20 @@ def tiny_recipe(tiny_world: Path, tmp_path: Path) -> Callable[..., Recipe]:
     return load
 
 
+@pytest.fixture(scope="session")
+def recipe_of(of_all_processes: Path) -> Callable[..., Recipe]:
+    """The recipe of a tiny world by its family, e.g. `recipe_of("lcm", "seed=5")`."""
+
+    def load(family: str, *overrides: str) -> Recipe:
+        folder = once(
+            of_all_processes / ("tiny" if family == "sd" else f"tiny-{family}"),
+            lambda folder: tiny.write_recipe(folder / "recipe.yaml", tiny.build(folder, family)),
+        )
+        return load_recipe(folder / "recipe.yaml", overrides)
+
+    return load
+
+
 @pytest.fixture
 def tiny_backbone(tiny_recipe: Callable[..., Recipe]) -> LatentDiffusion:
     """The tiny Stable Diffusion in float32, freshly loaded: tests may change it."""

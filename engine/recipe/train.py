@@ -195,6 +195,10 @@ class Speed(Section):
     compile: Literal["off", "regional", "full"] = "off"
     """torch.compile for training: minutes at the start for faster steps. `regional` compiles each
     kind of block once, `full` the whole denoiser. Not with ZeRO-3; step-0 loss within 1e-3."""
+    cuda_graph: Literal["off", "auto"] = "off"
+    """`auto`: capture the networks of a micro-batch and the gradients once and replay them, which
+    takes the host two launches in place of thousands. With adapters on a GPU under ZeRO 1 or 2;
+    where it does not go the head of the run says why. Not tried on a GPU yet."""
     activation_checkpointing: bool = False
     """Keep the inputs of the policy's blocks alone and compute the rest again in the backward pass:
     a quarter of the activations, for a third more operations with adapters, a quarter without."""

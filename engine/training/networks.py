@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,8 @@ class PolicyAndReference(nn.Module):
 
     reference: nn.Module
     tuning: Tuning
+    captured: Callable[[TrainingBatch], Loss] | None = None
+    """What gives the loss in place of the networks themselves, if something does."""
 
     def __init__(
         self,
@@ -66,6 +69,10 @@ class PolicyAndReference(nn.Module):
         return self.reference if self._moved_from is None else self._moved_from
 
     def forward(self, batch: TrainingBatch) -> Loss:
+        return (self.captured or self.loss)(batch)
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        """A batch's loss, operation by operation."""
         return self._objective(self._networks(), batch)
 
     def ask_frozen(self, batch: TrainingBatch) -> None:

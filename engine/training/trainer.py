@@ -48,6 +48,7 @@ from .batch import (
 )
 from .checkpoint.partitions import read_partitions, write_partitions
 from .checkpoint.store import CheckpointStore
+from .cuda_graph import CapturedLoss, hindrance
 from .deepspeed_config import build_deepspeed_config, plan_batches, refuse_missing_trackers
 from .deepspeed_engine import keep_settings, release, start_engine
 from .evaluation import Evaluation
@@ -77,6 +78,7 @@ class Trainer:
     pacing: Pacing
     growth: Growth
     moving: Moving
+    captured: CapturedLoss | None
     # on what, while there are steps to take
     shards: ShardStore | None
     manifest: Manifest
@@ -155,6 +157,12 @@ class Trainer:
         )
         bound_waits(recipe.cluster.timeout_minutes)
         order_weights(networks.tuning, networks.policy, *networks.frozen)
+        self.captured, self.hindrance = None, None
+        if recipe.speed.cuda_graph == "auto":
+            self.hindrance = hindrance(recipe, ranks.device, config["zero_optimization"])
+            if self.hindrance is None:
+                self.captured = CapturedLoss(networks, networks.loss, terminal)
+                networks.captured = self.captured
         if has_steps_left:
             self._open_cache()
 
@@ -230,6 +238,7 @@ class Trainer:
                 "step",
             ),
             ("speed", str(self.engine.module.tuning)),
+            *self._describe_capture(),
             *self.evaluation.describe(),
         ]
         if self.shards is not None:
@@ -243,6 +252,12 @@ class Trainer:
             *describe_stages(self.pacing),
             *self.growth.describe(),
         ]
+
+    def _describe_capture(self) -> list[tuple[str, str]]:
+        if self.recipe.speed.cuda_graph == "off":
+            return []
+        graphs = "the networks of a micro-batch, and the gradients, are captured and replayed"
+        return [("graph", f"none: {self.hindrance}" if self.captured is None else graphs)]
 
     # The run
 
@@ -449,6 +464,8 @@ class Trainer:
         moved = self.moving.step()
         if self.cache is not None:
             host["cached"] = self.cache.served_since()
+        if self.captured is not None:
+            host["captures"] = self.captured.captures
         with phase("log"):
             self.log.close_step(host, self.engine.get_global_grad_norm(), moved)
         shown: dict[str, float | str] = {

@@ -12,17 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import tiny
 import torch
+from batches import of_latents, train_a_little
 from cdpo.engine.basics.errors import DataError, RecipeError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.objectives import Loss, build_objective
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
-from cdpo.engine.recipe.reading import load_recipe
-from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.training.batch import BatchMaker
 from cdpo.engine.training.frozen.cache import FrozenCache
 from cdpo.engine.training.frozen.place import close_cache, made_of, make_place, place_of
@@ -75,45 +72,13 @@ class Steps:
 
     @torch.no_grad()
     def __call__(self, *ids: int, visit: int = 0) -> Loss:
-        return self.networks(self.maker.make(pairs(*ids, visit=visit)))
+        return self.networks(self.maker.make(of_latents(*ids, visit=visit)))
 
 
-def pairs(*ids: int, visit: int = 0) -> PairBatch:
-    rows = [np.random.default_rng(pair).normal(size=(2, *SHAPE)) for pair in ids]
-    latents = torch.from_numpy(np.stack(rows, axis=1)).flatten(0, 1).half()
-    return PairBatch(
-        images=latents,
-        prompts=[tiny.PROMPTS[pair % len(tiny.PROMPTS)] for pair in ids],
-        pair_ids=torch.tensor(ids),
-        visits=torch.full((len(ids),), visit),
-        ranks=torch.tensor([[1, 2]]).expand(len(ids), 2),
-        tiers=torch.ones(len(ids), dtype=torch.int64),
-        original_sizes=torch.full((2 * len(ids), 2), 16),
-        crops=torch.zeros(2 * len(ids), 2, dtype=torch.int64),
-    )
-
-
-def trained(steps: Steps) -> None:
-    """Let the policy be another than the reference."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in steps.networks.policy.parameters():
-            if weight.requires_grad:
-                weight += 0.02 * torch.randn(weight.shape, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
-    """Recipes of tiny worlds by family, each written once."""
-    found: dict[str, Path] = {}
-
-    def load(family: str, *overrides: str) -> Recipe:
-        if family not in found:
-            folder = tmp_path_factory.mktemp(family)
-            found[family] = tiny.write_recipe(folder / "r.yaml", tiny.build(folder, family))
-        return load_recipe(found[family], ["speed.frozen_cache=2", *overrides])
-
-    return load
+@pytest.fixture
+def written(recipe_of: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """Recipes of tiny worlds by family, with a cache."""
+    return lambda family, *overrides: recipe_of(family, "speed.frozen_cache=2", *overrides)
 
 
 @pytest.fixture
@@ -144,7 +109,7 @@ def test_a_first_visit_and_a_kept_one_give_the_same_loss(
     steps.restart()
     assert steps(*ids).loss.item() == pytest.approx(start, abs=1e-6)
 
-    trained(steps)
+    train_a_little(steps.networks.policy)
     kept = steps(*ids)
     asked = steps.images_asked
     # A visit later by the number of draws is the same one; another is not
@@ -170,7 +135,7 @@ def test_of_a_batch_only_what_is_missing_is_asked_for(
     written: Callable[..., Recipe], tmp_path: Path, case: str
 ) -> None:
     steps = Steps(written(*CASES[case]), tmp_path)
-    trained(steps)
+    train_a_little(steps.networks.policy)
     passes = build_objective(steps.maker.recipe.objective).frozen_passes
     separate = [steps(pair, 7).logits[0].item() for pair in (0, 1, 2, 3)]
     steps.folder = tmp_path / "b"
@@ -232,7 +197,7 @@ def test_a_damaged_file_is_named_and_what_it_held_is_asked_for_again(
     written: Callable[..., Recipe], tmp_path: Path, case: str, damage: Callable[[Path], None]
 ) -> None:
     steps = Steps(written(*CASES[case]), tmp_path)
-    trained(steps)
+    train_a_little(steps.networks.policy)
     whole = steps(0, 1)
     steps.cache.write()
     [path] = tmp_path.glob("*.safetensors")
