@@ -35,13 +35,14 @@ BENCH_KERNELS := --tiny --out runs/bench/kernels_cpu.json
 BENCH_STEP := --tiny --out runs/bench/step_cpu.json
 endif
 
-.PHONY: help demo test test-all clients bench lint format typecheck unit clean
+.PHONY: help demo test test-all clients bench gpu gpu-wheels lint format typecheck unit clean
 
 help:
 	@echo "make demo    align a small text-to-image model on this machine and show the result"
 	@echo "make test    style, types, spelling, and tests of everything that README promises"
 	@echo "make test-all  and the long ones: two machines, a browser, inductor, whole grids"
 	@echo "make bench   what can be measured here; adds a row to the history of the training step"
+	@echo "make gpu     on a GPU: tests, sanitizer, times, steps, profile, in parts; resumable"
 	@echo "make lint    style, types and spelling alone;  make format  applies the style"
 	@echo "make clean   removes .venv and caches; runs/ stays"
 
@@ -81,6 +82,21 @@ bench: .venv/installed
 	python benchmarks/bench_data.py --out runs/bench/data.json
 	python benchmarks/bench_kernels.py $(BENCH_KERNELS)
 	python benchmarks/bench_step.py $(BENCH_STEP) --history benchmarks/results/history.jsonl
+
+# PART=beginning of names, FORCE=1 for what is done, MINUTES=9 to begin none after that, REHEARSE=1
+# for small shapes on a CPU. Without a .venv it takes PYTHON as it is: see benchmarks/gpu/README.md.
+gpu:
+	$(if $(wildcard .venv/bin/python),python,$(PYTHON)) benchmarks/bench_gpu.py \
+		$(if $(PART),--part $(PART)) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(REHEARSE),--rehearse)
+
+# What a machine without a network lacks beside torch 2.11, for Python 3.12 on x86-64: 29 MB.
+gpu-wheels: .venv/installed-test
+	DS_BUILD_OPS=0 python -m pip wheel --quiet --no-deps --no-build-isolation \
+		--constraint constraints.txt --wheel-dir build/gpu_wheels deepspeed
+	python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) \
+		--constraint constraints.txt --dest build/gpu_wheels --requirement benchmarks/gpu/wheels.txt
 
 lint: .venv/installed-test typecheck
 	ruff check .

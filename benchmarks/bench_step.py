@@ -27,7 +27,7 @@ from rich.progress import track
 from step_bench.counts import count_flops, counted_calls
 from step_bench.history import record
 from step_bench.models import REAL, TINY, StepModel
-from step_bench.ours import PRECISIONS, Knobs, OurStep
+from step_bench.ours import PRECISIONS, Knobs, NotCaptured, OurStep
 from step_bench.plot import draw
 from step_bench.results import (
     NOTES,
@@ -93,6 +93,7 @@ def variants(knobs: Knobs, on_gpu: bool, compiles: bool) -> dict[str, Knobs]:
     }
     if on_gpu:  # on a CPU they are in PyTorch
         changed["loss and noise in PyTorch"] = replace(knobs, kernels="torch")
+        changed["captured as CUDA graphs"] = replace(knobs, captured=True)
         changed["attention by the engine's rule"] = replace(knobs, attention="auto")
     if compiles:
         changed["blocks compiled"] = replace(knobs, compiled=True)
@@ -150,6 +151,8 @@ class Comparison:
             return {"time": None, "failed": "out of memory"}
         except (TorchDynamoException, InductorError, RecipeError):
             return {"time": None, "failed": "does not compile here"}
+        except NotCaptured:
+            return {"time": None, "failed": "cannot be captured here"}
         return {
             "time": ratio(times["changed"].device, times["ours"].device),
             "peak_gib": other.peak_gib(),
@@ -197,7 +200,7 @@ def compare(name: str, model: StepModel, options: argparse.Namespace, device: to
     row["knobs"] = {
         knob: comparison.measure_knob(each, knob_s)
         for knob, each in track(changed.items(), name, console=Console(stderr=True))
-        if options.knobs
+        if options.knobs and options.knob in knob
     }
     return drop_absolutes(row) if device.type == "cpu" else row
 
@@ -240,8 +243,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=REAL, default=list(REAL))
     parser.add_argument("--pairs", type=int, help="in a step; fewer if they do not fit")
     parser.add_argument("--no-knobs", dest="knobs", action="store_false", help="the two steps only")
+    parser.add_argument("--knob", default="", help="only those whose name contains this")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile on a CPU too; minutes"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="the step under torch.compile as well, minutes more; by default on a GPU",
     )
     parser.add_argument("--out", type=Path, help="JSON; benchmarks/results/step_<device>.json")
     parser.add_argument("--history", type=Path, help="JSON lines that the figures are added to")
@@ -251,7 +258,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     if not (options.tiny or options.count or on_gpu):
         parser.error("no CUDA device, and a CPU takes hours at these sizes: give --tiny or --count")
-    options.compile |= on_gpu
     return options
 
 

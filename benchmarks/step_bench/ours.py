@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import Conditioning, Framing
 from cdpo.engine.models.ddpm import DiscreteDDPM
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
@@ -24,6 +25,7 @@ from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
 from cdpo.engine.training.batch import BatchMaker
+from cdpo.engine.training.cuda_graph import CapturedLoss
 from cdpo.engine.training.frozen.cache import FrozenCache
 from cdpo.engine.training.networks import build_networks
 from cdpo.kernels import use as use_kernels
@@ -56,6 +58,8 @@ class Knobs:
     """The blocks that repeat go through torch.compile."""
     frozen_cache: int = 0
     """Draws of a pair whose frozen passes are kept; 0 asks the frozen networks in every step."""
+    captured: bool = False
+    """Networks and gradients are replayed as CUDA graphs."""
     attention: str = "sdpa"
     """As in the straightforward step."""
     latents_dtype: torch.dtype = torch.float16
@@ -66,6 +70,10 @@ class Knobs:
         """The engine's choice: on a GPU everything that is fast there."""
         on_gpu = device.type == "cuda"
         return cls("bf16" if on_gpu else "fp32", fused_layers=on_gpu, channels_last=on_gpu)
+
+
+class NotCaptured(Exception):
+    """A step that was to be replayed is not."""
 
 
 class OurStep:
@@ -85,6 +93,8 @@ class OurStep:
         )
         self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
         order_weights(self.module.tuning, self.module.policy, *self.module.frozen)
+        if knobs.captured:
+            self.module.captured = CapturedLoss(self.module, self.module.loss, Terminal())
         if not knobs.twin_reference:
             self.module.reference = copy.deepcopy(self.module.reference)
         self.policy = in_one_dtype(self.module.policy)
@@ -103,9 +113,11 @@ class OurStep:
             )
 
     def __call__(self) -> None:
-        """One optimisation step."""
+        """One optimisation step; NotCaptured if the networks cannot be replayed but were to be."""
         with self._kernels():
             self.update(self.module(self.batch()).loss)
+        if self.knobs.captured and not self.module.captured.captures:
+            raise NotCaptured
 
     def networks(self) -> dict[str, nn.Module]:
         """By the names that their calls are counted under."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from cdpo.engine.basics.phases import phase
 from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.recipe import Adapter
 from diffusers import UNet2DConditionModel
@@ -75,7 +76,9 @@ class Update:
         )
 
     def __call__(self, loss: Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)

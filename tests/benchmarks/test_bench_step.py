@@ -3,20 +3,25 @@
 import io
 import json
 from dataclasses import fields, replace
+from functools import partial
+from unittest.mock import Mock
 
 import bench_step
 import pytest
 import torch
 from cdpo.engine.basics import keyed
+from cdpo.engine.training.cuda_graph import CapturedLoss
 from cdpo.kernels.dispatch import INTERPRETED
 from rich.console import Console
+from step_bench import ours
 from step_bench.counts import count_flops, counted_calls
 from step_bench.models import REAL, TINY
-from step_bench.ours import Knobs, OurStep
+from step_bench.ours import Knobs, NotCaptured, OurStep
 from step_bench.plot import bars_of, draw
 from step_bench.results import calls_text, knobs_table, peak_tflops, step_row, steps_table
 from step_bench.setup import make_pairs, trainable
 from step_bench.straightforward import Randomness, StraightforwardStep, straightforward
+from taped import Tape
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the benchmark runs compiled code")
 
@@ -191,10 +196,28 @@ def test_knobs_change_the_cost_and_not_the_loss(both, name):
     assert all(each == OURS[name] for each in calls.values())
 
 
+@pytest.mark.long
+def test_a_captured_step_is_replayed_or_says_that_it_is_not(monkeypatch):
+    """By a stand-in for CUDA graphs, which without it cannot be had here."""
+    model, captured = TINY["SD1.5@512"], replace(EXACT, captured=True)
+    pairs = make_pairs(model, 1, CPU)
+    replayed = partial(CapturedLoss, recorder=Tape)
+    monkeypatch.setattr(ours, "CapturedLoss", replayed)
+    steps = [OurStep(model, pairs, CPU, knobs) for knobs in (EXACT, captured)]
+    for step in (*steps, *steps):
+        step()
+    plain, taped = (torch.cat([p.flatten() for p in step.update.parameters]) for step in steps)
+    assert torch.equal(plain, taped) and steps[1].module.captured.captures == 1
+    monkeypatch.setattr(Tape, "record", Mock(side_effect=RuntimeError("no graphs here")))
+    with pytest.raises(NotCaptured):
+        OurStep(model, pairs, CPU, captured)()
+
+
 def test_knobs_of_a_gpu_are_those_that_do_something_there():
     cuda = bench_step.variants(Knobs.for_device(torch.device("cuda")), on_gpu=True, compiles=True)
     assert {"layers not fused", "contiguous images", "fp32", "blocks compiled"} < set(cuda)
     assert cuda["loss and noise in PyTorch"].kernels == "torch"
+    assert cuda["captured as CUDA graphs"].captured
     assert not cuda["layers not fused"].fused_layers and cuda["layers not fused"].channels_last
 
 
