@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,6 @@ def test_a_resume_under_auto_keeps_the_number_that_the_run_began_with(
     world.train(tmp_path, "train.micro_batch=auto").succeeded()
     assert losses(tmp_path) == uninterrupted
     assert "micro_batch: 4" in (tmp_path / "recipe.yaml").read_text()
+    newest = max((tmp_path / "checkpoints").glob("step-*/MANIFEST.json"))
+    told = json.loads(newest.read_text())
+    assert (told["micro_batch"], told["speed"]) == (4, "attention sdpa")
