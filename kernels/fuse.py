@@ -19,16 +19,10 @@ def fuse(module: Module) -> Module:
     Norms followed by SiLU are those of diffusers' ResnetBlock2D and those before the last
     convolution of a UNet and of a VAE's encoder and decoder. The kernels work channels-last: move
     the network there, `module.to(memory_format=torch.channels_last)`, or each norm copies its
-    input. Already fused layers stay as they are. Raises ValueError if there is nothing to fuse, or
-    if hooks have replaced the forward of a layer.
+    input. Already fused layers stay as they are, and so do networks that hold none of these, such
+    as transformers. Raises ValueError if hooks have replaced the forward of a layer.
     """
-    swaps = list(_swaps(module))
-    if not swaps and not any(type(part) in _originals() for part in module.modules()):
-        raise ValueError(
-            f"{type(module).__name__} has nothing to fuse: fuse takes networks of diffusers that "
-            "hold GroupNorm or GEGLU layers"
-        )
-    _give_classes(module, swaps)
+    _give_classes(module, list(_swaps(module)))
     return module
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+DENOISERS = ("unet", "transformer")
+
 
 def stock_pipeline(base: Path, run: Path, form: str, **changes: Any) -> DiffusionPipeline:
     """The pipeline of an adapter (a folder or file of `run`) over the base model, some of whose
@@ -74,7 +76,8 @@ def levels_apart(one: np.ndarray, other: np.ndarray) -> int:
 
 def exported_unet(run: Path, kind: str = "") -> dict[str, Tensor]:
     """The denoiser of a merged export, from all its files; ``kind`` is `ema` for the average."""
-    parts = sorted((run / kind / "merged" / "unet").glob("*.safetensors"))
+    (folder,) = (f for f in (run / kind / "merged").iterdir() if f.name in DENOISERS)
+    parts = sorted(folder.glob("*.safetensors"))
     return {name: value for part in parts for name, value in load_file(part).items()}
 
 

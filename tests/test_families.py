@@ -20,7 +20,9 @@ from cdpo.engine.shards.writer import write_shard
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -81,6 +83,9 @@ def make_family(folder: Path, server: ForkServer, name: str) -> Family:
     if name == "lcm":
         gentle = ("objective.beta=20", "objective.huber_c=0.1")
         return Family(world, gentle, StableDiffusionPipeline, LCMScheduler)
+    if name == "sd3":
+        flow = (StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler)
+        return Family(world, ("objective.beta=100",), *flow)
     pipeline = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     return Family(world, ("objective.beta=500",), pipeline)
 
@@ -106,6 +111,8 @@ def long(*values: object) -> Any:
         ("sd_v", "merged"),
         ("sdxl", "lora"),
         ("lcm", "merged"),
+        long("sd3", "lora"),
+        long("sd3", "merged"),
         long("lcm", "lora"),
         long("sd_v", "lora"),
         long("sdxl", "merged"),
@@ -143,7 +150,16 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "zero"), [("sdxl", 3), ("lcm", 1), long("sdxl", 1), long("lcm", 3)]
+    ("name", "zero"),
+    [
+        ("sdxl", 3),
+        ("lcm", 1),
+        long("sdxl", 1),
+        long("lcm", 3),
+        long("sd3", 1),
+        long("sd3", 2),
+        long("sd3", 3),
+    ],
 )
 def test_killed_on_two_ranks_the_curve_is_that_of_one(
     family_of: Callable[[str], Family], tmp_path: Path, name: str, zero: int
@@ -182,7 +198,7 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sdxl", "lcm"])
+@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3"])
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str
 ) -> None:

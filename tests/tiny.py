@@ -1,8 +1,8 @@
 """A world small enough for unit tests: random weights, but real classes in the real folder format.
 
 `build(folder)` writes a Stable Diffusion pipeline, two CLIP models and prompt files, and returns a
-recipe for them; `build(folder, "sdxl")` and `build(folder, "lcm")` do so with a Stable Diffusion XL
-and with a latent consistency model. Tokenizers are those of `assets/emoji`.
+recipe for them; `build(folder, "sdxl")`, "sd3" and "lcm" do so with a Stable Diffusion XL, a Stable
+Diffusion 3 and with a latent consistency model. Tokenizers are those of `assets/emoji`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -31,6 +34,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,9 +150,63 @@ def xl_pipeline(seed: int = 0, **changes: Any) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**parts | changes, add_watermarker=False)
 
 
+def t5_tokenizer() -> T5Tokenizer:
+    """Letters, and nothing longer."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(chr(ord("a") + i), -3.0 - i / 100) for i in range(26)]
+    return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0, model_max_length=512)
+
+
+def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3.5 of that size: patches of 2x2 latents, two blocks of which the first
+    attends twice, text of width 48.
+    """
+    torch.manual_seed(seed)
+    tokens = tokenizer()
+    second = text_config(tokens, hidden_size=24, num_hidden_layers=2, projection_dim=12)
+    first = text_config(tokens, num_hidden_layers=2)
+    letters = t5_tokenizer()
+    of_t5 = T5Config(
+        vocab_size=len(letters),
+        d_model=48,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    parts: dict[str, Any] = {
+        "transformer": SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=16,
+            pooled_projection_dim=16 + 12,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        "vae": vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": CLIPTextModelWithProjection(first),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "text_encoder_3": T5EncoderModel(of_t5) if t5 else None,
+        "tokenizer": tokens,
+        "tokenizer_2": tokens,
+        "tokenizer_3": letters if t5 else None,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return StableDiffusion3Pipeline(**parts | changes)
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": pipeline,
     "sdxl": xl_pipeline,
+    "sd3": sd3_pipeline,
     "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
 }
 

@@ -20,8 +20,12 @@ from ..basics.errors import RecipeError
 from ..recipe import Adapter
 from .low_rank import add_in_one_product
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+# The second halves are those of transformers in which text and image attend to each other.
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 PRESETS = {
@@ -32,11 +36,12 @@ PRESETS = {
 
 
 def twin_of(network: ModelMixin, *, own: bool = False) -> ModelMixin:
-    """A network of the same structure over the very same parameter tensors; with ``own``, those
-    that train are copies.
+    """A network of the same structure over the very same parameter tensors, and what is constant;
+    with ``own``, those that train are copies.
     """
     shared = [p for p in network.parameters() if not (own and p.requires_grad)]
-    return copy.deepcopy(network, memo={id(p): p for p in shared})
+    # A table of places, as Stable Diffusion 3.5's, is a tenth of its weights.
+    return copy.deepcopy(network, memo={id(x): x for x in (*shared, *network.buffers())})
 
 
 def add_lora(network: ModelMixin, spec: Adapter, seed: int) -> ModelMixin:

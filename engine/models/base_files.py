@@ -16,10 +16,10 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from ..recipe import Model
+from .fingerprints import denoiser_in
 from .pretrained import reading
 
 INDEX = "model_index.json"
-DENOISER = "unet"
 # Weights as diffusers and transformers name them, the format that is preferred first.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin")
@@ -30,7 +30,7 @@ WEIGHTS = {*SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".xml", "
 def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
     """Make ``folder`` the pipeline of a recipe, byte for byte, but for the weights of its denoiser.
 
-    The recipe's own VAE and UNet stand in place of the pipeline's. Weights of a variant get the
+    The recipe's own VAE and denoiser stand in place of the pipeline's. Weights of a variant get the
     names without one, since who loads the folder need not know. A part of which the disk has no
     weights is left out: of a hub's models, safety checkers are never fetched.
 
@@ -49,11 +49,12 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
     text = (root / INDEX).read_text(encoding="utf-8")
     index: dict[str, Any] = json.loads(text)
     parts = {name: root / name for name in index if _is_part(index[name])}
+    denoiser = denoiser_in(parts)
     if spec.vae is not None:
         parts["vae"] = _folder_of(spec.vae, None, "model.vae")
     if spec.unet is not None:
-        unet = _folder_of(spec.unet, None, "model.unet")
-        parts[DENOISER] = unet / DENOISER if (unet / INDEX).exists() else unet
+        own = _folder_of(spec.unet, None, "model.unet")
+        parts[denoiser] = own / denoiser if (own / INDEX).exists() else own
     changed: dict[str, Any] = {}
     if type(scheduler).__name__ == "LCMScheduler" != index["scheduler"][1]:
         del parts["scheduler"]
@@ -61,7 +62,7 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
         changed["scheduler"] = ["diffusers", "LCMScheduler"]
     for name, source in parts.items():
         files = _plain_files(source)
-        if name != DENOISER and "config.json" in files:
+        if name != denoiser and "config.json" in files:
             weights = weights_files(source, spec.variant)
             files = files | weights if weights else {}
         if not files:

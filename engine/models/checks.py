@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
 from .ddpm import PREDICTION_TYPES
 
+Config = Mapping[str, Any]
+"""Of a network of diffusers."""
 PIPELINE_MULTIPLE = 8  # diffusers refuses other sizes, also where VAE and UNet would take them
 
 
@@ -22,9 +26,9 @@ def check_parts(spec: Model, pipeline: DiffusionPipeline, text_width: int) -> No
         pipeline: with `unet` and `vae`.
         text_width: of the token embeddings, all text encoders side by side.
     """
-    _check_latents(spec, pipeline.unet, pipeline.vae)
+    _check_latents(spec, pipeline.unet.config, pipeline.vae.config)
     _check_text(spec, pipeline.unet, text_width)
-    _check_resolution(spec.resolution, pipeline.unet, pipeline.vae_scale_factor)
+    _check_resolution(spec, pipeline.unet, pipeline.vae_scale_factor)
 
 
 def check_diffusion_unet(spec: Model, unet: UNet2DConditionModel) -> None:
@@ -68,33 +72,73 @@ def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
         )
 
 
+def check_flow_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
+    """OutsideError for a scheduler that is not that of a flow model, or adds noise nobody seeds."""
+    name = f"model.path={spec.path}: its {type(scheduler).__name__}"
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise OutsideError(
+            f"{name} is no FlowMatchEulerDiscreteScheduler, which model.backbone={spec.backbone} "
+            "needs",
+            "model.path",
+            "unsupported",
+        )
+    for option in ("invert_sigmas", "stochastic_sampling"):
+        if scheduler.config[option]:
+            raise OutsideError(
+                f"{name} has {option}, which is not supported: set it to false in its config",
+                "model.path",
+                "unsupported",
+            )
+
+
+def check_transformer(spec: Model, transformer: Config, vae: Config) -> None:
+    """OutsideError unless a transformer that cuts latents into patches, a VAE and the resolution go
+    together; to be asked before weights are read.
+    """
+    _check_latents(spec, transformer, vae)
+    height, width = spec.resolution
+    patch = transformer["patch_size"]
+    factor = 2 ** (len(vae["block_out_channels"]) - 1) * patch
+    if height % factor or width % factor:
+        raise _other_resolution(spec, factor)
+    most = transformer.get("pos_embed_max_size")
+    if most is not None and max(height, width) > most * factor:
+        raise OutsideError(
+            f"model.resolution={height}x{width} is too large for {unet_name(spec)}, which has "
+            f"places for {most} x {most} patches: at most {most * factor} each way",
+            "model.resolution",
+            "mismatch",
+        )
+
+
 def unet_key(spec: Model) -> str:
     """The key of the recipe that chose the UNet."""
     return "model.unet" if spec.unet else "model.path"
 
 
 def unet_name(spec: Model) -> str:
-    """How messages call the UNet: by the key that chose it."""
-    return f"model.unet={spec.unet}" if spec.unet else f"the UNet of model.path={spec.path}"
+    """How messages call the denoiser: by the key that chose it."""
+    kind = "transformer" if spec.is_flow else "UNet"
+    return f"model.unet={spec.unet}" if spec.unet else f"the {kind} of model.path={spec.path}"
 
 
 def _vae_key(spec: Model) -> str:
     return "model.vae" if spec.vae else "model.path"
 
 
-def _check_latents(spec: Model, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+def _check_latents(spec: Model, unet: Config, vae: Config) -> None:
     vae_name = f"model.vae={spec.vae}" if spec.vae else f"the VAE of model.path={spec.path}"
-    if vae.config.get("latents_mean") is not None:
+    if vae.get("latents_mean") is not None:
         raise OutsideError(
             f"{vae_name} normalises each channel (latents_mean), which this backbone does not",
             _vae_key(spec),
             "unsupported",
         )
     for end in ("in_channels", "out_channels"):
-        if unet.config[end] != vae.config["latent_channels"]:
+        if unet[end] != vae["latent_channels"]:
             raise OutsideError(
-                f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet.config[end]}, "
-                f"latent_channels={vae.config['latent_channels']}",
+                f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet[end]}, "
+                f"latent_channels={vae['latent_channels']}",
                 "model.unet" if spec.unet else _vae_key(spec),
                 "mismatch",
             )
@@ -112,15 +156,20 @@ def _check_text(spec: Model, unet: UNet2DConditionModel, text_width: int) -> Non
         )
 
 
-def _check_resolution(resolution: tuple[int, int], unet: UNet2DConditionModel, scale: int) -> None:
+def _check_resolution(spec: Model, unet: UNet2DConditionModel, scale: int) -> None:
     """The UNet must be able to halve latents of this size often enough."""
-    height, width = resolution
+    height, width = spec.resolution
     halvings = len(unet.config["down_block_types"]) - 1
     factor = math.lcm(scale * 2**halvings, PIPELINE_MULTIPLE)
     if height % factor or width % factor:
-        raise OutsideError(
-            f"model.resolution={height}x{width} does not fit this model: both must be "
-            f"multiples of {factor}",
-            "model.resolution",
-            "mismatch",
-        )
+        raise _other_resolution(spec, factor)
+
+
+def _other_resolution(spec: Model, factor: int) -> OutsideError:
+    height, width = spec.resolution
+    return OutsideError(
+        f"model.resolution={height}x{width} does not fit this model: both must be "
+        f"multiples of {factor}",
+        "model.resolution",
+        "mismatch",
+    )

@@ -25,6 +25,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class DiscreteDDPM:
     """Corruption and targets on the scheduler's own grid of timesteps, in float32."""
 
+    resolution: tuple[int, int] | None = None
+
     def __init__(self, scheduler: DDIMScheduler, device: torch.device) -> None:
         self.prediction_type = scheduler.config["prediction_type"]
         if self.prediction_type not in PREDICTION_TYPES:

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .pipelines import NOISE_KEYS
+from .pipelines import FLOW_KEYS, NOISE_KEYS
 
 PARTS = {
     "model": "denoiser",
@@ -80,16 +80,23 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         if name.startswith(("text_encoder", "tokenizer")) and part is not None
     }
     empty = pipeline.config.get("force_zeros_for_empty_prompt")
-    sampler = {k: v for k, v in settings_of(scheduler).items() if k not in NOISE_KEYS}
+    denoiser = parts[denoiser_in(parts)]
+    noise = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
+    sampler = {k: v for k, v in settings_of(scheduler).items() if k not in noise}
     return {
-        "model": fingerprint(parts["unet"]),
-        "model_config": fingerprint(settings_of(parts["unet"])),
+        "model": fingerprint(denoiser),
+        "model_config": fingerprint(settings_of(denoiser)),
         "vae": fingerprint(parts["vae"]),
         "vae_config": fingerprint(settings_of(parts["vae"])),
         "text": fingerprint([text, empty]),
-        "noise": fingerprint({key: scheduler.config.get(key) for key in NOISE_KEYS}),
+        "noise": fingerprint({key: scheduler.config.get(key) for key in noise}),
         "sampler": fingerprint([type(scheduler).__name__, sampler]),
     }
+
+
+def denoiser_in(parts: Iterable[str]) -> str:
+    """What a pipeline with parts of these names calls its denoiser, as does its folder."""
+    return "transformer" if "transformer" in parts else "unet"
 
 
 def changed_parts(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

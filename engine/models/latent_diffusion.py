@@ -1,7 +1,8 @@
-"""A UNet in the latents of a KL autoencoder, driven through its stock diffusers pipeline.
+"""A denoiser in the latents of a KL autoencoder, driven through its stock diffusers pipeline.
 
-Families differ in how they tell the UNet what to draw (a :class:`~.text.TextConditioner`) and in
-their noise process; the rest is here. Sampling runs the stock pipeline with the scheduler that it
+Families differ in how they tell the denoiser what to draw (a :class:`~.text.TextConditioner`), how
+it is called (an :data:`Ask`, for a UNet :func:`ask_unet`) and in their noise process; the rest is
+here. Sampling runs the stock pipeline with the scheduler that it
 was loaded with, so what we rank is what users draw.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
 from .fingerprint_store import Kept
-from .fingerprints import fingerprints_of
+from .fingerprints import denoiser_in, fingerprints_of
 from .masking import PromptMask
 from .protocol import Conditioning, Framing, NoiseProcess
 from .text import TextConditioner, seen_tokens
@@ -29,6 +30,8 @@ from .text import TextConditioner, seen_tokens
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
 GUIDANCE = "guidance"  # the extra that holds a consistency model's guidance weights, (N,)
+Ask = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+"""(denoiser, noisy (N, C, h, w) in its dtype, timesteps (N,), conditioning of N) -> prediction."""
 Teacher = tuple[ModelMixin, Mapping[str, str]]
 """A network, and the fingerprints of its parts."""
 
@@ -44,14 +47,19 @@ class LatentDiffusion:
         device: torch.device,
         load_teacher: Callable[[], Teacher] | None = None,
         own_parts: Mapping[str, str] | None = None,
+        ask: Ask | None = None,
     ) -> None:
-        """``own_parts`` are fingerprints that the pipeline does not tell any more."""
+        """``own_parts`` are fingerprints that the pipeline does not tell any more; ``ask`` calls
+        the denoiser, if that is no UNet.
+        """
         self.device = device
         self.pipeline = pipeline.to(device)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.denoiser: ModelMixin = pipeline.unet
+        self.denoiser_name = denoiser_in(pipeline.components)
+        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self._ask = ask or ask_unet
         self.vae = Autoencoder(pipeline.vae)
         self.noise = noise
         self._text = text
@@ -95,15 +103,17 @@ class LatentDiffusion:
         self.denoiser.eval()  # peft's new layers are in training mode, with the adapter's dropout
 
     def load_denoiser(self, folder: Path) -> None:
-        """Take the UNet of another pipeline folder, in the precision of this one."""
+        """Take the denoiser of another pipeline folder, in the precision of this one."""
         dtype = next(self.denoiser.parameters()).dtype
-        unet = type(self.denoiser).from_pretrained(folder, subfolder="unet", dtype=dtype)
-        self.use_denoiser(unet.to(self.device).requires_grad_(False).eval())
+        other = type(self.denoiser).from_pretrained(
+            folder, subfolder=self.denoiser_name, dtype=dtype
+        )
+        self.use_denoiser(other.to(self.device).requires_grad_(False).eval())
 
     def use_denoiser(self, net: ModelMixin) -> None:
         """Work with this network of the same kind from now on."""
         self.denoiser = net
-        self.pipeline.unet = net
+        setattr(self.pipeline, self.denoiser_name, net)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         return self.vae.encode(images)
@@ -129,23 +139,7 @@ class LatentDiffusion:
         self, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         dtype = next(net.parameters()).dtype
-        extras = conditioning.extras
-        # The UNet casts these itself, after the sinusoids of the time ids: bfloat16 would round the
-        # ids (1023 pixels to 1024).
-        added = {name: extras[name] for name in ADDED_CONDITIONS if name in extras}
-        # Networks that are told no guidance, diffusion models and LCM-LoRAs, have no width for it.
-        config: Any = net.config
-        width, guided = config["time_cond_proj_dim"], None
-        if width is not None and GUIDANCE in extras:
-            guided = guidance_embedding(extras[GUIDANCE], width).to(dtype)
-        return net(
-            noisy.to(dtype),
-            timesteps,
-            encoder_hidden_states=conditioning.text.to(dtype),
-            timestep_cond=guided,
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0]
+        return self._ask(net, noisy.to(dtype), timesteps, conditioning)
 
     @torch.no_grad()
     def sample(
@@ -160,7 +154,7 @@ class LatentDiffusion:
     ) -> list[Image.Image]:
         # A shallow copy with its own scheduler: `net` may be the policy, and samplers keep state.
         pipeline = copy.copy(self.pipeline)
-        pipeline.unet = net
+        setattr(pipeline, self.denoiser_name, net)
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         dtype = next(net.parameters()).dtype
         embeddings = self._text.pipeline_inputs(prompts)
@@ -178,6 +172,30 @@ class LatentDiffusion:
             output_type="latent",
         ).images
         return self.vae.decode(latents)
+
+
+def ask_unet(
+    net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """What a UNet predicts."""
+    extras = conditioning.extras
+    # The UNet casts these itself, after the sinusoids of the time ids: bfloat16 would round the
+    # ids (1023 pixels to 1024).
+    added = {name: extras[name] for name in ADDED_CONDITIONS if name in extras}
+    # Networks that are told no guidance, diffusion models and LCM-LoRAs, have no width for it.
+    config: Any = net.config
+    width, guided = config["time_cond_proj_dim"], None
+    if width is not None and GUIDANCE in extras:
+        guided = guidance_embedding(extras[GUIDANCE], width).to(noisy.dtype)
+    prediction: Tensor = net(
+        noisy,
+        timesteps,
+        encoder_hidden_states=conditioning.text.to(noisy.dtype),
+        timestep_cond=guided,
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return prediction
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:

@@ -38,7 +38,7 @@ from .checks import check_parts, unet_key, unet_name
 from .fingerprint_store import Kept, model_files
 from .fingerprints import fingerprint, fingerprint_of_tensors, settings_of
 from .latent_diffusion import LatentDiffusion, Teacher
-from .pipelines import load_pipeline, pipeline_index
+from .pipelines import load_pipeline, pipeline_index, refuse_other_family
 from .pretrained import read_network, reading
 from .solver_grid import SolverGrid
 
@@ -56,7 +56,9 @@ SAMPLED_BY = {
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folders."""
     with reading(f"model.path={spec.path}", KIND, spec.path) as place:
-        found = pipeline_index(place, spec).get("_class_name")
+        index = pipeline_index(place, spec)
+        refuse_other_family(index, spec)
+        found = index.get("_class_name")
         if found not in SAMPLED_BY:
             raise ValueError(f"it holds a {found}")
     options: dict[str, Any] = {}
@@ -69,7 +71,6 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
         dtype,
         kind=KIND,
         scheduler_class=LCMScheduler,
-        holding=tuple(SAMPLED_BY),
         **options,
     )
     if found == XL:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DConditionModel,
+)
 from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
-from .checks import check_schedule
-from .pretrained import read_network, read_text_encoder, reading, refuse_missing_weights
+from .checks import Config, check_flow_schedule, check_schedule
+from .pretrained import (
+    config_of,
+    denoiser_name,
+    read_network,
+    read_text_encoder,
+    reading,
+    refuse_missing_weights,
+    with_defaults,
+)
 
 # What model_index.json may say, and the backbone that reads it.
 BACKBONES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "LatentConsistencyModelPipeline": "lcm",
+    "StableDiffusion3Pipeline": "sd3",
 }
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
 NOISE_KEYS = (
     "num_train_timesteps",
@@ -30,6 +48,18 @@ NOISE_KEYS = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+# The same of a flow model, and how many timesteps there are.
+FLOW_KEYS = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "time_shift_type",
+)
 
 
 def load_pipeline(
@@ -38,19 +68,21 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     kind: str,
+    denoiser: type[ModelMixin] = UNet2DConditionModel,
     scheduler_class: type[SchedulerMixin] = DDIMScheduler,
-    holding: tuple[str, ...] = (),
+    check: Callable[[Config, Config], None] | None = None,
     **options: Any,
 ) -> Any:
-    """The pipeline of a folder or hub id, with the recipe's own UNet and VAE where it names them.
+    """The pipeline of a folder or hub id, with the recipe's own denoiser and VAE if it names them.
 
     Args:
         pipeline_class: what the folder must hold, e.g. `StableDiffusionPipeline`.
         spec: path, revision, variant and replacements.
         dtype: of every network but the VAE, which is float32.
         kind: what the folder should have been, for messages.
+        denoiser: the class of what is trained.
         scheduler_class: how the pipeline samples, on the schedule that its folder describes.
-        holding: names of other classes whose folders `pipeline_class` can read.
+        check: is given the configs of denoiser and VAE before weights are read.
         options: further arguments of `pipeline_class.from_pretrained`.
 
     Raises:
@@ -60,9 +92,12 @@ def load_pipeline(
         library.utils.logging.disable_progress_bar()
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         index = pipeline_index(place, spec)
-        _refuse_other_family({pipeline_class.__name__, *holding}, index, spec)
+        refuse_other_family(index, spec)
+    if check is not None:
+        check(*_configs(spec, denoiser))
+    with reading(f"model.path={spec.path}", kind, spec.path) as place:
         encoders = _text_encoders(place, index, spec, dtype)
-    replaced = _replacements(spec, dtype)
+    replaced = _replacements(spec, denoiser, dtype)
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         pipeline = pipeline_class.from_pretrained(
             place,
@@ -73,11 +108,16 @@ def load_pipeline(
             **replaced,
             **options,
         )
-        for name, part in (("UNet", pipeline.unet), ("VAE", pipeline.vae)):
+        own = denoiser_name(denoiser)
+        for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
-    check_schedule(spec, pipeline.scheduler)
-    with reading(f"model.path={spec.path}", f"model that {scheduler_class.__name__} can sample"):
-        pipeline.scheduler = sampling_with(scheduler_class, pipeline.scheduler)
+    if scheduler_class is FlowMatchEulerDiscreteScheduler:
+        check_flow_schedule(spec, pipeline.scheduler)
+    else:
+        check_schedule(spec, pipeline.scheduler)
+        can = f"model that {scheduler_class.__name__} can sample"
+        with reading(f"model.path={spec.path}", can):
+            pipeline.scheduler = sampling_with(scheduler_class, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -103,9 +143,16 @@ def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
     return index
 
 
-def _refuse_other_family(fitting: set[str], index: dict[str, Any], spec: Model) -> None:
+def classes_of(backbone: str) -> set[str]:
+    """Names of the pipelines that a backbone reads; an LCM is made of any with a UNet."""
+    own = {name for name, fitting in BACKBONES.items() if fitting == backbone}
+    return own | (BACKBONES.keys() - {"StableDiffusion3Pipeline"} if backbone == "lcm" else set())
+
+
+def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
+    """ValueError with the backbone that fits, where that is another one than the recipe's."""
     found = index.get("_class_name")
-    if found in BACKBONES and found not in fitting:
+    if found in BACKBONES and found not in classes_of(spec.backbone):
         raise ValueError(
             f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
         )
@@ -114,16 +161,41 @@ def _refuse_other_family(fitting: set[str], index: dict[str, Any], spec: Model) 
 def _text_encoders(
     place: str, index: dict[str, Any], spec: Model, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Those of transformers, by their names in the pipeline."""
-    classes = {name: index.get(name, (None, None)) for name in ("text_encoder", "text_encoder_2")}
-    return {
+    """Those of transformers, by their names in the pipeline, and what text part it lacks."""
+    classes = {name: index.get(name, (None, None)) for name in TEXT_ENCODERS}
+    found = {
         name: read_text_encoder(getattr(transformers, class_name), place, spec, name, dtype)
         for name, (library, class_name) in classes.items()
         if library == "transformers"
     }
+    # What is null there, as the T5 of Stable Diffusion 3 may be, is null if it is said once more.
+    absent = [name for name, entry in index.items() if entry == [None, None]]
+    return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
 
 
-def _replacements(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
+def _configs(spec: Model, denoiser: type[ModelMixin]) -> tuple[Config, Config]:
+    """Those of the denoiser and the VAE that a recipe names. OutsideError if there are none."""
+    found = []
+    for network, key, own, name in (
+        (denoiser, "model.unet", spec.unet, denoiser_name(denoiser)),
+        (AutoencoderKL, "model.vae", spec.vae, "vae"),
+    ):
+        path, chosen = (own, key) if own else (spec.path, "model.path")
+        with reading(f"{chosen}={path}", f"{_told(name)} or model with one", path) as place:
+            if own:
+                found.append(config_of(network, place))
+            else:
+                options = {"subfolder": name, "revision": spec.revision}
+                found.append(with_defaults(network, network.load_config(place, **options)))
+    return found[0], found[1]
+
+
+def _told(part: str) -> str:
+    """A part's name as messages say it."""
+    return {"unet": "UNet", "vae": "VAE"}.get(part, part)
+
+
+def _replacements(spec: Model, denoiser: type[ModelMixin], dtype: torch.dtype) -> dict[str, Any]:
     replaced: dict[str, Any] = {}
     if spec.vae is not None:
         replaced["vae"] = read_network(
@@ -135,12 +207,13 @@ def _replacements(spec: Model, dtype: torch.dtype) -> dict[str, Any]:
             variant=spec.variant,
         )
     if spec.unet is not None:
-        replaced["unet"] = read_network(
-            UNet2DConditionModel,
+        name = denoiser_name(denoiser)
+        replaced[name] = read_network(
+            denoiser,
             spec.unet,
             dtype,
             key="model.unet",
-            kind="UNet",
+            kind=_told(name),
             variant=spec.variant,
         )
     return replaced

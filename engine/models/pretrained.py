@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import PreTrainedModel
@@ -154,19 +155,43 @@ def read_network(
     variant: str | None = None,
 ) -> Any:
     """A network that the recipe names under ``key``: a folder or hub id of its own, or a whole
-    pipeline, of which the UNet is meant. Its weights are of ``variant`` if there are such.
+    pipeline, of which the denoiser is meant. Its weights are of ``variant`` if there are such.
     """
     with reading(f"{key}={path}", kind, path) as place:
-        subfolder = "unet" if network is UNet2DConditionModel and _holds_pipeline(place) else None
-        # A config of another class would be read as one full of defaults: a network of full size.
-        config = network.load_config(place, subfolder=subfolder)
-        found = config.get("_class_name", "something else")
-        if found != network.__name__:
-            raise ValueError(f"it holds a {found}, not a {network.__name__}")
+        config_of(network, place)
+        subfolder = _subfolder(network, place)
         options = {"subfolder": subfolder, "dtype": dtype}
         loaded = of_variant(partial(network.from_pretrained, place, **options), variant)
         refuse_missing_weights(loaded, kind)
     return loaded
+
+
+def config_of(network: type[ModelMixin], place: str) -> dict[str, Any]:
+    """The config of a network in a folder or hub id of its own, or in a whole pipeline. ValueError
+    if it is of another class: it would be read as one full of defaults, a network of full size.
+    """
+    config: dict[str, Any] = network.load_config(place, subfolder=_subfolder(network, place))
+    found = config.get("_class_name", "something else")
+    if found != network.__name__:
+        raise ValueError(f"it holds a {found}, not a {network.__name__}")
+    return with_defaults(network, config)
+
+
+def with_defaults(network: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
+    """A config as a network of this class takes it: files of older versions lack newer options."""
+    options = inspect.signature(network.__init__).parameters.values()
+    given = {o.name: o.default for o in options if o.default is not inspect.Parameter.empty}
+    return given | config
+
+
+def denoiser_name(network: type[ModelMixin]) -> str:
+    """What pipelines call a denoiser of this class."""
+    return "unet" if network is UNet2DConditionModel else "transformer"
+
+
+def _subfolder(network: type[ModelMixin], place: str) -> str | None:
+    is_denoiser = network is not AutoencoderKL and _holds_pipeline(place)
+    return denoiser_name(network) if is_denoiser else None
 
 
 def of_variant(read: Callable[..., Any], variant: str | None) -> Any:

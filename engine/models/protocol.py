@@ -28,8 +28,8 @@ class Conditioning:
     text: Tensor
     """Token embeddings (N, T, D)."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Further per-image tensors (N, ...) by the UNet's name for them: SDXL's pooled `text_embeds`
-    and `time_ids`; whatever else stands here is an argument of the UNet's forward."""
+    """Further per-image tensors (N, ...) by the denoiser's name for them: SDXL's pooled
+    `text_embeds` and `time_ids`, SD3's `pooled_projections`."""
 
     def select(self, rows: Tensor) -> Conditioning:
         """The rows of some images, whose numbers (M,) int64 are on the device, in that order."""
@@ -106,7 +106,7 @@ class Draw:
     """The random numbers of B training examples, each shared by its winner and loser."""
 
     timesteps: Tensor
-    """(B,) int64."""
+    """(B,) what the networks are told of the noise, from 0 to T: int64, of flow models float32."""
     noise_keys: Tensor
     """(B, 4) int64: what the noise is a function of. The corruption makes it where it needs it."""
     solver: SolverStep | None = None
@@ -126,10 +126,13 @@ class NoiseProcess(Protocol):
 
     num_timesteps: int
     prediction_type: str
-    """What the denoiser predicts, as its scheduler says: epsilon, v_prediction or sample."""
+    """What the denoiser predicts, as its scheduler says: epsilon, v_prediction or sample; or flow,
+    the velocity, which is noise minus latents in every family."""
+    resolution: tuple[int, int] | None
+    """Height and width in pixels that it is for; None if it is for any."""
 
     def at(self, timesteps: Tensor) -> SchedulePoint:
-        """The factors of latents and noise at timesteps (N,) on the device."""
+        """The factors of latents and noise at timesteps (N,) on the device, as draws have them."""
         ...
 
     def draw(self, seed: int, pair_ids: Tensor, visits: Tensor) -> Draw:
@@ -156,6 +159,8 @@ class Backbone(Protocol):
     pipeline: DiffusionPipeline
     """The stock pipeline, its denoiser being :attr:`denoiser`: what exports are written with."""
     denoiser: ModelMixin
+    denoiser_name: str
+    """What the pipeline calls it, as does its folder: unet or transformer."""
     device: torch.device
     files: Kept | None
     """What knows the fingerprints of the files it was loaded from; None if that is not known."""

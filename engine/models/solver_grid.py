@@ -25,6 +25,8 @@ from .protocol import Draw, SolverStep
 class SolverGrid:
     """Draws solver steps and guidance weights; corrupts as the underlying diffusion does."""
 
+    resolution: tuple[int, int] | None = None
+
     def __init__(
         self,
         scheduler: SchedulerMixin,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .protocol import Backbone, Conditioning, Framing
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
+T5_TOKENS = 256  # that Stable Diffusion 3's pipeline lets its T5 see
 ROWS = 8  # prompts in one call of the encoders
 
 
@@ -19,12 +20,18 @@ def seen_tokens(pipeline: Any, prompt: str) -> int | None:
     """How many tokens, begin and end among them, a pipeline's text encoders see of a prompt that
     has more; None of one that has not.
     """
-    for name in ("tokenizer", "tokenizer_2"):
+    # Where a T5 reads along, what is beyond the others' sight is not lost.
+    longest = getattr(pipeline, "tokenizer_3", None)
+    names = ("tokenizer", "tokenizer_2") if longest is None else ("tokenizer_3",)
+    for name in names:
         tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None or len(prompt.encode()) <= tokenizer.model_max_length - 2:
+        if tokenizer is None:
+            continue
+        most = int(tokenizer.model_max_length) if longest is None else T5_TOKENS
+        if len(prompt.encode()) <= most - 2:
             continue  # a token has a byte at least
-        if len(tokenizer(prompt, verbose=False)["input_ids"]) > tokenizer.model_max_length:
-            return int(tokenizer.model_max_length)
+        if len(tokenizer(prompt, verbose=False)["input_ids"]) > most:
+            return most
     return None
 
 
@@ -44,12 +51,12 @@ def told_of_long(backbone: Backbone, prompts: Iterable[str]) -> str | None:
 
 
 class TextConditioner(Protocol):
-    """The text side of a family: one for each way of telling a UNet what to draw."""
+    """The text side of a family: one for each way of telling a denoiser what to draw."""
 
     cache: PromptCache
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
-        """What the UNet is told of N images, framed as given if the family is told that."""
+        """What the denoiser is told of N images, framed as given if the family is told that."""
         ...
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:

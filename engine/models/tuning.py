@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from ..recipe import Recipe, Speed
 from .attention import Attend, choose_attention, use_attention
 from .protocol import Backbone
 
-REPEATED_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+REPEATED_BLOCKS = (BasicTransformerBlock, JointTransformerBlock, ResnetBlock2D)
 # Compilations of one block: its sizes in a UNet, with gradient and without. Dynamo's own limit of
 # eight would leave the rest of the blocks as they are, without a word.
 MOST_COMPILATIONS = 128

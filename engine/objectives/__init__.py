@@ -11,7 +11,7 @@ from importlib import import_module
 from ..recipe import Objective as ObjectiveSpec
 from .protocol import HeldAgainstFrozen, Loss, Networks, Objective, Predict, TrainingBatch
 from .rank_weights import rank_weights
-from .weighting import min_snr_weights
+from .weighting import timestep_weights
 
 __all__ = [
     "HeldAgainstFrozen",
@@ -21,8 +21,8 @@ __all__ = [
     "Predict",
     "TrainingBatch",
     "build_objective",
-    "min_snr_weights",
     "rank_weights",
+    "timestep_weights",
 ]
 
 

@@ -90,9 +90,15 @@ class Export(Section):
     """Largest weights file of a merged pipeline: what one rank gathers at a time under ZeRO-3."""
 
 
-def check_exports(adapter: Adapter, export: Export) -> None:
-    """ValueError for formats that this kind of adapter cannot be written in."""
+def check_exports(adapter: Adapter, export: Export, *, is_flow: bool) -> None:
+    """ValueError for formats that this kind of adapter, or model, cannot be written in."""
     formats = export.formats
+    if is_flow and "kohya" in formats:
+        raise ValueError(
+            "export.formats: kohya files are for the UNets of Stable Diffusion; ComfyUI reads "
+            "lora/pytorch_lora_weights.safetensors of a flow model as it is: use diffusers or "
+            "merged"
+        )
     if adapter.type == "full" and set(formats) != {"merged"}:
         raise ValueError(
             f"export.formats=[{', '.join(formats)}] does not go with adapter.type=full, which "

@@ -8,11 +8,13 @@ from pydantic import model_validator
 
 from .section import NonNegativeFloat, PositiveInt, Section
 
+FLOW = ("sd3",)  # flow-matching transformers
+
 
 class Model(Section):
     """The text-to-image model to align."""
 
-    backbone: Literal["sd", "sdxl", "lcm"] = "sd"
+    backbone: Literal["sd", "sdxl", "lcm", "sd3"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
     """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A
@@ -26,7 +28,7 @@ class Model(Section):
     """Another VAE (folder or hub id) in place of the model's own, e.g. an fp16-safe SDXL VAE."""
     unet: str | None = None
     """Another UNet (folder or hub id) in place of the model's own, e.g.
-    `latent-consistency/lcm-sdxl`."""
+    `latent-consistency/lcm-sdxl`; of a flow model another transformer."""
     lcm_lora: str | None = None
     """`backbone: lcm` only: an LCM-LoRA (folder, file or hub id) that makes `path` an LCM."""
     teacher: str | None = None
@@ -38,19 +40,33 @@ class Model(Section):
     """`backbone: lcm` only: range of the weight w that guides the teacher in training; a sampler's
     `guidance` is w + 1."""
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
-    """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling."""
+    """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling, of a
+    flow model 16."""
+    sigmas: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    """Flow models only: where training draws noise levels on the scheduler's grid, under its shift.
+    `logit_normal` and `mode` prefer the middle (both as published for Stable Diffusion 3)."""
 
     @model_validator(mode="after")
-    def _consistency_keys_are_for_consistency_models(self) -> Model:
+    def _keys_are_for_the_models_that_have_them(self) -> Model:
         if self.backbone != "lcm":
             given = [key for key in ("lcm_lora", "teacher") if getattr(self, key) is not None]
             if given:
                 raise ValueError(
                     f"{' and '.join(given)} belongs to backbone=lcm, not {self.backbone}"
                 )
+        if self.sigmas != "logit_normal" and not self.is_flow:
+            raise ValueError(
+                f"sigmas={self.sigmas} is for flow models: backbone={self.backbone} draws its "
+                "timesteps evenly"
+            )
         if self.unet is not None and self.lcm_lora is not None:
             raise ValueError("unet and lcm_lora both make an LCM of path: give one of them")
         low, high = self.guidance_range
         if low > high:
             raise ValueError(f"guidance_range=[{low:g}, {high:g}] runs from high to low: swap them")
         return self
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a flow-matching transformer."""
+        return self.backbone in FLOW

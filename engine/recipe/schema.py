@@ -116,7 +116,7 @@ class Recipe(Section):
         )
         check_reward(self.reward, self.prepare.source)
         self._check_objective()
-        check_exports(self.adapter, self.export)
+        check_exports(self.adapter, self.export, is_flow=self.model.is_flow)
         check_start(self.adapter, self.objective.reference_ema)
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
@@ -130,6 +130,17 @@ class Recipe(Section):
 
     def _check_objective(self) -> None:
         spec = self.objective
+        of_time = f"objective.timestep_weighting={spec.timestep_weighting}"
+        if self.model.is_flow and spec.timestep_weighting != "uniform":
+            raise ValueError(
+                f"{of_time} does not go with model.backbone={self.model.backbone}, whose noise has "
+                "no fixed schedule: use objective.time_weight"
+            )
+        if not self.model.is_flow and spec.time_weight != "constant":
+            raise ValueError(
+                f"objective.time_weight={spec.time_weight} is for flow models, not "
+                f"model.backbone={self.model.backbone}: use objective.timestep_weighting"
+            )
         if spec.reference_ema and self.adapter.type == "full":
             raise ValueError(
                 f"objective.reference_ema={spec.reference_ema:g} does not go with "

@@ -72,7 +72,9 @@ def _what_it_should_be(value: object) -> str | None:
 
 
 class Sampler(Section):
-    """How images are drawn: by DDIM without added noise, from an LCM by its own multistep rule."""
+    """How images are drawn: by DDIM without added noise, from an LCM by its own multistep rule,
+    from a flow model by Euler steps.
+    """
 
     steps: PositiveInt = 50
     """Denoiser calls per image; more is slower and closer to the model's distribution."""

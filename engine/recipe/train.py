@@ -39,7 +39,8 @@ class Objective(Section):
     nearer to the image (as published); the image's own latents, which needs no teacher and half
     the work; or `mixed`, the teacher's in the last quarter of the timesteps, else the image."""
     beta: PositiveFloat = 5000
-    """Strength of the pull towards the reference (published: diffusion 5000, consistency 200)."""
+    """Strength of the pull towards the reference (published: diffusion 5000, consistency 200, flow
+    100 to 2000). Errors are means over a latent; for trainers that sum them divide by C x h x w."""
     target_logit: PositiveFloat | None = None
     """Let beta follow the margins, so that the mean size of the logits is this, e.g. 1.386, where
     the policy prefers the winner by 4 to 1: beta starts as given and stays within a factor of 30 of
@@ -62,6 +63,9 @@ class Objective(Section):
     """Share of pairs whose label is taken to be wrong (cDPO); for `loss=sigmoid`."""
     timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
     """How much a timestep counts: all the same (as published), or min-SNR-5 with a mean of 1."""
+    time_weight: Literal["constant", "epsilon", "x0"] = "constant"
+    """Flow models only, with s the share of noise: beta at every s, as Flow-DPO recommends; beta
+    (1 - s)^2, as if errors of the noise were compared; beta s^2, as if those of the image were."""
     loser_gradient: Fraction = 1.0
     """Share of the loser's gradient that is kept; below 1 it holds back the failure in which the
     errors of winner and loser rise together."""

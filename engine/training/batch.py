@@ -6,6 +6,8 @@ a pair meets the same noise whatever batch, rank or restart it comes in; winner 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,7 @@ from ..curriculum.pacing import Pacing
 from ..models import DTYPES, Backbone, Framing
 from ..models.fingerprints import changed_parts, named
 from ..models.tuning import is_on
-from ..objectives import TrainingBatch, min_snr_weights, rank_weights
+from ..objectives import TrainingBatch, rank_weights, timestep_weights
 from ..ranks import Ranks
 from ..recipe import Objective, Recipe
 from ..shards.batch import PairBatch
@@ -58,13 +60,7 @@ class BatchMaker:
         # As the networks are tuned: targets then lie as predictions do, and the loss copies neither
         channels_last = is_on(recipe.speed.channels_last, device.type == "cuda")
         self._order = torch.channels_last if channels_last else torch.contiguous_format
-        self._weights = None
-        if recipe.objective.timestep_weighting == "min_snr":
-            noise = backbone.noise
-            all_timesteps = noise.at(torch.arange(noise.num_timesteps, device=device))
-            self._weights = min_snr_weights(
-                all_timesteps.alpha, all_timesteps.sigma, noise.prediction_type
-            )
+        self._weights = timestep_weights(recipe.objective, backbone.noise, device)
         self._shares = None if candidates is None else rank_weights(candidates)
 
     def make(self, pairs: PairBatch) -> TrainingBatch:
@@ -88,7 +84,7 @@ class BatchMaker:
             if self.recipe.objective.needs_teacher and (kept is None or kept.missing):
                 nothing = [""] * (2 * len(prompts))
                 unconditional = self.backbone.encode_prompts(nothing, framing)
-        weights = None if self._weights is None else self._weights[draw.timesteps]
+        weights = None if self._weights is None else self._weights(draw.timesteps)
         shares = None if self._shares is None else self._shares_of(pairs.ranks)
         return TrainingBatch(
             noisy, target, draw, conditioning, weights, unconditional, shares, kept
@@ -178,6 +174,16 @@ def describe_pairs(recipe: Recipe, manifest: Manifest, pacing: Pacing) -> list[t
     return rows
 
 
+def describe_beta(recipe: Recipe, latent_shape: Sequence[int]) -> list[tuple[str, str]]:
+    """What a flow model's beta is in both units that trainers give it in, and where it counts."""
+    spec = recipe.objective
+    if not recipe.model.is_flow or spec.type.endswith("sft"):
+        return []
+    numbers = math.prod(latent_shape)
+    text = f"{spec.beta:g} of means, {spec.beta / numbers:.3g} of sums over {numbers:,} numbers; "
+    return [("beta", f"{text}{spec.time_weight} in sigma, which is {recipe.model.sigmas}")]
+
+
 def describe_moving(spec: Objective) -> list[tuple[str, str]]:
     """What of the loss moves with training."""
     rows = []
@@ -229,6 +235,15 @@ def refuse_foreign_shards(recipe: Recipe, manifest: Manifest, backbone: Backbone
             "again with data.format=moments or raw",
             "data.posterior",
             "contradiction",
+        )
+    only = backbone.noise.resolution
+    if only is not None and only != manifest.resolution:
+        height, width = manifest.resolution
+        raise DataError(
+            f"the shards hold images of {height}x{width}, and this model's noise levels hang on "
+            f"the size: give model.resolution=[{height},{width}]",
+            "model.resolution",
+            "mismatch",
         )
     parts, made_with = backbone.fingerprints(), manifest.vae
     # Sets that are too old to tell the config are held to the weights.

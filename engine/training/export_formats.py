@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 
 from ..basics.files import sync_path
 from ..models import Backbone, load_backbone
-from ..models.base_files import DENOISER, copy_base
+from ..models.base_files import copy_base
+from ..models.fingerprints import denoiser_in
 from ..models.lcm import lcm_lora_layers
 from ..recipe import Model, Recipe
 from .kohya_format import describe, save_for_kohya
@@ -64,7 +65,11 @@ def joined_lcm_lora(recipe: Recipe, pipeline: DiffusionPipeline) -> Lora | None:
 
 
 def about_adapter(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
-    """What the kohya file of a recipe's adapter says of itself."""
+    """What the kohya file of a recipe's adapter says of itself; nothing of a flow model's, whose
+    names in diffusers' file ComfyUI reads.
+    """
+    if recipe.model.is_flow:
+        return {}
     return describe(
         unet_config(backbone.pipeline),
         backbone.noise.prediction_type,
@@ -103,23 +108,30 @@ def save_kohya_folder(
 
 def save_for_diffusers(lora: Lora, pipeline: DiffusionPipeline, folder: Path) -> None:
     """The file of diffusers, by the pipeline of the adapter's family."""
+    denoiser = denoiser_in(pipeline.components)
     # peft's own names, lora_A and lora_B: diffusers' older ones (`to_q.lora.down`) exist for
     # attention only, and a file that mixes both is loaded without its attention layers.
     with disk_errors(folder):
         type(pipeline).save_lora_weights(
-            folder, unet_lora_layers=lora.values, unet_lora_adapter_metadata=lora.config
+            folder,
+            **{
+                f"{denoiser}_lora_layers": lora.values,
+                f"{denoiser}_lora_adapter_metadata": lora.config,
+            },
         )
 
 
 def save_for_all(
     lora: Lora, pipeline: DiffusionPipeline, about: dict[str, str], folder: Path
 ) -> None:
-    """All files of a ``lora/``; ``about`` is what the kohya file says of itself."""
+    """All files of a ``lora/``; ``about`` is what the kohya file says of itself, empty where there
+    is none.
+    """
     save_for_diffusers(lora, pipeline, folder)
     values = {PEFT_PREFIX + name: value for name, value in lora.values.items()}
     save_tensors(values, folder / PEFT_WEIGHTS)
     (folder / PEFT_CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
-    if not lora.is_dora:
+    if about and not lora.is_dora:
         save_for_kohya(lora, unet_config(pipeline), about, folder / KOHYA)
 
 
@@ -143,8 +155,9 @@ def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> Non
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()
-    with disk_errors(folder / DENOISER):
-        backbone.denoiser.save_pretrained(folder / DENOISER, max_shard_size=shard_bytes)
+    inner = folder / backbone.denoiser_name
+    with disk_errors(inner):
+        backbone.denoiser.save_pretrained(inner, max_shard_size=shard_bytes)
     copy_base(model, folder, backbone.pipeline.scheduler)
 
 

@@ -27,7 +27,7 @@ from ..basics.errors import NumericsError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone
-from ..models.base_files import DENOISER, copy_base
+from ..models.base_files import copy_base
 from ..ranks import Ranks
 from ..recipe import Recipe
 from .checkpoint.files import MANIFEST, read_manifest
@@ -173,7 +173,7 @@ class Exports:
             scheduler = self.backbone.pipeline.scheduler
             self.ranks.on_first(lambda: copy_base(model, merged, scheduler))
             with self.weights.averaged(averaged):
-                self._save_gathered(merged / DENOISER)
+                self._save_gathered(merged / self.backbone.denoiser_name)
         else:
             lora = folder / FOLDERS["diffusers"]
             self.ranks.on_first(lambda: save_merged(model, lora, merged, self._shard_bytes))
@@ -207,7 +207,7 @@ class Exports:
         for path in sorted(made.rglob("*.safetensors")):
             # Copies of the base's other parts are as they are there.
             parts = path.relative_to(made).parts
-            if FOLDERS["merged"] in parts[:-2] and parts[-2] != DENOISER:
+            if FOLDERS["merged"] in parts[:-2] and parts[-2] != self.backbone.denoiser_name:
                 continue
             try:
                 check_finite(path)

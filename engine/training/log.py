@@ -68,7 +68,8 @@ class MetricRing:
             assert loss.loser_kept is not None
             columns.append(loss.loser_kept.double())
         values = torch.stack(columns)
-        quartile = timesteps * QUARTILES // self._num_timesteps
+        # Pure noise, where a flow model may begin, is of the last.
+        quartile = (timesteps * QUARTILES // self._num_timesteps).clamp(max=QUARTILES - 1)
         members = (quartile[:, None] == self._quartiles).double()
         everyone = torch.ones_like(members[:, :1])
         self._sums[row] += values @ torch.cat([everyone, members], dim=1)

@@ -27,7 +27,6 @@ from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone, load_backbone
-from ..models.base_files import DENOISER
 from ..ranks import Ranks
 from ..recipe import Model, Prompts, Recipe
 from ..recipe.identity import save_resolved
@@ -187,8 +186,8 @@ class Series:
         latest = Path(self.kept[-1].folder)
         if model.lcm_lora is not None:
             return model.model_copy(update={"lcm_lora": str(latest / WITH_LCM)})
-        unet = latest / FOLDERS["merged"] / DENOISER
-        return model.model_copy(update={"unet": str(unet)})
+        own = latest / FOLDERS["merged"] / ("transformer" if model.is_flow else "unet")
+        return model.model_copy(update={"unet": str(own)})
 
     def judge(self) -> Round:
         """Whether the round that has followed is kept; written down in the run folder."""

@@ -38,6 +38,7 @@ from ..shards.store import ShardStore
 from ..shards.stream import PairStream, WaitInterrupted
 from .batch import (
     BatchMaker,
+    describe_beta,
     describe_moving,
     describe_pairs,
     describe_stages,
@@ -248,6 +249,7 @@ class Trainer:
             rows.append(("cache", f"{found}, {self.cache.draws} a pair are used"))
         return [
             *rows,
+            *describe_beta(recipe, self.backbone.latent_shape(recipe.model.resolution)),
             *describe_moving(recipe.objective),
             *describe_stages(self.pacing),
             *self.growth.describe(),

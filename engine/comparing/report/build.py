@@ -40,6 +40,7 @@ from .page import write_report
 from .results import save_results
 
 WORST_SHOWN = 8
+SAMPLERS = {"lcm": "LCM", "sd3": "Euler"}  # of families that DDIM does not sample
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model
 
 
@@ -108,6 +109,7 @@ class ComparisonReport:
         trained = alone.recipe if alone else recipe
         trained_in = Path(trained.run_dir)
         runs = [run.facts() for run in self.runs]
+        drawn_by = SAMPLERS.get(recipe.model.backbone, "DDIM")
         return ReportData(
             title=Path(recipe.run_dir).name,
             prompt_sets=sets,
@@ -121,7 +123,7 @@ class ComparisonReport:
             recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
             facts=[
                 ("seed", str(recipe.seed)),
-                ("sampler", f"DDIM, {sampler.steps} steps, guidance {sampler.guidance:g}"),
+                ("sampler", f"{drawn_by}, {sampler.steps} steps, guidance {sampler.guidance:g}"),
                 ("device", _device_name(device)),
                 *((name, version(name)) for name in ("torch", "diffusers", "deepspeed", "cdpo")),
             ],

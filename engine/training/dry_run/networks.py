@@ -6,24 +6,29 @@ Nothing is read but the configs, so this takes seconds for a model of any size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from ...basics.shipped import shipped
-from ...models.attention import use_attention
+from ...models.checks import check_transformer
+from ...models.fingerprints import denoiser_in
+from ...models.pipelines import TEXT_ENCODERS, refuse_other_family
 from ...models.pretrained import reading
+from ...models.text import T5_TOKENS
 from ...recipe import Model
 
 META = torch.device("meta")
@@ -51,6 +56,11 @@ class MetaModel:
         first: Any = next(iter(self.text_encoders.values()))
         return int(first.config.max_position_embeddings)
 
+    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of an image of (height, width) pixels."""
+        height, width = (side // self.latent_scale for side in resolution)
+        return int(self.denoiser.config["in_channels"]), height, width
+
     def inputs(self, num_images: int, resolution: tuple[int, int]) -> dict[str, Any]:
         """Arguments of the denoiser for so many images of (height, width) pixels."""
         config, dtype = self.denoiser.config, next(self.denoiser.parameters()).dtype
@@ -58,9 +68,18 @@ class MetaModel:
         def empty(*shape: int) -> Tensor:
             return torch.empty(num_images, *shape, device=META, dtype=dtype)
 
-        height, width = (side // self.latent_scale for side in resolution)
+        latents = empty(*self.latent_shape(resolution))
+        if "pooled_projection_dim" in config:  # Stable Diffusion 3
+            return {
+                "hidden_states": latents,
+                "timestep": torch.zeros(num_images, device=META),
+                "encoder_hidden_states": empty(
+                    self.tokens + T5_TOKENS, config["joint_attention_dim"]
+                ),
+                "pooled_projections": empty(config["pooled_projection_dim"]),
+            }
         inputs: dict[str, Any] = {
-            "sample": empty(config["in_channels"], height, width),
+            "sample": latents,
             "timestep": torch.zeros(num_images, device=META, dtype=torch.int64),
             "encoder_hidden_states": empty(self.tokens, config["cross_attention_dim"]),
         }
@@ -87,12 +106,13 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
     path = _config_place(spec.path, "model_index.json", spec.revision)
     with reading(f"model.path={spec.path}", kind, path) as place:
         index = DiffusionPipeline.load_config(place, revision=spec.revision)
+        refuse_other_family(index, spec)
         encoders = {
             name: _build(index, name, place, spec.revision, dtype)
-            for name in ("text_encoder", "text_encoder_2")
+            for name in TEXT_ENCODERS
             if index.get(name, [None])[0]
         }
-        denoiser = _build(index, "unet", place, spec.revision, dtype)
+        denoiser = _build(index, denoiser_in(index), place, spec.revision, dtype)
         vae = _build(index, "vae", place, spec.revision, torch.float32)
     places = {spec.path: path}
     if spec.vae is not None:
@@ -101,9 +121,11 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
             vae = _from_config(AutoencoderKL, AutoencoderKL.load_config(place), torch.float32)
     if spec.unet is not None:
         places[spec.unet] = _config_place(spec.unet, "config.json")
-        with reading(f"model.unet={spec.unet}", "UNet", places[spec.unet]) as place:
-            config = UNet2DConditionModel.load_config(place)
-            denoiser = _from_config(UNet2DConditionModel, config, dtype)
+        with reading(f"model.unet={spec.unet}", "denoiser", places[spec.unet]) as place:
+            network = type(denoiser)
+            denoiser = _from_config(network, network.load_config(place), dtype)
+    if spec.is_flow:
+        check_transformer(spec, denoiser.config, vae.config)
     ours = tuple(name for name, place in places.items() if place != name)
     return MetaModel(denoiser, vae, encoders, ours)
 
@@ -193,9 +215,8 @@ def activation_bytes(
     """What autograd keeps of one forward pass in eager mode, with attention that saves no scores.
 
     With checkpointing: the inputs of all blocks, and what the largest of them saves when it is
-    computed again. Changes the policy's attention and checkpointing.
+    computed again. Changes the policy's checkpointing.
     """
-    use_attention(policy, FlashShaped.apply)
     weights = {weight.untyped_storage()._cdata for weight in policy.parameters()}
     largest = 0
 
@@ -210,7 +231,7 @@ def activation_bytes(
     if checkpointing:
         policy.enable_gradient_checkpointing(run_block)
     saved = SavedTensors(weights)
-    with saved:
+    with attention_shaped_like_flash(), saved:
         policy(**model.inputs(num_images, resolution))
     return saved.bytes + largest
 
@@ -232,6 +253,24 @@ class SavedTensors(saved_tensors_hooks):
     @property
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._kept.values())
+
+
+@contextmanager
+def attention_shaped_like_flash() -> Iterator[None]:
+    """All attention, whatever layer asks for it, saves what a flash kernel would."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+        attended: Tensor = FlashShaped.apply(query, key, value)
+        return attended
+
+    before, functional.scaled_dot_product_attention = (
+        functional.scaled_dot_product_attention,
+        attend,
+    )
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before
 
 
 class FlashShaped(torch.autograd.Function):

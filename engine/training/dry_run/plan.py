@@ -29,7 +29,7 @@ from ...ranks.launcher import local_size
 from ...recipe import Recipe
 from ...shards.remote.fetch import is_remote
 from ...shards.remote.store import open_store
-from ..batch import describe_moving, describe_pairs, describe_stages
+from ..batch import describe_beta, describe_moving, describe_pairs, describe_stages
 from ..deepspeed_config import BatchPlan, build_deepspeed_config, plan_batches
 from ..evaluation import DRAWS
 from ..frozen.place import place_of, record_bytes
@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         },
         zero_stage=stage,
         tuning=str(tuning),
-        latent_shape=tuple(model.inputs(1, resolution)["sample"].shape[1:]),
+        latent_shape=model.latent_shape(resolution),
         shipped=model.shipped,
     )
 
@@ -256,6 +256,7 @@ def _print_header(
         ("auto", f"train.micro_batch {', '.join(_auto_text(*each) for each in plan.auto.items())}"),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *_pairs_rows(recipe),
+        *describe_beta(recipe, plan.latent_shape),
         *describe_moving(recipe.objective),
         *_cache_rows(plan, recipe),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),

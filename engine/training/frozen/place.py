@@ -127,6 +127,8 @@ def made_of(
             "guidance_range": list(recipe.model.guidance_range),
             "solver_steps": recipe.model.solver_steps,
         }
+    if recipe.model.is_flow:
+        held_to["sigmas"] = recipe.model.sigmas
     return {
         "format": FORMAT,
         "seed": recipe.seed,

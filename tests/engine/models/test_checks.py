@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`sd` and `sdxl`, whole: not to be written to."""
+    """A model of each family, whole: not to be written to."""
     folder = tmp_path_factory.mktemp("models")
     for name, make in tiny.PIPELINES.items():
         make().save_pretrained(folder / name)
@@ -45,7 +45,10 @@ def unreadable(backbone: str, path: Path, **changes: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("asked", "given"), [("sd", "sdxl"), ("sdxl", "sd")])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [("sd", "sdxl"), ("sdxl", "sd"), ("sdxl", "sd3"), ("sd3", "sd"), ("lcm", "sd3")],
+)
 def test_a_folder_of_the_other_family_says_which_backbone_fits(folders, asked, given):
     message = unreadable(asked, folders / given)
     assert f"model.path={folders / given}" in message

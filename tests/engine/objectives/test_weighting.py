@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cdpo.engine.objectives import min_snr_weights
+from cdpo.engine.objectives.weighting import min_snr_weights
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.training.dry_run import plan as plan_module
+from cdpo.engine.training.dry_run.networks import read_meta_model
 from cdpo.engine.training.dry_run.plan import print_plan
 from huggingface_hub import constants
+from refusals import refused
 
 ROOT = Path(__file__).parents[4]
 RANKS = 4
@@ -122,6 +126,44 @@ def test_the_dry_run_of_a_shipped_recipe(
         assert f"{RANKS}, ZeRO-{stage} of zero{stage}" in other["ranks"]
         assert other["activations"][0] == rows["activations"][0]
         assert_memory(other, expected, trained, stage)
+
+
+@pytest.mark.long
+def test_the_dry_run_of_a_flow_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes as published, the adapter's and the operations of a forward pass by hand."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    rows = printed(recipe_of("sd35"), monkeypatch)
+    assert rows["denoiser"] == ["2,243,171,520", "0"]
+    assert rows["text_encoder_3"] == ["4,762,310,656", "0"]
+    width, blocks, dual, rank = 1536, 24, 13, 32
+    # q, k, v and out of the image, 13 times again, and of the text, which has no last out
+    layers = 4 * (blocks + dual) + 4 * blocks - 1
+    assert rows["adapter"] == [f"{layers * rank * 2 * width:,}"] * 2
+    image, text = 32 * 32, 77 + 256
+    linear = image * (12 * blocks + 4 * dual) + text * (12 * (blocks - 1) + 3)
+    scores = blocks * (image + text) ** 2 + dual * image**2
+    by_hand = 2 * width**2 * linear + 4 * width * scores + 2 * text * 4096 * width
+    assert flops(rows["forward, one image"][1]) == pytest.approx(by_hand, rel=0.005)
+    assert rows["beta"][0].startswith("100 of means, 0.00153 of sums over 65,536 numbers")
+    assert rows["text encoders"][0] == "–"  # in host memory
+    # A flash kernel saves no scores: those alone would be 48 heads x 1357^2 x 24 blocks, 4 GiB.
+    assert 4 < float(rows["activations"][0]) < 12
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "key"),
+    [
+        ("model.resolution=[520,520]", "mismatch", "model.resolution"),
+        ("model.backbone=sdxl", "unreadable", "model.path"),
+    ],
+)
+def test_a_flow_model_that_does_not_fit_is_refused_by_its_configs(
+    change: str, kind: str, key: str
+) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "sd35_cdpo.yaml", [change])
+    with refused(OutsideError, kind, key):
+        read_meta_model(recipe.model, torch.bfloat16)
 
 
 def assert_memory(rows: dict[str, list[str]], expected: Expected, trained: int, stage: int) -> None:
