@@ -10,7 +10,7 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,7 +42,9 @@ def picture(pipeline: DiffusionPipeline) -> np.ndarray:
     seeds = [content_id(row.numpy().tobytes().hex()) for row in noise]
     images = pipeline(
         prompts,
-        latents=noise,
+        latents=FluxPipeline._pack_latents(noise, 2, 4, 8, 8)
+        if isinstance(pipeline, FluxPipeline)
+        else noise,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=2,
         guidance_scale=2.0,

@@ -21,6 +21,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -31,6 +32,7 @@ from launching import KILLED, ForkServer, Outcome, World, losses, zero_config
 from stock import assert_draws, distance, exported_unet, stock_pipeline
 
 LOG_2 = math.log(2)
+FLOW = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
 # Learning rates at which ten steps of a tiny model show in its images.
 KNOBS = {
     "merged": ("adapter.type=full", "export.formats=[merged]", "train.optimizer.lr=1e-3"),
@@ -83,9 +85,8 @@ def make_family(folder: Path, server: ForkServer, name: str) -> Family:
     if name == "lcm":
         gentle = ("objective.beta=20", "objective.huber_c=0.1")
         return Family(world, gentle, StableDiffusionPipeline, LCMScheduler)
-    if name == "sd3":
-        flow = (StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler)
-        return Family(world, ("objective.beta=100",), *flow)
+    if name in FLOW:
+        return Family(world, ("objective.beta=100",), FLOW[name], FlowMatchEulerDiscreteScheduler)
     pipeline = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     return Family(world, ("objective.beta=500",), pipeline)
 
@@ -113,6 +114,8 @@ def long(*values: object) -> Any:
         ("lcm", "merged"),
         long("sd3", "lora"),
         long("sd3", "merged"),
+        long("flux", "lora"),
+        long("flux", "merged"),
         long("lcm", "lora"),
         long("sd_v", "lora"),
         long("sdxl", "merged"),
@@ -159,6 +162,8 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
         long("sd3", 1),
         long("sd3", 2),
         long("sd3", 3),
+        long("flux", 2),
+        long("flux", 3),
     ],
 )
 def test_killed_on_two_ranks_the_curve_is_that_of_one(
@@ -198,7 +203,7 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux"])
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str
 ) -> None:

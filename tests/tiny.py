@@ -19,6 +19,8 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -157,6 +159,18 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *letters], extra_ids=0, model_max_length=512)
 
 
+def t5_config(letters: T5Tokenizer) -> T5Config:
+    return T5Config(
+        vocab_size=len(letters),
+        d_model=48,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+
+
 def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDiffusion3Pipeline:
     """A Stable Diffusion 3.5 of that size: patches of 2x2 latents, two blocks of which the first
     attends twice, text of width 48.
@@ -166,15 +180,6 @@ def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDif
     second = text_config(tokens, hidden_size=24, num_hidden_layers=2, projection_dim=12)
     first = text_config(tokens, num_hidden_layers=2)
     letters = t5_tokenizer()
-    of_t5 = T5Config(
-        vocab_size=len(letters),
-        d_model=48,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
     parts: dict[str, Any] = {
         "transformer": SD3Transformer2DModel(
             sample_size=8,
@@ -194,7 +199,7 @@ def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDif
         "vae": vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         "text_encoder": CLIPTextModelWithProjection(first),
         "text_encoder_2": CLIPTextModelWithProjection(second),
-        "text_encoder_3": T5EncoderModel(of_t5) if t5 else None,
+        "text_encoder_3": T5EncoderModel(t5_config(letters)) if t5 else None,
         "tokenizer": tokens,
         "tokenizer_2": tokens,
         "tokenizer_3": letters if t5 else None,
@@ -203,10 +208,38 @@ def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDif
     return StableDiffusion3Pipeline(**parts | changes)
 
 
+def flux_pipeline(seed: int = 0, *, dev: bool = True, **changes: Any) -> FluxPipeline:
+    """A FLUX.1 of that size, dev or schnell: a block of each kind, text of width 48."""
+    torch.manual_seed(seed)
+    tokens, letters = tokenizer(), t5_tokenizer()
+    parts: dict[str, Any] = {
+        "transformer": FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4 * 4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=16,
+            guidance_embeds=dev,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        "vae": vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": CLIPTextModel(text_config(tokens)),
+        "text_encoder_2": T5EncoderModel(t5_config(letters)),
+        "tokenizer": tokens,
+        "tokenizer_2": letters,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev),
+    }
+    return FluxPipeline(**parts | changes)
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": pipeline,
     "sdxl": xl_pipeline,
     "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
     "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
 }
 

@@ -95,9 +95,14 @@ def check_transformer(spec: Model, transformer: Config, vae: Config) -> None:
     """OutsideError unless a transformer that cuts latents into patches, a VAE and the resolution go
     together; to be asked before weights are read.
     """
-    _check_latents(spec, transformer, vae)
-    height, width = spec.resolution
     patch = transformer["patch_size"]
+    if "guidance_embeds" in transformer:  # FLUX.1, whose pipeline packs for it
+        patch = 2
+        channels = transformer["in_channels"] // 4
+        _check_latents(spec, {"in_channels": channels, "out_channels": channels}, vae)
+    else:
+        _check_latents(spec, transformer, vae)
+    height, width = spec.resolution
     factor = 2 ** (len(vae["block_out_channels"]) - 1) * patch
     if height % factor or width % factor:
         raise _other_resolution(spec, factor)

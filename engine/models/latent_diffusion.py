@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from ..basics.errors import RecipeError
 from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
 from .fingerprint_store import Kept
@@ -48,10 +49,14 @@ class LatentDiffusion:
         load_teacher: Callable[[], Teacher] | None = None,
         own_parts: Mapping[str, str] | None = None,
         ask: Ask | None = None,
+        *,
+        is_packed: bool = False,
     ) -> None:
         """``own_parts`` are fingerprints that the pipeline does not tell any more; ``ask`` calls
-        the denoiser, if that is no UNet.
+        the denoiser, if that is no UNet. With ``is_packed`` the pipeline has packed latents, a
+        denoiser that embeds guidance, or is told none, and no negative prompts.
         """
+        self._is_packed = is_packed
         self.device = device
         self.pipeline = pipeline.to(device)
         for part in pipeline.components.values():
@@ -161,9 +166,13 @@ class LatentDiffusion:
         if mask is not None:
             embeddings = mask.apply(embeddings)
         height, width = self.vae.pixel_shape(noise)
+        start = noise.to(self.device, dtype)
+        if self._is_packed:
+            _refuse_guidance(net, guidance)
+            start = packed(start)
         latents = pipeline(
             **{name: value.to(dtype) for name, value in embeddings.items()},
-            latents=noise.to(self.device, dtype),
+            latents=start,
             generator=_generators(noise),
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -171,7 +180,31 @@ class LatentDiffusion:
             width=width,
             output_type="latent",
         ).images
+        if self._is_packed:
+            latents = unpacked(latents, *noise.shape[-2:])
         return self.vae.decode(latents)
+
+
+def _refuse_guidance(net: nn.Module, guidance: float) -> None:
+    config: Any = net.config
+    if guidance != 1 and not config["guidance_embeds"]:
+        raise RecipeError(
+            f"sampler.guidance={guidance:g}, but this model takes no guidance: use guidance=1",
+            "sampler.guidance",
+            "unsupported",
+        )
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) as tokens (N, h/2 * w/2, 4C), each of 2 x 2 of them."""
+    patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # (N, C, h/2, w/2, 2, 2)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """What :func:`packed` makes tokens (N, L, 4C) of: latents (N, C, height, width)."""
+    patches = tokens.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def ask_unet(

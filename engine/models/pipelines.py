@@ -19,6 +19,7 @@ from diffusers import (
 from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
+from ..recipe.model import FLOW
 from .checks import Config, check_flow_schedule, check_schedule
 from .pretrained import (
     config_of,
@@ -36,6 +37,7 @@ BACKBONES = {
     "StableDiffusionXLPipeline": "sdxl",
     "LatentConsistencyModelPipeline": "lcm",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
@@ -145,8 +147,11 @@ def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
 
 def classes_of(backbone: str) -> set[str]:
     """Names of the pipelines that a backbone reads; an LCM is made of any with a UNet."""
-    own = {name for name, fitting in BACKBONES.items() if fitting == backbone}
-    return own | (BACKBONES.keys() - {"StableDiffusion3Pipeline"} if backbone == "lcm" else set())
+    return {
+        name
+        for name, fitting in BACKBONES.items()
+        if fitting == backbone or (backbone == "lcm" and fitting not in FLOW)
+    }
 
 
 def refuse_other_family(index: dict[str, Any], spec: Model) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import T5TokenizerFast
 
 from .protocol import Backbone, Conditioning, Framing
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
-T5_TOKENS = 256  # that Stable Diffusion 3's pipeline lets its T5 see
+T5_TOKENS = 256  # that Stable Diffusion 3's pipeline lets its T5 see, and FLUX.1 schnell's page
 ROWS = 8  # prompts in one call of the encoders
 
 
@@ -21,18 +22,30 @@ def seen_tokens(pipeline: Any, prompt: str) -> int | None:
     has more; None of one that has not.
     """
     # Where a T5 reads along, what is beyond the others' sight is not lost.
-    longest = getattr(pipeline, "tokenizer_3", None)
-    names = ("tokenizer", "tokenizer_2") if longest is None else ("tokenizer_3",)
-    for name in names:
-        tokenizer = getattr(pipeline, name, None)
+    parts: dict[str, Any] = pipeline.components
+    t5 = next((name for name in ("tokenizer_3", "tokenizer_2") if _is_t5(parts.get(name))), None)
+    for name in ("tokenizer", "tokenizer_2") if t5 is None else (t5,):
+        tokenizer = parts.get(name)
         if tokenizer is None:
             continue
-        most = int(tokenizer.model_max_length) if longest is None else T5_TOKENS
+        if t5 is None:
+            most = int(tokenizer.model_max_length)
+        else:
+            most = T5_TOKENS if t5 == "tokenizer_3" else flux_tokens(parts["transformer"].config)
         if len(prompt.encode()) <= most - 2:
             continue  # a token has a byte at least
         if len(tokenizer(prompt, verbose=False)["input_ids"]) > most:
             return most
     return None
+
+
+def _is_t5(tokenizer: Any) -> bool:
+    return isinstance(tokenizer, T5TokenizerFast)
+
+
+def flux_tokens(transformer: Any) -> int:
+    """How many tokens FLUX.1 of a config sees: 512, and schnell, which embeds no guidance, 256."""
+    return 512 if transformer["guidance_embeds"] else T5_TOKENS
 
 
 def told_of_long(backbone: Backbone, prompts: Iterable[str]) -> str | None:

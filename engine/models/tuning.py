@@ -16,6 +16,10 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
 
 from ...kernels import use as use_kernels
@@ -26,7 +30,13 @@ from ..recipe import Recipe, Speed
 from .attention import Attend, choose_attention, use_attention
 from .protocol import Backbone
 
-REPEATED_BLOCKS = (BasicTransformerBlock, JointTransformerBlock, ResnetBlock2D)
+REPEATED_BLOCKS = (
+    BasicTransformerBlock,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+    JointTransformerBlock,
+    ResnetBlock2D,
+)
 # Compilations of one block: its sizes in a UNet, with gradient and without. Dynamo's own limit of
 # eight would leave the rest of the blocks as they are, without a word.
 MOST_COMPILATIONS = 128

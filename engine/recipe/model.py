@@ -8,13 +8,13 @@ from pydantic import model_validator
 
 from .section import NonNegativeFloat, PositiveInt, Section
 
-FLOW = ("sd3",)  # flow-matching transformers
+FLOW = ("sd3", "flux")  # flow-matching transformers
 
 
 class Model(Section):
     """The text-to-image model to align."""
 
-    backbone: Literal["sd", "sdxl", "lcm", "sd3"] = "sd"
+    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
     """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A
@@ -42,6 +42,8 @@ class Model(Section):
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling, of a
     flow model 16."""
+    embedded_guidance: NonNegativeFloat = 3.5
+    """`backbone: flux` only: the guidance FLUX.1 dev is told in training; schnell is told none."""
     sigmas: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """Flow models only: where training draws noise levels on the scheduler's grid, under its shift.
     `logit_normal` and `mode` prefer the middle (both as published for Stable Diffusion 3)."""
@@ -58,6 +60,11 @@ class Model(Section):
             raise ValueError(
                 f"sigmas={self.sigmas} is for flow models: backbone={self.backbone} draws its "
                 "timesteps evenly"
+            )
+        if self.backbone != "flux" and self.embedded_guidance != 3.5:
+            raise ValueError(
+                f"embedded_guidance={self.embedded_guidance:g} is for backbone=flux, not "
+                f"{self.backbone}"
             )
         if self.unet is not None and self.lcm_lora is not None:
             raise ValueError("unet and lcm_lora both make an LCM of path: give one of them")

@@ -40,7 +40,7 @@ from .page import write_report
 from .results import save_results
 
 WORST_SHOWN = 8
-SAMPLERS = {"lcm": "LCM", "sd3": "Euler"}  # of families that DDIM does not sample
+SAMPLERS = {"lcm": "LCM", "sd3": "Euler", "flux": "Euler"}  # of families that DDIM does not sample
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model
 
 

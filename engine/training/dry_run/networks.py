@@ -28,7 +28,7 @@ from ...models.checks import check_transformer
 from ...models.fingerprints import denoiser_in
 from ...models.pipelines import TEXT_ENCODERS, refuse_other_family
 from ...models.pretrained import reading
-from ...models.text import T5_TOKENS
+from ...models.text import T5_TOKENS, flux_tokens
 from ...recipe import Model
 
 META = torch.device("meta")
@@ -59,7 +59,12 @@ class MetaModel:
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of an image of (height, width) pixels."""
         height, width = (side // self.latent_scale for side in resolution)
-        return int(self.denoiser.config["in_channels"]), height, width
+        channels = int(self.denoiser.config["in_channels"])
+        return channels // 4 if self._is_flux else channels, height, width
+
+    @property
+    def _is_flux(self) -> bool:
+        return "guidance_embeds" in self.denoiser.config
 
     def inputs(self, num_images: int, resolution: tuple[int, int]) -> dict[str, Any]:
         """Arguments of the denoiser for so many images of (height, width) pixels."""
@@ -68,6 +73,20 @@ class MetaModel:
         def empty(*shape: int) -> Tensor:
             return torch.empty(num_images, *shape, device=META, dtype=dtype)
 
+        if self._is_flux:
+            _, height, width = self.latent_shape(resolution)
+            tokens, text = height * width // 4, flux_tokens(config)
+            return {
+                "hidden_states": empty(tokens, config["in_channels"]),
+                "timestep": torch.zeros(num_images, device=META),
+                "guidance": torch.zeros(num_images, device=META)
+                if config["guidance_embeds"]
+                else None,
+                "encoder_hidden_states": empty(text, config["joint_attention_dim"]),
+                "pooled_projections": empty(config["pooled_projection_dim"]),
+                "img_ids": torch.empty(tokens, 3, device=META, dtype=dtype),
+                "txt_ids": torch.empty(text, 3, device=META, dtype=dtype),
+            }
         latents = empty(*self.latent_shape(resolution))
         if "pooled_projection_dim" in config:  # Stable Diffusion 3
             return {

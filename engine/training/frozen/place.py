@@ -129,6 +129,7 @@ def made_of(
         }
     if recipe.model.is_flow:
         held_to["sigmas"] = recipe.model.sigmas
+        held_to["embedded_guidance"] = recipe.model.embedded_guidance
     return {
         "format": FORMAT,
         "seed": recipe.seed,

@@ -151,6 +151,19 @@ def test_the_dry_run_of_a_flow_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert 4 < float(rows["activations"][0]) < 12
 
 
+@pytest.mark.long
+def test_the_dry_run_of_flux_fits_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX.1 dev with its adapter on one of 80 GB: 12 B parameters, held once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    rows = printed(recipe_of("flux"), monkeypatch)
+    assert rows["denoiser"] == ["11,901,408,320", "0"]
+    width, rank = 3072, 32  # q, k, v and out of image and text in 19 blocks; no out in 38 more
+    assert rows["adapter"] == [f"{(19 * 8 + 38 * 3) * rank * 2 * width:,}"] * 2
+    assert float(rows["policy weights"][0]) == pytest.approx(2 * 11_953_706_048 / GIB, abs=0.01)
+    assert "16 in 80 GB" in rows["auto"][0] and float(rows["total"][0]) < 40
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "key"),
     [

@@ -1,0 +1,143 @@
+"""FLUX.1 as we drive it against the stock pipeline of diffusers."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from batches import corrupted
+from cdpo.engine.basics.errors import OutsideError, RecipeError
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.flow_matching import shift_exponent
+from cdpo.engine.models.flux import check_text
+from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
+from cdpo.engine.objectives import build_objective
+from cdpo.engine.recipe import Model, Recipe
+from cdpo.engine.training.networks import build_networks
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from pictures import noise, pixels
+from refusals import refused
+
+CPU = torch.device("cpu")
+PROMPTS = ["red apple", "house"]
+SIZES = {"dev": (16, 24), "schnell": (16, 16)}  # height and width of what is drawn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dev` and `schnell` on disk: not to be written to."""
+    folder = tmp_path_factory.mktemp("flux")
+    for name in SIZES:
+        tiny.flux_pipeline(dev=name == "dev").save_pretrained(folder / name)
+    return folder
+
+
+def load(folder: Path, **changes: object) -> LatentDiffusion:
+    given = {"backbone": "flux", "path": str(folder), "resolution": (16, 16)}
+    return load_backbone(Model(**given | changes), CPU)
+
+
+def stepped(backbone: LatentDiffusion, start: torch.Tensor, steps: int) -> np.ndarray:
+    """Pictures by our `predict`, the stock scheduler and the stock VAE alone."""
+    own = backbone.pipeline.scheduler
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
+    tokens = start.shape[-2] * start.shape[-1] // 4
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift_exponent(own, tokens)
+    )
+    told, latents = backbone.encode_prompts(PROMPTS), start
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            answer = backbone.predict(backbone.denoiser, latents, time.expand(len(latents)), told)
+            latents = scheduler.step(answer, time, latents).prev_sample
+    return pixels(backbone.vae.decode(latents))
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("dev", 3.5), ("schnell", 1.0)])
+def test_images_are_the_stock_pipelines_to_the_bit(folder, name, guidance):
+    """By a loop over `predict`, and by `sample`, which ranks what users draw."""
+    height, width = SIZES[name]
+    backbone = load(folder / name, resolution=SIZES[name])
+    stock = FluxPipeline.from_pretrained(folder / name)
+    stock.set_progress_bar_config(disable=True)
+    start = noise(2, height // 2, width // 2)
+    expected = pixels(
+        stock(
+            PROMPTS,
+            latents=stock._pack_latents(start, 2, 4, height // 2, width // 2),
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            max_sequence_length=512 if name == "dev" else 256,
+        ).images
+    )
+    assert np.array_equal(stepped(backbone, start, 3), expected)
+    found = backbone.sample(backbone.denoiser, PROMPTS, start, steps=3, guidance=guidance)
+    assert np.array_equal(pixels(found), expected)
+    assert expected.std() > 10  # of 255: no gray wall
+
+
+def test_latents_are_packed_as_the_stock_pipeline_packs_them():
+    latents = torch.randn(2, 4, 6, 10)
+    found = packed(latents)
+    assert torch.equal(found, FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
+    assert torch.equal(unpacked(found, 6, 10), latents)
+
+
+def test_training_tells_dev_its_guidance_and_schnell_none(folder):
+    def says(name: str, **changes: object) -> torch.Tensor:
+        backbone = load(folder / name, **changes)
+        told = backbone.encode_prompts(PROMPTS)
+        with torch.no_grad():
+            return backbone.predict(backbone.denoiser, noise(2), torch.full((2,), 500.0), told)
+
+    assert not torch.equal(says("dev"), says("dev", embedded_guidance=1.0))
+    assert torch.equal(says("schnell"), says("schnell", embedded_guidance=1.0))
+
+
+def test_guidance_for_a_model_that_takes_none_is_refused(folder):
+    backbone = load(folder / "schnell")
+    with refused(RecipeError, "unsupported", "sampler.guidance"):
+        backbone.sample(backbone.denoiser, PROMPTS, noise(2), steps=1, guidance=3.5)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ("adapter.targets=attention+ff",),
+        ("adapter.dora=true",),
+        ("adapter.type=full", "export.formats=[merged]"),
+    ],
+    ids=["lora", "dora", "full"],
+)
+def test_a_fresh_policy_is_its_reference_and_learns(
+    folder: Path, tiny_recipe: Callable[..., Recipe], knobs: tuple[str, ...]
+) -> None:
+    recipe = tiny_recipe("model.backbone=flux", f"model.path={folder / 'dev'}", *knobs)
+    backbone = load(folder / "dev")
+    batch = corrupted(backbone, PROMPTS)
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
+    loss = networks(batch).loss
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in networks.policy.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
+    assert networks(batch).loss.item() < loss.item() - 1e-4
+
+
+def test_what_does_not_fit_is_refused(folder, tmp_path):
+    with refused(OutsideError, "mismatch", "model.resolution"):
+        load(folder / "dev", resolution=(16, 18))
+    tiny.vae(latent_channels=8).save_pretrained(tmp_path)
+    with refused(OutsideError, "mismatch", "model.vae"):
+        load(folder / "dev", vae=str(tmp_path))
+    pipeline = tiny.flux_pipeline()
+    pipeline.transformer.register_to_config(joint_attention_dim=40)
+    with refused(OutsideError, "mismatch", "model.path"):
+        check_text(Model(backbone="flux", path="some/folder"), pipeline)
