@@ -100,9 +100,11 @@ def run(part: Part, out: Path, rehearse: bool, limit_s: float = LONGEST_S) -> st
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return f"it took more than {limit_s:.0f} s"
+        finally:  # also where this process is interrupted: no part is to run on by itself
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if code:
         return f"it ended with {code}"
     if missing := [name for name in part.writes if not (out / name).is_file()]:
@@ -185,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.out or ROOT / "benchmarks" / "results" / f"gpu_{name}"
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return run_all(
         parts, out, rehearse=options.rehearse, again=options.force, minutes=options.minutes
     )
