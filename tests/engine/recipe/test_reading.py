@@ -607,7 +607,8 @@ CHANGEABLE_KEYS = (
     *("train.optimizer.weight_decay", "train.warmup_steps", "train.gradient_clip"),
     *("train.caption_dropout", "adapter.dropout", "objective.beta", "objective.distance"),
     *("objective.huber_c", "objective.loss", "objective.label_smoothing"),
-    *("objective.timestep_weighting", "objective.loser_gradient", "objective.loser_safeguard"),
+    *("objective.timestep_weighting", "objective.time_weight", "objective.loser_gradient"),
+    "objective.loser_safeguard",
     *("objective.pair_weighting", "objective.target_logit"),
 )
 
