@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LCM_RANK, LCM_ALPHA = 3, 6.0
+ABOUT = {"ss_output_name": "a run"}  # of kohya's file
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,10 @@ def test_both_loras_together_and_as_one_are_what_was_trained(base: Path, tmp_pat
             parameter.data.normal_(0, 0.3, generator=generator)
     wanted = predict(policy.eval())
     lora = trained_lora(get_peft_model_state_dict(policy), spec)
-    save_for_all(lora, backbone.pipeline, {}, tmp_path / "lora")
+    save_for_all(lora, backbone.pipeline, ABOUT, tmp_path / "lora")
     whole = both(Lora(*lcm_lora_layers(model, backbone.pipeline)), lora)
     assert whole.rank == LCM_RANK + spec.rank
-    save_for_all(whole, backbone.pipeline, {}, tmp_path / "both")
+    save_for_all(whole, backbone.pipeline, ABOUT, tmp_path / "both")
 
     plain = predict(StableDiffusionPipeline.from_pretrained(base / "sd").unet)
     assert (consistent - plain).abs().max() > 0.01

@@ -18,6 +18,7 @@ from refusals import refused
 from safetensors.torch import save_file
 
 INF = float("inf")
+UNET = SimpleNamespace(denoiser_name="unet")
 
 
 def newest(run: Path) -> Path:
@@ -117,7 +118,7 @@ def test_weights_that_overflow_in_the_adapter_end_the_run(world: World, tmp_path
 )
 def test_no_export_appears_that_is_not_finite(tmp_path: Path, file: str) -> None:
     """None of them: the parts that are copied from the base are the base's own."""
-    run = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace()))
+    run = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace()), backbone=UNET)
     run.recipe.train.optimizer = SimpleNamespace(lr=1e-3)
     made, checkpoint = tmp_path / "exported.tmp", tmp_path / "checkpoints" / "step-00000006"
     for name in ("lora/good.safetensors", "merged/vae/model.safetensors", file):
@@ -133,7 +134,7 @@ def test_copies_of_the_base_are_as_they_are_there(tmp_path: Path) -> None:
     path = tmp_path / "merged" / "text_encoder" / "model.safetensors"
     path.parent.mkdir(parents=True)
     save_file({"mask": torch.tensor([-INF])}, path)
-    Exports._refuse_non_finite(SimpleNamespace(), tmp_path, tmp_path)
+    Exports._refuse_non_finite(SimpleNamespace(backbone=UNET), tmp_path, tmp_path)
     assert path.exists()
 
 
