@@ -116,6 +116,18 @@ def check_transformer(spec: Model, transformer: Config, vae: Config) -> None:
         )
 
 
+def check_text_widths(spec: Model, transformer: Config, *, text: int, pooled: int) -> None:
+    """OutsideError unless token embeddings and pooled ones of these widths are what it takes."""
+    for name, width in (("joint_attention_dim", text), ("pooled_projection_dim", pooled)):
+        if transformer[name] != width:
+            raise OutsideError(
+                f"{unet_name(spec)} and the text encoders of model.path={spec.path} do not fit: "
+                f"{name}={transformer[name]}, embeddings of width {width}",
+                unet_key(spec),
+                "mismatch",
+            )
+
+
 def unet_key(spec: Model) -> str:
     """The key of the recipe that chose the UNet."""
     return "model.unet" if spec.unet else "model.path"

@@ -45,12 +45,13 @@ class FlowMatching:
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
         device: torch.device,
-        *,
         resolution: tuple[int, int],
-        tokens: int,
-        sigmas: str = "logit_normal",
+        token_side: int,
+        sigmas: str,
     ) -> None:
-        """``tokens`` is how many an image of ``resolution`` has; ``sigmas`` a name of the table."""
+        """``resolution`` and the side of a token are in pixels; ``sigmas`` is one of the table."""
+        height, width = resolution
+        tokens = (height // token_side) * (width // token_side)
         self.num_timesteps = int(scheduler.config["num_train_timesteps"])
         self.resolution = resolution if scheduler.config["use_dynamic_shifting"] else None
         self._grid = sigma_grid(scheduler, tokens) * self.num_timesteps

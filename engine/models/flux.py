@@ -16,18 +16,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
-from .checks import check_transformer, unet_key, unet_name
+from .checks import check_text_widths
 from .flow_matching import FlowMatching
 from .latent_diffusion import LatentDiffusion, packed, unpacked
 from .pipelines import load_pipeline
-from .protocol import Conditioning, Framing
-from .text import PromptCache, flux_tokens
+from .protocol import Conditioning
+from .text import T5Text, flux_tokens
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
@@ -38,19 +37,10 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
         dtype,
         kind="FLUX.1 model",
         denoiser=FluxTransformer2DModel,
-        scheduler_class=FlowMatchEulerDiscreteScheduler,
-        check=partial(check_transformer, spec),
     )
     check_text(spec, pipeline)
-    height, width = spec.resolution
     side = 2 * pipeline.vae_scale_factor
-    noise = FlowMatching(
-        pipeline.scheduler,
-        device,
-        resolution=spec.resolution,
-        tokens=(height // side) * (width // side),
-        sigmas=spec.sigmas,
-    )
+    noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     ask = partial(_ask, spec.embedded_guidance)
     text = FluxText(pipeline)
     return LatentDiffusion(pipeline, text, noise, device, ask=ask, is_packed=True)
@@ -65,19 +55,8 @@ def check_text(spec: Model, pipeline: FluxPipeline) -> None:
             "model.path",
             "unsupported",
         )
-    config = pipeline.transformer.config
-    given = {
-        "joint_attention_dim": t5.config.d_model,
-        "pooled_projection_dim": clip.config.hidden_size,
-    }
-    for name, width in given.items():
-        if config[name] != width:
-            raise OutsideError(
-                f"{unet_name(spec)} and the text encoders of model.path={spec.path} do not fit: "
-                f"{name}={config[name]}, embeddings of width {width}",
-                unet_key(spec),
-                "mismatch",
-            )
+    config, pooled = pipeline.transformer.config, clip.config.hidden_size
+    check_text_widths(spec, config, text=t5.config.d_model, pooled=pooled)
 
 
 def _ask(
@@ -104,22 +83,8 @@ def _ask(
     return unpacked(prediction, height, width)
 
 
-class FluxText:
-    """Token embeddings (N, T, D) of the T5 and pooled ones (N, P) of the CLIP, as the stock
-    pipeline makes them.
-    """
-
-    def __init__(self, pipeline: FluxPipeline) -> None:
-        self._pipeline = pipeline
-        self._tokens = flux_tokens(pipeline.transformer.config)
-        self.cache = PromptCache(self._embed_anew)
-        # Its lines on prompts that are cut: those are counted (`seen_tokens`).
-        diffusers_logging.get_logger(type(pipeline).__module__).setLevel(diffusers_logging.ERROR)
-
-    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
-        """Framing is nothing that this family is told of."""
-        text, pooled = self.cache(prompts)
-        return Conditioning(text, {"pooled_projections": pooled})
+class FluxText(T5Text):
+    """The T5's tokens; the pooled embedding of the CLIP."""
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Without negative ones: guidance is embedded."""
@@ -131,6 +96,6 @@ class FluxText:
             prompts,
             None,
             device=self._pipeline.device,  # not the encoder's, which may wait in host memory
-            max_sequence_length=self._tokens,
+            max_sequence_length=flux_tokens(self._pipeline.transformer.config),
         )
         return text, pooled

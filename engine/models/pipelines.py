@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -12,7 +11,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     UNet2DConditionModel,
 )
@@ -20,7 +18,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
 from ..recipe.model import FLOW
-from .checks import Config, check_flow_schedule, check_schedule
+from .checks import Config, check_flow_schedule, check_schedule, check_transformer
 from .pretrained import (
     config_of,
     denoiser_name,
@@ -72,7 +70,6 @@ def load_pipeline(
     kind: str,
     denoiser: type[ModelMixin] = UNet2DConditionModel,
     scheduler_class: type[SchedulerMixin] = DDIMScheduler,
-    check: Callable[[Config, Config], None] | None = None,
     **options: Any,
 ) -> Any:
     """The pipeline of a folder or hub id, with the recipe's own denoiser and VAE if it names them.
@@ -83,8 +80,8 @@ def load_pipeline(
         dtype: of every network but the VAE, which is float32.
         kind: what the folder should have been, for messages.
         denoiser: the class of what is trained.
-        scheduler_class: how the pipeline samples, on the schedule that its folder describes.
-        check: is given the configs of denoiser and VAE before weights are read.
+        scheduler_class: how a UNet's pipeline samples, on the schedule that its folder describes;
+            that of a flow model stays.
         options: further arguments of `pipeline_class.from_pretrained`.
 
     Raises:
@@ -95,8 +92,8 @@ def load_pipeline(
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
-    if check is not None:
-        check(*_configs(spec, denoiser))
+    if spec.is_flow:
+        check_transformer(spec, *_configs(spec, denoiser))
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         encoders = _text_encoders(place, index, spec, dtype)
     replaced = _replacements(spec, denoiser, dtype)
@@ -113,7 +110,7 @@ def load_pipeline(
         own = denoiser_name(denoiser)
         for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
-    if scheduler_class is FlowMatchEulerDiscreteScheduler:
+    if spec.is_flow:
         check_flow_schedule(spec, pipeline.scheduler)
     else:
         check_schedule(spec, pipeline.scheduler)

@@ -8,26 +8,18 @@ folder whose model_index.json has `null` for the T5 has zeros there, as the pipe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from diffusers.utils import logging as diffusers_logging
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
-from .checks import check_transformer, unet_key, unet_name
+from .checks import check_text_widths
 from .flow_matching import FlowMatching
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
-from .protocol import Conditioning, Framing
-from .text import T5_TOKENS, PromptCache
+from .protocol import Conditioning
+from .text import T5_TOKENS, T5Text
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
@@ -38,19 +30,10 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
         dtype,
         kind="Stable Diffusion 3 model",
         denoiser=SD3Transformer2DModel,
-        scheduler_class=FlowMatchEulerDiscreteScheduler,
-        check=partial(check_transformer, spec),
     )
     check_text(spec, pipeline)
-    height, width = spec.resolution
     side = pipeline.vae_scale_factor * pipeline.patch_size
-    noise = FlowMatching(
-        pipeline.scheduler,
-        device,
-        resolution=spec.resolution,
-        tokens=(height // side) * (width // side),
-        sigmas=spec.sigmas,
-    )
+    noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, StableDiffusion3Text(pipeline), noise, device, ask=_ask)
 
 
@@ -68,14 +51,7 @@ def check_text(spec: Model, pipeline: StableDiffusion3Pipeline) -> None:
     side_by_side = sum(clip.config.hidden_size for clip in clips)
     width = max(side_by_side, config["joint_attention_dim"] if t5 is None else t5.config.d_model)
     pooled = sum(clip.config.projection_dim for clip in clips)
-    for name, given in (("joint_attention_dim", width), ("pooled_projection_dim", pooled)):
-        if config[name] != given:
-            raise OutsideError(
-                f"{unet_name(spec)} and the text encoders of model.path={spec.path} do not fit: "
-                f"{name}={config[name]}, embeddings of width {given}",
-                unet_key(spec),
-                "mismatch",
-            )
+    check_text_widths(spec, config, text=width, pooled=pooled)
 
 
 def _ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -89,30 +65,8 @@ def _ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditi
     return prediction
 
 
-class StableDiffusion3Text:
-    """Token embeddings (N, T, D) and pooled ones (N, P), as the stock pipeline makes them."""
-
-    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
-        self._pipeline = pipeline
-        # Of each prompt whose end the CLIPs do not see it would print all padding; what nobody sees
-        # is counted (`seen_tokens`).
-        diffusers_logging.get_logger(type(pipeline).__module__).setLevel(diffusers_logging.ERROR)
-        self.cache = PromptCache(self._embed_anew)
-
-    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
-        """Framing is nothing that this family is told of."""
-        text, pooled = self.cache(prompts)
-        return Conditioning(text, {"pooled_projections": pooled})
-
-    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, pooled = self.cache(prompts)
-        negative, negative_pooled = self.cache([""] * len(prompts))
-        return {
-            "prompt_embeds": text,
-            "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": negative,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
+class StableDiffusion3Text(T5Text):
+    """Both CLIPs' tokens side by side, then the T5's; pooled ones of the CLIPs."""
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = self._pipeline.encode_prompt(

@@ -22,7 +22,7 @@ from .ddpm import DiscreteDDPM
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
 from .protocol import Conditioning, Framing
-from .text import PromptCache
+from .text import PooledText
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -72,34 +72,21 @@ def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:
         )
 
 
-class StableDiffusionXLText:
+class StableDiffusionXLText(PooledText):
     """Token embeddings (N, T, D), pooled ones (N, P) and time ids (N, 6).
 
     The empty prompt is what the pipeline's own unconditional input is: zeros if its config says
     `force_zeros_for_empty_prompt`, as the base model's does.
     """
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
-        self._pipeline = pipeline
-        self.cache = PromptCache(self._embed_anew)
+    pooled = "text_embeds"
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Without framing the time ids are left out: the stock pipeline makes its own."""
-        text, pooled = self.cache(prompts)
-        extras = {"text_embeds": pooled}
-        if framing is not None:
-            extras["time_ids"] = send(time_ids(framing), text.device)
-        return Conditioning(text, extras)
-
-    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, pooled = self.cache(prompts)
-        negative, negative_pooled = self.cache([""] * len(prompts))
-        return {
-            "prompt_embeds": text,
-            "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": negative,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
+        told = super().encode(prompts, framing)
+        if framing is None:
+            return told
+        return told.with_extras(time_ids=send(time_ids(framing), told.text.device))
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = self._pipeline.encode_prompt(

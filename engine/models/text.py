@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers import T5TokenizerFast
 
@@ -75,6 +78,46 @@ class TextConditioner(Protocol):
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The embeddings that the stock pipeline takes in place of prompts, by argument name."""
         ...
+
+
+class PooledText:
+    """Token embeddings (N, T, D) and pooled ones (N, P), as a stock pipeline makes them.
+
+    The pooled ones are told to the denoiser under the name :attr:`pooled`; framing is nothing.
+    """
+
+    pooled = "pooled_projections"
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline: Any = pipeline
+        self.cache = PromptCache(self._embed_anew)
+
+    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
+        text, pooled = self.cache(prompts)
+        return Conditioning(text, {self.pooled: pooled})
+
+    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        text, pooled = self.cache(prompts)
+        negative, negative_pooled = self.cache([""] * len(prompts))
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    @abstractmethod
+    def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+
+class T5Text(PooledText):
+    """The same where a T5 reads along."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__(pipeline)
+        # Of each prompt whose end the CLIPs do not see it would print all padding; what nobody sees
+        # is counted (`seen_tokens`).
+        diffusers_logging.get_logger(type(pipeline).__module__).setLevel(diffusers_logging.ERROR)
 
 
 class PromptCache:

@@ -27,7 +27,7 @@ EVEN = np.arange(1, 1001) / 1000
 
 def process(sigmas: str = "logit_normal", **config: object) -> FlowMatching:
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    return FlowMatching(scheduler, CPU, resolution=(512, 512), tokens=TOKENS, sigmas=sigmas)
+    return FlowMatching(scheduler, CPU, (512, 512), 16, sigmas)
 
 
 def to_terminal(sigmas: np.ndarray, last: float) -> np.ndarray:
