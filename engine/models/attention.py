@@ -99,9 +99,17 @@ def choose_attention(
     Raises:
         RecipeError: if the one that was asked for does not.
     """
-    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
-        return "sdpa", None
     widths = {layer.inner_dim // layer.heads for layer in _plain_layers(network)}
+    nothing_to_choose = device.type != "cuda" or not widths
+    if wanted == "sdpa" or (wanted == "auto" and nothing_to_choose):
+        return "sdpa", None
+    if not widths:
+        raise RecipeError(
+            f"speed.attention={wanted} has no effect on a {type(network).__name__}, whose layers "
+            "stay as diffusers has them: use auto or sdpa",
+            "speed.attention",
+            "no-effect",
+        )
     of_auto = (*["cudnn"] * _cudnn_wins(device, dtype), *PACKAGES)
     for name in of_auto if wanted == "auto" else (wanted,):
         try:

@@ -176,6 +176,15 @@ def test_cudnn_comes_first_where_it_wins(
         assert choose_attention("auto", unet, CUDA, dtype)[0] == expected
 
 
+@pytest.mark.parametrize("pipeline", [tiny.sd3_pipeline, tiny.flux_pipeline])
+def test_transformers_have_no_layer_to_choose_for(pipeline, install, on_a_gpu) -> None:
+    on_a_gpu((9, 0))
+    install(flash=heads_next_to_width)
+    assert choose("auto", pipeline().transformer, CUDA) == "sdpa"
+    with refused(RecipeError, "no-effect", "speed.attention"):
+        choose("cudnn", pipeline().transformer)
+
+
 def test_auto_takes_the_first_that_works(unet, install, on_a_gpu, monkeypatch) -> None:
     on_a_gpu((9, 0))
     install(flash=heads_next_to_width)
