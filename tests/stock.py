@@ -77,8 +77,13 @@ def levels_apart(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def exported_unet(run: Path, kind: str = "") -> dict[str, Tensor]:
-    """The denoiser of a merged export, from all its files; ``kind`` is `ema` for the average."""
-    (folder,) = (f for f in (run / kind / "merged").iterdir() if f.name in DENOISERS)
+    """The denoiser of a merged export; ``kind`` is `ema` for the average."""
+    return denoiser_weights(run / kind / "merged")
+
+
+def denoiser_weights(pipeline: Path) -> dict[str, Tensor]:
+    """All that the files of a pipeline's denoiser hold."""
+    (folder,) = (f for f in pipeline.iterdir() if f.name in DENOISERS)
     parts = sorted(folder.glob("*.safetensors"))
     return {name: value for part in parts for name, value in load_file(part).items()}
 

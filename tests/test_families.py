@@ -29,7 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from launching import KILLED, ForkServer, Outcome, World, losses, zero_config
-from stock import assert_draws, distance, exported_unet, stock_pipeline
+from stock import assert_draws, denoiser_weights, distance, exported_unet, stock_pipeline
 
 LOG_2 = math.log(2)
 FLOW = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
@@ -133,6 +133,10 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
     assert all(map(math.isfinite, found))
     assert len(set(found)) > 8  # it learns, and each step meets other pairs and noise
 
+    if kind == "merged":
+        own = family.changes.get("unet")
+        base = denoiser_weights(family.base) if own is None else own.state_dict()
+        assert exported_unet(run).keys() == base.keys()
     stock = stock_pipeline(family.base, run, kind, **family.changes)
     if (name, kind) != ("lcm", "merged"):  # it alone brings its sampler; of others users choose it
         stock.scheduler = family.scheduler.from_config(stock.scheduler.config)

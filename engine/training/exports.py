@@ -180,10 +180,13 @@ class Exports:
 
     def _save_gathered(self, folder: Path) -> None:
         """Write the trained denoiser as diffusers would, with no more than one file in memory."""
+        saved = self.policy.state_dict()
+        constant = {name: x for name, x in self.policy.named_buffers() if name in saved}
+        shapes = self.weights.shapes | {name: x.shape for name, x in constant.items()}
         plan = split_torch_state_dict_into_shards(
             {
                 name: torch.empty(shape, dtype=torch.float32, device="meta")
-                for name, shape in self.weights.shapes.items()
+                for name, shape in shapes.items()
             },
             filename_pattern=WEIGHTS + "{suffix}.safetensors",
             max_shard_size=self._shard_bytes,
@@ -191,7 +194,8 @@ class Exports:
         for filename, names in plan.filename_to_tensors.items():
             shard = {}
             for name in names:
-                value = self.weights.gather(name)
+                found = constant.get(name)
+                value = self.weights.gather(name) if found is None else found.float()
                 if self.ranks.is_first:
                     shard[name] = value.cpu()
                 del value
