@@ -26,6 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...basics.errors import (
     CdpoError,
     CheckpointError,
@@ -186,7 +188,6 @@ class CheckpointStore:
                 # The weights of one step are the same before and after batches that are skipped.
                 "after_skips": after_skips and not _is_after_a_step(final),
                 "world_size": self.ranks.world_size,
-                "micro_batch": self.recipe.train.micro_batch,
                 "speed": self.speed,
                 "zero": self.recipe.deepspeed,
                 "recipe": recipe_hash(self.recipe),
@@ -432,10 +433,11 @@ def _is_after_a_step(folder: Path) -> bool:
 
 def _told_batches(folder: Path) -> tuple[int, int] | None:
     try:
-        manifest = read_manifest(folder)
-    except (OSError, ValueError):
+        ranks = read_manifest(folder)["world_size"]
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        pairs = recipe["train"]["micro_batch"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
-    ranks, pairs = manifest.get("world_size"), manifest.get("micro_batch")
     return (ranks, pairs) if type(ranks) is int and type(pairs) is int else None
 
 

@@ -148,5 +148,5 @@ def test_a_resume_under_auto_keeps_the_number_that_the_run_began_with(
     assert losses(tmp_path) == uninterrupted
     assert "micro_batch: 4" in (tmp_path / "recipe.yaml").read_text()
     newest = max((tmp_path / "checkpoints").glob("step-*/MANIFEST.json"))
-    told = json.loads(newest.read_text())
-    assert (told["micro_batch"], told["speed"]) == (4, "attention sdpa")
+    assert json.loads(newest.read_text())["speed"] == "attention sdpa"
+    assert "micro_batch: 4" in (newest.parent / "recipe.yaml").read_text()
