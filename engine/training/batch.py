@@ -59,6 +59,7 @@ class BatchMaker:
         self._dtype = DTYPES[recipe.train.precision]
         # As the networks are tuned: targets then lie as predictions do, and the loss copies neither
         channels_last = is_on(recipe.speed.channels_last, device.type == "cuda")
+        channels_last &= not recipe.model.is_flow  # a transformer's predictions are rows of tokens
         self._order = torch.channels_last if channels_last else torch.contiguous_format
         self._weights = timestep_weights(recipe.objective, backbone.noise, device)
         self._shares = None if candidates is None else rank_weights(candidates)

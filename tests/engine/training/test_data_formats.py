@@ -91,6 +91,14 @@ def test_targets_lie_as_predictions_do_so_that_the_loss_copies_nothing(
         assert sample_strides(tensor) == sample_strides(predicted)
 
 
+def test_a_transformers_targets_stay_in_order(tiny_recipe, tiny_backbone, pixels):
+    """As its predictions lie, which are rows of tokens put together."""
+    recipe = tiny_recipe("model.backbone=sd3", "speed.channels_last=on")
+    maker = BatchMaker(recipe, tiny_backbone, SIZE, CPU, "moments")
+    batch = maker.make(batch_of(tiny_backbone.image_moments(pixels), [7, 8]))
+    assert batch.noisy.is_contiguous() and batch.target.is_contiguous()
+
+
 def test_a_sample_is_the_mean_and_noise_of_the_posteriors_width(latents_by, tiny_backbone, pixels):
     """Against the definition, z = mean + exp(log variance / 2) n: what is left is a normal n."""
     moments = tiny_backbone.image_moments(pixels)
