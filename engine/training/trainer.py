@@ -244,12 +244,12 @@ class Trainer:
         ]
         if self.shards is not None:
             rows += describe_pairs(recipe, self.manifest, self.pacing)
+            rows += describe_beta(recipe, self.backbone.latent_shape(self.manifest.resolution))
         if self.cache is not None:
             found = f"{len(self.cache)} draws of pairs are kept in {self.cache.folder}"
             rows.append(("cache", f"{found}, {self.cache.draws} a pair are used"))
         return [
             *rows,
-            *describe_beta(recipe, self.backbone.latent_shape(recipe.model.resolution)),
             *describe_moving(recipe.objective),
             *describe_stages(self.pacing),
             *self.growth.describe(),

@@ -158,7 +158,7 @@ def read_footprint(recipe: Recipe, world_size: int, device: torch.device) -> Foo
 def footprint_of(
     recipe: Recipe, model: MetaModel, policy: ModelMixin, frozen: Mapping[str, int], zero: Zero
 ) -> Footprint:
-    """Of the policy as it is fused or not; its attention and checkpointing are changed."""
+    """Of the policy as it is fused or not; its checkpointing is changed."""
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     moving = trained if recipe.objective.reference_ema else 0
     sizes = Sizes(
