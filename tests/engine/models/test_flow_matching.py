@@ -63,6 +63,9 @@ def test_the_grid_has_the_schedulers_shift(name):
     assert process(**config).resolution == (
         (512, 512) if "use_dynamic_shifting" in config else None
     )
+    ids = torch.arange(50)  # drawn from it, and not from that of another size
+    drawn = process(**config).draw(0, ids, ids).timesteps.double().numpy() / 1000
+    assert np.abs(drawn[:, None] - expected).min(axis=1).max() < 1e-6
 
 
 def example(sigmas: tuple[float, ...] = (0.003, 0.25, 0.9, 1.0)) -> tuple[torch.Tensor, Draw]:
