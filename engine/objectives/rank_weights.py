@@ -2,11 +2,12 @@
 
     weight = |G(w) - G(l)| * |1 / D(w) - 1 / D(l)|,    G(r) = 2^psi(r) - 1,  D(r) = log2(1 + r)
 
-is what a prompt's discounted gain loses when ranks w and l are swapped. psi is the probability with
-which an image is preferred to another candidate of its prompt: of M candidates that one reward has
-ranked, rank r is preferred to M - r of the M - 1 others. The weight is divided by its mean over all
-pairs of M candidates, so that it depends on nothing but the two ranks and M, and the learning rate
-keeps its meaning. Pairs of the best image count most, those among the worst least.
+is what a prompt's discounted gain loses when ranks w and l are swapped (their algorithm 2, whose
+ranks are those of the labels; it multiplies the pair's loss). psi is the probability with which an
+image is preferred to another candidate of its prompt (algorithm 1): of M candidates that one reward
+has ranked, rank r is preferred to M - r of the M - 1 others. Divided by its mean over all pairs of
+M candidates, which they do not, the weight depends on nothing but the two ranks and M, and the
+learning rate keeps its meaning. Pairs of the best image count most, those among the worst least.
 """
 
 from __future__ import annotations
