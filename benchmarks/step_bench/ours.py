@@ -89,7 +89,7 @@ class OurStep:
             text_conditioner(pipeline) if knobs.cached_text else LiveText(pipeline),
             _noise_process(model, pipeline, device),
             device,
-            None if built.teacher is None else lambda: (built.teacher, {}),
+            load_teacher=None if built.teacher is None else lambda: (built.teacher, {}),
         )
         self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
         order_weights(self.module.tuning, self.module.policy, *self.module.frozen)

@@ -6,7 +6,8 @@ must not depend on how a run computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..basics.errors import NumericsError
-from .fingerprints import fingerprint
 
 # Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,
 # take gigabytes for each of the two 1024 x 1024 (eight 512 x 512) images that these are.
@@ -31,8 +31,7 @@ class Autoencoder:
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae
-        self.channels = int(vae.config["latent_channels"])
-        self.scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.channels, self.scale_factor = vae_sizes(vae.config)
         self.scaling_factor = float(vae.config["scaling_factor"])
         self.shift_factor = float(vae.config.get("shift_factor") or 0.0)
         self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
@@ -46,11 +45,6 @@ class Autoencoder:
         """(height, width) in pixels of latents (..., h, w)."""
         height, width = latents.shape[-2:]
         return height * self.scale_factor, width * self.scale_factor
-
-    @property
-    def fingerprint(self) -> str:
-        """Content hash of the weights."""
-        return fingerprint(self.vae)
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Latents of images of one size.
@@ -103,6 +97,11 @@ class Autoencoder:
     def _images_a_call(self, resolution: Sequence[int]) -> int:
         height, width = resolution
         return max(1, MAX_PIXELS // (height * width))
+
+
+def vae_sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a VAE's config: channels of its latents, and pixels along a side of one."""
+    return int(vae["latent_channels"]), int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

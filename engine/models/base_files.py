@@ -16,8 +16,7 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from ..recipe import Model
-from .fingerprints import denoiser_in
-from .pretrained import reading
+from .pretrained import denoiser_in, reading
 
 INDEX = "model_index.json"
 # Weights as diffusers and transformers name them, the format that is preferred first.

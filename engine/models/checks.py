@@ -11,6 +11,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
+from .autoencoder import vae_sizes
 from .ddpm import PREDICTION_TYPES
 
 Config = Mapping[str, Any]
@@ -26,9 +27,20 @@ def check_parts(spec: Model, pipeline: DiffusionPipeline, text_width: int) -> No
         pipeline: with `unet` and `vae`.
         text_width: of the token embeddings, all text encoders side by side.
     """
-    _check_latents(spec, pipeline.unet.config, pipeline.vae.config)
-    _check_text(spec, pipeline.unet, text_width)
-    _check_resolution(spec, pipeline.unet, pipeline.vae_scale_factor)
+    check_unet(spec, pipeline.unet.config, pipeline.vae.config)
+    _check_text(spec, pipeline.unet.config, text_width)
+
+
+def check_unet(spec: Model, unet: Config, vae: Config) -> None:
+    """OutsideError unless a UNet can halve latents of the resolution often enough, and has a VAE of
+    its latents.
+    """
+    _check_latents(spec, {end: unet[end] for end in ("in_channels", "out_channels")}, vae)
+    height, width = spec.resolution
+    halvings = len(unet["down_block_types"]) - 1
+    factor = math.lcm(vae_sizes(vae)[1] * 2**halvings, PIPELINE_MULTIPLE)
+    if height % factor or width % factor:
+        raise _other_resolution(spec, factor)
 
 
 def check_diffusion_unet(spec: Model, unet: UNet2DConditionModel) -> None:
@@ -91,22 +103,24 @@ def check_flow_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
             )
 
 
-def check_transformer(spec: Model, transformer: Config, vae: Config) -> None:
+def check_transformer(
+    spec: Model, vae: Config, *, channels: Mapping[str, int], patch: int, most: int | None = None
+) -> None:
     """OutsideError unless a transformer that cuts latents into patches, a VAE and the resolution go
     together; to be asked before weights are read.
+
+    Args:
+        spec: names the parts in messages.
+        vae: its config.
+        channels: of latents, by what the transformer's config calls them.
+        patch: latents along a side of what is one token.
+        most: patches along a side that it has places for, if there is a limit.
     """
-    patch = transformer["patch_size"]
-    if "guidance_embeds" in transformer:  # FLUX.1, whose pipeline packs for it
-        patch = 2
-        channels = transformer["in_channels"] // 4
-        _check_latents(spec, {"in_channels": channels, "out_channels": channels}, vae)
-    else:
-        _check_latents(spec, transformer, vae)
+    _check_latents(spec, channels, vae)
     height, width = spec.resolution
-    factor = 2 ** (len(vae["block_out_channels"]) - 1) * patch
+    factor = vae_sizes(vae)[1] * patch
     if height % factor or width % factor:
         raise _other_resolution(spec, factor)
-    most = transformer.get("pos_embed_max_size")
     if most is not None and max(height, width) > most * factor:
         raise OutsideError(
             f"model.resolution={height}x{width} is too large for {unet_name(spec)}, which has "
@@ -143,7 +157,7 @@ def _vae_key(spec: Model) -> str:
     return "model.vae" if spec.vae else "model.path"
 
 
-def _check_latents(spec: Model, unet: Config, vae: Config) -> None:
+def _check_latents(spec: Model, channels: Mapping[str, int], vae: Config) -> None:
     vae_name = f"model.vae={spec.vae}" if spec.vae else f"the VAE of model.path={spec.path}"
     if vae.get("latents_mean") is not None:
         raise OutsideError(
@@ -151,18 +165,19 @@ def _check_latents(spec: Model, unet: Config, vae: Config) -> None:
             _vae_key(spec),
             "unsupported",
         )
-    for end in ("in_channels", "out_channels"):
-        if unet[end] != vae["latent_channels"]:
+    of_vae, _ = vae_sizes(vae)
+    for end, count in channels.items():
+        if count != of_vae:
             raise OutsideError(
-                f"{unet_name(spec)} and {vae_name} do not fit: {end}={unet[end]}, "
-                f"latent_channels={vae['latent_channels']}",
+                f"{unet_name(spec)} and {vae_name} do not fit: {end}={count}, "
+                f"latent_channels={of_vae}",
                 "model.unet" if spec.unet else _vae_key(spec),
                 "mismatch",
             )
 
 
-def _check_text(spec: Model, unet: UNet2DConditionModel, text_width: int) -> None:
-    taken = unet.config["cross_attention_dim"]
+def _check_text(spec: Model, unet: Config, text_width: int) -> None:
+    taken = unet["cross_attention_dim"]
     widths = {taken} if isinstance(taken, int) else set(taken)
     if widths != {text_width}:
         raise OutsideError(
@@ -171,15 +186,6 @@ def _check_text(spec: Model, unet: UNet2DConditionModel, text_width: int) -> Non
             unet_key(spec),
             "mismatch",
         )
-
-
-def _check_resolution(spec: Model, unet: UNet2DConditionModel, scale: int) -> None:
-    """The UNet must be able to halve latents of this size often enough."""
-    height, width = spec.resolution
-    halvings = len(unet.config["down_block_types"]) - 1
-    factor = math.lcm(scale * 2**halvings, PIPELINE_MULTIPLE)
-    if height % factor or width % factor:
-        raise _other_resolution(spec, factor)
 
 
 def _other_resolution(spec: Model, factor: int) -> OutsideError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .pipelines import FLOW_KEYS, NOISE_KEYS
+from .pretrained import denoiser_in
 
 PARTS = {
     "model": "denoiser",
@@ -92,11 +93,6 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         "noise": fingerprint({key: scheduler.config.get(key) for key in noise}),
         "sampler": fingerprint([type(scheduler).__name__, sampler]),
     }
-
-
-def denoiser_in(parts: Iterable[str]) -> str:
-    """What a pipeline with parts of these names calls its denoiser, as does its folder."""
-    return "transformer" if "transformer" in parts else "unet"
 
 
 def changed_parts(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -12,38 +12,52 @@ distilled to few steps as well, is told none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from ..basics.errors import OutsideError
+from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
-from .checks import check_text_widths
+from .checks import Config, check_text_widths, check_transformer
 from .flow_matching import FlowMatching
-from .latent_diffusion import LatentDiffusion, packed, unpacked
+from .latent_diffusion import GUIDANCE, LatentDiffusion, packed, unpacked
 from .pipelines import load_pipeline
-from .protocol import Conditioning
-from .text import T5Text, flux_tokens
+from .protocol import Conditioning, Framing
+from .text import Encoders, T5Text, Told
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(
-        FluxPipeline,
-        spec,
-        dtype,
-        kind="FLUX.1 model",
-        denoiser=FluxTransformer2DModel,
-    )
+    pipeline = load_pipeline(spec, dtype, check=check)
     check_text(spec, pipeline)
     side = 2 * pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
-    ask = partial(_ask, spec.embedded_guidance)
-    text = FluxText(pipeline)
-    return LatentDiffusion(pipeline, text, noise, device, ask=ask, is_packed=True)
+    text = FluxText(pipeline, spec.embedded_guidance)
+    return LatentDiffusion(pipeline, text, noise, device, ask, draw)
+
+
+def check(spec: Model, transformer: Config, vae: Config) -> None:
+    """OutsideError unless latents, patches and the resolution go together."""
+    channels = {"a quarter of in_channels": transformer["in_channels"] // 4}
+    check_transformer(spec, vae, channels=channels, patch=2)
+
+
+def told(transformer: Config, encoders: Encoders) -> Told:
+    """Sizes of text and extras."""
+    return {
+        "text": (tokens_of(transformer), transformer["joint_attention_dim"]),
+        "pooled_projections": (transformer["pooled_projection_dim"],),
+        GUIDANCE: (),
+    }
+
+
+def tokens_of(transformer: Config) -> int:
+    """How many tokens its T5 sees: 512 as the stock pipeline says, and of schnell, which embeds no
+    guidance, 256 as its page does.
+    """
+    return 512 if transformer["guidance_embeds"] else 256
 
 
 def check_text(spec: Model, pipeline: FluxPipeline) -> None:
@@ -59,23 +73,21 @@ def check_text(spec: Model, pipeline: FluxPipeline) -> None:
     check_text_widths(spec, config, text=t5.config.d_model, pooled=pooled)
 
 
-def _ask(
-    guidance: float, net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
-) -> Tensor:
+def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """The velocity it predicts."""
     config: Any = net.config
-    count, _, height, width = noisy.shape
+    height, width = noisy.shape[-2:]
     device, dtype = noisy.device, noisy.dtype
     text = conditioning.text.to(dtype)
     places = torch.zeros(height // 2, width // 2, 3, device=device, dtype=dtype)
     places[..., 1] += torch.arange(height // 2, device=device)[:, None]
     places[..., 2] += torch.arange(width // 2, device=device)
-    told = torch.full([count], guidance, device=device) if config["guidance_embeds"] else None
     prediction = net(
         packed(noisy),
         encoder_hidden_states=text,
         pooled_projections=conditioning.extras["pooled_projections"].to(dtype),
         timestep=timesteps.to(dtype) / 1000,  # as the pipeline rounds it
-        guidance=told,
+        guidance=conditioning.extras[GUIDANCE] if config["guidance_embeds"] else None,
         img_ids=places.flatten(0, 1),
         txt_ids=torch.zeros(text.shape[1], 3, device=device, dtype=dtype),
         return_dict=False,
@@ -83,19 +95,46 @@ def _ask(
     return unpacked(prediction, height, width)
 
 
+def draw(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:
+    """It packs no latents that are given, and takes any guidance, whether it is told to the
+    transformer or not.
+    """
+    if guidance != 1 and not pipeline.transformer.config["guidance_embeds"]:
+        raise RecipeError(
+            f"sampler.guidance={guidance:g}, but this model takes no guidance: use guidance=1",
+            "sampler.guidance",
+            "unsupported",
+        )
+    tokens = pipeline(latents=packed(noise), guidance_scale=guidance, **given).images
+    return unpacked(tokens, *noise.shape[-2:])
+
+
 class FluxText(T5Text):
-    """The T5's tokens; the pooled embedding of the CLIP."""
+    """The T5's tokens; the pooled embedding of the CLIP, and the guidance of training."""
+
+    def __init__(self, pipeline: FluxPipeline, guidance: float) -> None:
+        super().__init__(pipeline)
+        self._guidance = guidance
+
+    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
+        found = super().encode(prompts, framing)
+        guidance = torch.full([len(prompts)], self._guidance, device=found.text.device)
+        return found.with_extras(**{GUIDANCE: guidance})
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Without negative ones: guidance is embedded."""
         text, pooled = self.cache(prompts)
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
+    def _readers(self) -> list[tuple[Any, int]]:
+        pipeline = self._pipeline
+        return [(pipeline.tokenizer_2, tokens_of(pipeline.transformer.config))]
+
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, pooled, _ = self._pipeline.encode_prompt(
             prompts,
             None,
             device=self._pipeline.device,  # not the encoder's, which may wait in host memory
-            max_sequence_length=flux_tokens(self._pipeline.transformer.config),
+            max_sequence_length=tokens_of(self._pipeline.transformer.config),
         )
         return text, pooled

@@ -19,20 +19,22 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from ..basics.errors import RecipeError
 from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
 from .fingerprint_store import Kept
-from .fingerprints import denoiser_in, fingerprints_of
+from .fingerprints import fingerprints_of
 from .masking import PromptMask
+from .pretrained import denoiser_in
 from .protocol import Conditioning, Framing, NoiseProcess
-from .text import TextConditioner, seen_tokens
+from .text import TextConditioner
 
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
-GUIDANCE = "guidance"  # the extra that holds a consistency model's guidance weights, (N,)
+GUIDANCE = "guidance"  # the extra that holds what denoisers are told that embed it, (N,)
 Ask = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 """(denoiser, noisy (N, C, h, w) in its dtype, timesteps (N,), conditioning of N) -> prediction."""
+DrawLatents = Callable[..., Tensor]
+"""(stock pipeline, noise (N, C, h, w), guidance, its other arguments) -> latents of that shape."""
 Teacher = tuple[ModelMixin, Mapping[str, str]]
 """A network, and the fingerprints of its parts."""
 
@@ -46,17 +48,16 @@ class LatentDiffusion:
         text: TextConditioner,
         noise: NoiseProcess,
         device: torch.device,
+        ask: Ask | None = None,
+        draw: DrawLatents | None = None,
+        *,
         load_teacher: Callable[[], Teacher] | None = None,
         own_parts: Mapping[str, str] | None = None,
-        ask: Ask | None = None,
-        *,
-        is_packed: bool = False,
     ) -> None:
-        """``own_parts`` are fingerprints that the pipeline does not tell any more; ``ask`` calls
-        the denoiser, if that is no UNet. With ``is_packed`` the pipeline has packed latents, a
-        denoiser that embeds guidance, or is told none, and no negative prompts.
+        """``ask`` calls the denoiser, if that is no UNet, and ``draw`` the pipeline, if its latents
+        or guidance are not as Stable Diffusion's; ``own_parts`` are fingerprints that the pipeline
+        does not tell any more.
         """
-        self._is_packed = is_packed
         self.device = device
         self.pipeline = pipeline.to(device)
         for part in pipeline.components.values():
@@ -65,6 +66,7 @@ class LatentDiffusion:
         self.denoiser_name = denoiser_in(pipeline.components)
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self._ask = ask or ask_unet
+        self._draw = draw or draw_latents
         self.vae = Autoencoder(pipeline.vae)
         self.noise = noise
         self._text = text
@@ -135,7 +137,7 @@ class LatentDiffusion:
         return self._text.encode(prompts, framing)
 
     def seen_tokens(self, prompt: str) -> int | None:
-        return seen_tokens(self.pipeline, prompt)
+        return self._text.seen_tokens(prompt)
 
     def limit_prompt_cache(self, num_bytes: int) -> None:
         self._text.cache.budget = num_bytes
@@ -166,33 +168,24 @@ class LatentDiffusion:
         if mask is not None:
             embeddings = mask.apply(embeddings)
         height, width = self.vae.pixel_shape(noise)
-        start = noise.to(self.device, dtype)
-        if self._is_packed:
-            _refuse_guidance(net, guidance)
-            start = packed(start)
-        latents = pipeline(
+        latents = self._draw(
+            pipeline,
+            noise.to(self.device, dtype),
+            guidance,
             **{name: value.to(dtype) for name, value in embeddings.items()},
-            latents=start,
             generator=_generators(noise),
             num_inference_steps=steps,
-            guidance_scale=guidance,
             height=height,
             width=width,
             output_type="latent",
-        ).images
-        if self._is_packed:
-            latents = unpacked(latents, *noise.shape[-2:])
+        )
         return self.vae.decode(latents)
 
 
-def _refuse_guidance(net: nn.Module, guidance: float) -> None:
-    config: Any = net.config
-    if guidance != 1 and not config["guidance_embeds"]:
-        raise RecipeError(
-            f"sampler.guidance={guidance:g}, but this model takes no guidance: use guidance=1",
-            "sampler.guidance",
-            "unsupported",
-        )
+def draw_latents(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:
+    """What the stock pipeline makes of noise."""
+    latents: Tensor = pipeline(latents=noise, guidance_scale=guidance, **given).images
+    return latents
 
 
 def packed(latents: Tensor) -> Tensor:

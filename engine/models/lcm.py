@@ -34,15 +34,15 @@ from ..basics.errors import OutsideError, RecipeError
 from ..recipe import Model
 from . import sd, sdxl
 from .adapters import padded
-from .checks import check_parts, unet_key, unet_name
+from .checks import Config, check_parts, check_unet, unet_key, unet_name
 from .fingerprint_store import Kept, model_files
 from .fingerprints import fingerprint, fingerprint_of_tensors, settings_of
-from .latent_diffusion import LatentDiffusion, Teacher
+from .latent_diffusion import GUIDANCE, LatentDiffusion, Teacher, ask_unet
 from .pipelines import load_pipeline, pipeline_index, refuse_other_family
 from .pretrained import read_network, reading
 from .solver_grid import SolverGrid
+from .text import Encoders, Told
 
-KIND = "latent consistency model, nor a pipeline to put one in"
 XL = "StableDiffusionXLPipeline"
 # What the folder may hold, and the class that samples it: that of diffusion models takes a
 # guidance embedding too.
@@ -55,7 +55,7 @@ SAMPLED_BY = {
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folders."""
-    with reading(f"model.path={spec.path}", KIND, spec.path) as place:
+    with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
         found = index.get("_class_name")
@@ -66,10 +66,9 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
         options = {"safety_checker": None, "requires_safety_checker": False}
     files = model_files(spec, dtype)
     pipeline = load_pipeline(
-        SAMPLED_BY[found],
         spec,
         dtype,
-        kind=KIND,
+        pipeline_class=SAMPLED_BY[found],
         scheduler_class=LCMScheduler,
         **options,
     )
@@ -86,7 +85,23 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
         solver_steps=spec.solver_steps,
         guidance=spec.guidance_range,
     )
-    return LatentDiffusion(pipeline, text, noise, device, _teacher_loader(spec, dtype), own_parts)
+    return LatentDiffusion(
+        pipeline,
+        text,
+        noise,
+        device,
+        load_teacher=_teacher_loader(spec, dtype),
+        own_parts=own_parts,
+    )
+
+
+check, ask = check_unet, ask_unet
+
+
+def told(unet: Config, encoders: Encoders) -> Told:
+    """Sizes of text and extras."""
+    is_xl = unet.get("addition_embed_type") == "text_time"
+    return {**(sdxl if is_xl else sd).told(unet, encoders), GUIDANCE: ()}
 
 
 def _become_consistent(spec: Model, pipeline: DiffusionPipeline, files: Kept) -> dict[str, str]:

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    ModelMixin,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.schedulers import SchedulerMixin
 
 from ..recipe import Model
-from ..recipe.model import FLOW
-from .checks import Config, check_flow_schedule, check_schedule, check_transformer
+from ..recipe.family import family_that_reads
+from .checks import Config, check_flow_schedule, check_schedule
 from .pretrained import (
     config_of,
-    denoiser_name,
+    denoiser_in,
     read_network,
     read_text_encoder,
     reading,
     refuse_missing_weights,
-    with_defaults,
 )
 
-# What model_index.json may say, and the backbone that reads it.
-BACKBONES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "LatentConsistencyModelPipeline": "lcm",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
 NOISE_KEYS = (
@@ -62,24 +48,26 @@ FLOW_KEYS = (
 )
 
 
+Check = Callable[[Model, Config, Config], None]
+"""(recipe's model, config of the denoiser, of the VAE): OutsideError unless they go together."""
+
+
 def load_pipeline(
-    pipeline_class: type[DiffusionPipeline],
     spec: Model,
     dtype: torch.dtype,
     *,
-    kind: str,
-    denoiser: type[ModelMixin] = UNet2DConditionModel,
+    check: Check | None = None,
+    pipeline_class: type[DiffusionPipeline] | None = None,
     scheduler_class: type[SchedulerMixin] = DDIMScheduler,
     **options: Any,
 ) -> Any:
     """The pipeline of a folder or hub id, with the recipe's own denoiser and VAE if it names them.
 
     Args:
-        pipeline_class: what the folder must hold, e.g. `StableDiffusionPipeline`.
-        spec: path, revision, variant and replacements.
+        spec: path, revision, variant and replacements; its family says what the folder must hold.
         dtype: of every network but the VAE, which is float32.
-        kind: what the folder should have been, for messages.
-        denoiser: the class of what is trained.
+        check: is asked before weights are read.
+        pipeline_class: that of the folder, where the family's would not do.
         scheduler_class: how a UNet's pipeline samples, on the schedule that its folder describes;
             that of a flow model stays.
         options: further arguments of `pipeline_class.from_pretrained`.
@@ -89,14 +77,29 @@ def load_pipeline(
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    family, kind = spec.family, spec.family.title
+    denoiser, vae = getattr(diffusers, family.denoiser), getattr(diffusers, family.vae)
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
-    if spec.is_flow:
-        check_transformer(spec, *_configs(spec, denoiser))
+        own = denoiser_in(index)
+    if pipeline_class is None:
+        found = index.get("_class_name")
+        known = found if found in family.pipelines else family.pipelines[0]
+        pipeline_class = getattr(diffusers, known)
+    chosen = {
+        own: (denoiser, "model.unet", spec.unet, dtype),
+        "vae": (vae, "model.vae", spec.vae, torch.float32),
+    }
+    if check is not None:
+        check(spec, *(_config(spec, name, *of[:3]) for name, of in chosen.items()))
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         encoders = _text_encoders(place, index, spec, dtype)
-    replaced = _replacements(spec, denoiser, dtype)
+    replaced = {
+        name: read_network(network, path, dtype, key=key, kind=_told(name), variant=spec.variant)
+        for name, (network, key, path, dtype) in reversed(chosen.items())
+        if path is not None
+    }
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         pipeline = pipeline_class.from_pretrained(
             place,
@@ -107,7 +110,6 @@ def load_pipeline(
             **replaced,
             **options,
         )
-        own = denoiser_name(denoiser)
         for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
     if spec.is_flow:
@@ -142,22 +144,12 @@ def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
     return index
 
 
-def classes_of(backbone: str) -> set[str]:
-    """Names of the pipelines that a backbone reads; an LCM is made of any with a UNet."""
-    return {
-        name
-        for name, fitting in BACKBONES.items()
-        if fitting == backbone or (backbone == "lcm" and fitting not in FLOW)
-    }
-
-
 def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
     """ValueError with the backbone that fits, where that is another one than the recipe's."""
     found = index.get("_class_name")
-    if found in BACKBONES and found not in classes_of(spec.backbone):
-        raise ValueError(
-            f"it holds a {found}: model.backbone={BACKBONES[found]} fits, not {spec.backbone}"
-        )
+    fitting = family_that_reads(found)
+    if fitting and found not in spec.family.pipelines:
+        raise ValueError(f"it holds a {found}: model.backbone={fitting} fits, not {spec.backbone}")
 
 
 def _text_encoders(
@@ -175,47 +167,16 @@ def _text_encoders(
     return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
 
 
-def _configs(spec: Model, denoiser: type[ModelMixin]) -> tuple[Config, Config]:
-    """Those of the denoiser and the VAE that a recipe names. OutsideError if there are none."""
-    found = []
-    for network, key, own, name in (
-        (denoiser, "model.unet", spec.unet, denoiser_name(denoiser)),
-        (AutoencoderKL, "model.vae", spec.vae, "vae"),
-    ):
-        path, chosen = (own, key) if own else (spec.path, "model.path")
-        with reading(f"{chosen}={path}", f"{_told(name)} or model with one", path) as place:
-            if own:
-                found.append(config_of(network, place))
-            else:
-                options = {"subfolder": name, "revision": spec.revision}
-                found.append(with_defaults(network, network.load_config(place, **options)))
-    return found[0], found[1]
+def _config(
+    spec: Model, name: str, network: type[ModelMixin], key: str, path: str | None
+) -> Config:
+    """That of the part of a recipe's pipeline. OutsideError if there is none."""
+    where, chosen = (path, key) if path else (spec.path, "model.path")
+    with reading(f"{chosen}={where}", f"{_told(name)} or model with one", where) as place:
+        inside = () if path else (name, spec.revision)
+        return config_of(network, place, *inside)
 
 
 def _told(part: str) -> str:
     """A part's name as messages say it."""
     return {"unet": "UNet", "vae": "VAE"}.get(part, part)
-
-
-def _replacements(spec: Model, denoiser: type[ModelMixin], dtype: torch.dtype) -> dict[str, Any]:
-    replaced: dict[str, Any] = {}
-    if spec.vae is not None:
-        replaced["vae"] = read_network(
-            AutoencoderKL,
-            spec.vae,
-            torch.float32,
-            key="model.vae",
-            kind="VAE",
-            variant=spec.variant,
-        )
-    if spec.unet is not None:
-        name = denoiser_name(denoiser)
-        replaced[name] = read_network(
-            denoiser,
-            spec.unet,
-            dtype,
-            key="model.unet",
-            kind=_told(name),
-            variant=spec.variant,
-        )
-    return replaced

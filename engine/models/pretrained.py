@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from itertools import islice
@@ -14,7 +14,8 @@ from threading import Thread
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import PreTrainedModel
@@ -166,11 +167,14 @@ def read_network(
     return loaded
 
 
-def config_of(network: type[ModelMixin], place: str) -> dict[str, Any]:
+def config_of(
+    network: type[ModelMixin], place: str, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
     """The config of a network in a folder or hub id of its own, or in a whole pipeline. ValueError
     if it is of another class: it would be read as one full of defaults, a network of full size.
     """
-    config: dict[str, Any] = network.load_config(place, subfolder=_subfolder(network, place))
+    inside = subfolder or _subfolder(network, place)
+    config: dict[str, Any] = network.load_config(place, subfolder=inside, revision=revision)
     found = config.get("_class_name", "something else")
     if found != network.__name__:
         raise ValueError(f"it holds a {found}, not a {network.__name__}")
@@ -184,14 +188,19 @@ def with_defaults(network: type[ModelMixin], config: dict[str, Any]) -> dict[str
     return given | config
 
 
-def denoiser_name(network: type[ModelMixin]) -> str:
-    """What pipelines call a denoiser of this class."""
-    return "unet" if network is UNet2DConditionModel else "transformer"
+def denoiser_in(parts: Iterable[str]) -> str:
+    """What a pipeline with parts of these names calls its denoiser, as does its folder."""
+    return "transformer" if "transformer" in parts else "unet"
 
 
 def _subfolder(network: type[ModelMixin], place: str) -> str | None:
-    is_denoiser = network is not AutoencoderKL and _holds_pipeline(place)
-    return denoiser_name(network) if is_denoiser else None
+    """Where a denoiser lies in a whole pipeline; a VAE is given by its own folder."""
+    if issubclass(network, AutoencoderMixin):
+        return None
+    try:
+        return denoiser_in(DiffusionPipeline.load_config(place))
+    except OSError:
+        return None
 
 
 def of_variant(read: Callable[..., Any], variant: str | None) -> Any:
@@ -223,14 +232,6 @@ def read_text_encoder(
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         )
     return loaded
-
-
-def _holds_pipeline(path: str) -> bool:
-    try:
-        DiffusionPipeline.load_config(path)
-    except OSError:
-        return False
-    return True
 
 
 def refuse_missing_weights(module: nn.Module, name: str) -> None:

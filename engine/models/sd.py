@@ -9,40 +9,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ..recipe import Model
-from .checks import check_diffusion_unet, check_parts
+from .checks import Config, check_diffusion_unet, check_parts, check_unet
 from .ddpm import DiscreteDDPM
-from .latent_diffusion import LatentDiffusion
+from .latent_diffusion import LatentDiffusion, ask_unet
 from .pipelines import load_pipeline
 from .protocol import Conditioning, Framing
-from .text import PromptCache
+from .text import CachedText, Encoders, Told
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(
-        StableDiffusionPipeline,
-        spec,
-        dtype,
-        kind="Stable Diffusion model",
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    pipeline = load_pipeline(spec, dtype, safety_checker=None, requires_safety_checker=False)
     check_diffusion_unet(spec, pipeline.unet)
     check_parts(spec, pipeline, pipeline.text_encoder.config.hidden_size)
     noise = DiscreteDDPM(pipeline.scheduler, device)
     return LatentDiffusion(pipeline, StableDiffusionText(pipeline), noise, device)
 
 
-class StableDiffusionText:
-    """Token embeddings (N, T, D), as the stock pipeline makes them."""
+check, ask = check_unet, ask_unet
 
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
-        self._pipeline = pipeline
-        self.cache = PromptCache(self._embed_anew)
+
+def told(unet: Config, encoders: Encoders) -> Told:
+    """Sizes of text and extras."""
+    (encoder,) = encoders.values()
+    return {"text": (encoder.config.max_position_embeddings, unet["cross_attention_dim"])}
+
+
+class StableDiffusionText(CachedText):
+    """Token embeddings (N, T, D), as the stock pipeline makes them."""
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Framing is nothing that this family is told of."""

@@ -8,33 +8,51 @@ folder whose model_index.json has `null` for the T5 has zeros there, as the pipe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
-from .checks import check_text_widths
+from .checks import Config, check_text_widths, check_transformer
 from .flow_matching import FlowMatching
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
 from .protocol import Conditioning
-from .text import T5_TOKENS, T5Text
+from .text import Encoders, T5Text, Told
+
+T5_TOKENS = 256  # that the stock pipeline lets its T5 see
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(
-        StableDiffusion3Pipeline,
-        spec,
-        dtype,
-        kind="Stable Diffusion 3 model",
-        denoiser=SD3Transformer2DModel,
-    )
+    pipeline = load_pipeline(spec, dtype, check=check)
     check_text(spec, pipeline)
     side = pipeline.vae_scale_factor * pipeline.patch_size
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
-    return LatentDiffusion(pipeline, StableDiffusion3Text(pipeline), noise, device, ask=_ask)
+    return LatentDiffusion(pipeline, StableDiffusion3Text(pipeline), noise, device, ask)
+
+
+def check(spec: Model, transformer: Config, vae: Config) -> None:
+    """OutsideError unless latents, patches and the resolution go together."""
+    check_transformer(
+        spec,
+        vae,
+        channels={end: transformer[end] for end in ("in_channels", "out_channels")},
+        patch=transformer["patch_size"],
+        most=transformer["pos_embed_max_size"],
+    )
+
+
+def told(transformer: Config, encoders: Encoders) -> Told:
+    """Sizes of text and extras."""
+    clip = encoders["text_encoder"].config.max_position_embeddings
+    return {
+        "text": (clip + T5_TOKENS, transformer["joint_attention_dim"]),
+        "pooled_projections": (transformer["pooled_projection_dim"],),
+    }
 
 
 def check_text(spec: Model, pipeline: StableDiffusion3Pipeline) -> None:
@@ -54,7 +72,8 @@ def check_text(spec: Model, pipeline: StableDiffusion3Pipeline) -> None:
     check_text_widths(spec, config, text=width, pooled=pooled)
 
 
-def _ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """The velocity it predicts."""
     prediction: Tensor = net(
         noisy,
         encoder_hidden_states=conditioning.text.to(noisy.dtype),
@@ -67,6 +86,10 @@ def _ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditi
 
 class StableDiffusion3Text(T5Text):
     """Both CLIPs' tokens side by side, then the T5's; pooled ones of the CLIPs."""
+
+    def _readers(self) -> list[tuple[Any, int]]:
+        t5 = self._pipeline.tokenizer_3
+        return super()._readers() if t5 is None else [(t5, T5_TOKENS)]
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = self._pipeline.encode_prompt(

@@ -17,25 +17,44 @@ from torch import Tensor
 from ..basics.errors import OutsideError
 from ..basics.transfer import send
 from ..recipe import Model
-from .checks import check_diffusion_unet, check_parts, unet_key, unet_name
+from .checks import (
+    Config,
+    check_diffusion_unet,
+    check_parts,
+    check_unet,
+    unet_key,
+    unet_name,
+)
 from .ddpm import DiscreteDDPM
-from .latent_diffusion import LatentDiffusion
+from .latent_diffusion import LatentDiffusion, ask_unet
 from .pipelines import load_pipeline
 from .protocol import Conditioning, Framing
-from .text import PooledText
+from .text import Encoders, PooledText, Told
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(
-        StableDiffusionXLPipeline, spec, dtype, kind="Stable Diffusion XL model"
-    )
+    pipeline = load_pipeline(spec, dtype)
     check_diffusion_unet(spec, pipeline.unet)
     check_xl(spec, pipeline)
     noise = DiscreteDDPM(pipeline.scheduler, device)
     return LatentDiffusion(pipeline, StableDiffusionXLText(pipeline), noise, device)
+
+
+check, ask = check_unet, ask_unet
+
+
+def told(unet: Config, encoders: Encoders) -> Told:
+    """Sizes of text and extras."""
+    tokens = next(iter(encoders.values())).config.max_position_embeddings
+    ids = TIME_IDS * unet["addition_time_embed_dim"]
+    return {
+        "text": (tokens, unet["cross_attention_dim"]),
+        "text_embeds": (unet["projection_class_embeddings_input_dim"] - ids,),
+        "time_ids": (TIME_IDS,),
+    }
 
 
 def check_xl(spec: Model, pipeline: StableDiffusionXLPipeline) -> None:

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers import T5TokenizerFast
 
 from .protocol import Backbone, Conditioning, Framing
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
-T5_TOKENS = 256  # that Stable Diffusion 3's pipeline lets its T5 see, and FLUX.1 schnell's page
+Encoders = Mapping[str, Any]
+"""Text encoders by what a pipeline calls them, of which configs alone are looked at."""
+Told = dict[str, tuple[int, ...]]
+"""Sizes of what a denoiser is told of an image: of `text`, and of extras by their names."""
 ROWS = 8  # prompts in one call of the encoders
-
-
-def seen_tokens(pipeline: Any, prompt: str) -> int | None:
-    """How many tokens, begin and end among them, a pipeline's text encoders see of a prompt that
-    has more; None of one that has not.
-    """
-    # Where a T5 reads along, what is beyond the others' sight is not lost.
-    parts: dict[str, Any] = pipeline.components
-    t5 = next((name for name in ("tokenizer_3", "tokenizer_2") if _is_t5(parts.get(name))), None)
-    for name in ("tokenizer", "tokenizer_2") if t5 is None else (t5,):
-        tokenizer = parts.get(name)
-        if tokenizer is None:
-            continue
-        if t5 is None:
-            most = int(tokenizer.model_max_length)
-        else:
-            most = T5_TOKENS if t5 == "tokenizer_3" else flux_tokens(parts["transformer"].config)
-        if len(prompt.encode()) <= most - 2:
-            continue  # a token has a byte at least
-        if len(tokenizer(prompt, verbose=False)["input_ids"]) > most:
-            return most
-    return None
-
-
-def _is_t5(tokenizer: Any) -> bool:
-    return isinstance(tokenizer, T5TokenizerFast)
-
-
-def flux_tokens(transformer: Any) -> int:
-    """How many tokens FLUX.1 of a config sees: 512, and schnell, which embeds no guidance, 256."""
-    return 512 if transformer["guidance_embeds"] else T5_TOKENS
 
 
 def told_of_long(backbone: Backbone, prompts: Iterable[str]) -> str | None:
@@ -79,18 +50,49 @@ class TextConditioner(Protocol):
         """The embeddings that the stock pipeline takes in place of prompts, by argument name."""
         ...
 
+    def seen_tokens(self, prompt: str) -> int | None:
+        """How many tokens, begin and end among them, the encoders see of a prompt that has more;
+        None of one that has not.
+        """
+        ...
 
-class PooledText:
+
+class CachedText:
+    """What all have that embed a prompt with the encoders of a stock pipeline, once."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline: Any = pipeline
+        self.cache = PromptCache(self._embed_anew)
+
+    def seen_tokens(self, prompt: str) -> int | None:
+        for tokenizer, most in self._readers():
+            if len(prompt.encode()) <= most - 2:
+                continue  # a token has a byte at least
+            if len(tokenizer(prompt, verbose=False)["input_ids"]) > most:
+                return most
+        return None
+
+    def _readers(self) -> list[tuple[Any, int]]:
+        """The tokenizers beyond whose sight a prompt's end is lost, and how much each sees."""
+        parts = self._pipeline.components
+        found = [parts.get(name) for name in ("tokenizer", "tokenizer_2")]
+        return [
+            (tokenizer, int(tokenizer.model_max_length))
+            for tokenizer in found
+            if tokenizer is not None
+        ]
+
+    @abstractmethod
+    def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, ...]: ...
+
+
+class PooledText(CachedText):
     """Token embeddings (N, T, D) and pooled ones (N, P), as a stock pipeline makes them.
 
     The pooled ones are told to the denoiser under the name :attr:`pooled`; framing is nothing.
     """
 
     pooled = "pooled_projections"
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self._pipeline: Any = pipeline
-        self.cache = PromptCache(self._embed_anew)
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         text, pooled = self.cache(prompts)
@@ -106,12 +108,9 @@ class PooledText:
             "negative_pooled_prompt_embeds": negative_pooled,
         }
 
-    @abstractmethod
-    def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]: ...
-
 
 class T5Text(PooledText):
-    """The same where a T5 reads along."""
+    """The same where a T5 reads along: what is beyond the others' sight is not lost."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__(pipeline)

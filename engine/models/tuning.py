@@ -14,12 +14,8 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux import (
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from torch import Tensor, nn
 
 from ...kernels import use as use_kernels
@@ -30,13 +26,6 @@ from ..recipe import Recipe, Speed
 from .attention import Attend, choose_attention, use_attention
 from .protocol import Backbone
 
-REPEATED_BLOCKS = (
-    BasicTransformerBlock,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-    JointTransformerBlock,
-    ResnetBlock2D,
-)
 # Compilations of one block: its sizes in a UNet, with gradient and without. Dynamo's own limit of
 # eight would leave the rest of the blocks as they are, without a word.
 MOST_COMPILATIONS = 128
@@ -273,11 +262,20 @@ def _compile(network: nn.Module, *, regional: bool) -> set[object]:
     the shapes of their weights.
     """
     torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
-    blocks = [part for part in network.modules() if isinstance(part, REPEATED_BLOCKS)]
-    parts = blocks if regional else [network]
+    parts = _repeated_blocks(network) if regional else [network]
     for part in parts:
         part.compile(**COMPILE)
     return {(type(part), tuple(p.shape for p in part.parameters())) for part in parts}
+
+
+def _repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """What a network is made of again and again: of a UNet the two kinds of its layers, of a
+    transformer all that it holds in lists.
+    """
+    kinds = (BasicTransformerBlock, ResnetBlock2D)
+    layers = [part for part in network.modules() if isinstance(part, kinds)]
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    return layers or [block for blocks in lists for block in blocks]
 
 
 def _check_compiler(mode: str, device: torch.device) -> None:

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from .family import FAMILIES, Family
 from .section import NonNegativeFloat, PositiveInt, Section
-
-FLOW = ("sd3", "flux")  # flow-matching transformers
 
 
 class Model(Section):
@@ -74,6 +73,11 @@ class Model(Section):
         return self
 
     @property
+    def family(self) -> Family:
+        """What is known of `backbone`."""
+        return FAMILIES[self.backbone]
+
+    @property
     def is_flow(self) -> bool:
         """Whether it is a flow-matching transformer."""
-        return self.backbone in FLOW
+        return self.family.is_flow

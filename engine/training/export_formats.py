@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from ..basics.files import sync_path
 from ..models import Backbone, load_backbone
 from ..models.base_files import copy_base
-from ..models.fingerprints import denoiser_in
 from ..models.lcm import lcm_lora_layers
+from ..models.pretrained import denoiser_in
 from ..recipe import Model, Recipe
 from .kohya_format import describe, save_for_kohya
 from .lora import Lora, both

@@ -27,6 +27,7 @@ from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone, load_backbone
+from ..models.pretrained import denoiser_in
 from ..ranks import Ranks
 from ..recipe import Model, Prompts, Recipe
 from ..recipe.identity import save_resolved
@@ -186,7 +187,8 @@ class Series:
         latest = Path(self.kept[-1].folder)
         if model.lcm_lora is not None:
             return model.model_copy(update={"lcm_lora": str(latest / WITH_LCM)})
-        own = latest / FOLDERS["merged"] / ("transformer" if model.is_flow else "unet")
+        merged = latest / FOLDERS["merged"]
+        own = merged / denoiser_in(part.name for part in merged.iterdir())
         return model.model_copy(update={"unet": str(own)})
 
     def judge(self) -> Round:

@@ -40,7 +40,6 @@ from .page import write_report
 from .results import save_results
 
 WORST_SHOWN = 8
-SAMPLERS = {"lcm": "LCM", "sd3": "Euler", "flux": "Euler"}  # of families that DDIM does not sample
 SHOWN_SEED = 0  # the image of each prompt that grids show of every model
 
 
@@ -109,7 +108,7 @@ class ComparisonReport:
         trained = alone.recipe if alone else recipe
         trained_in = Path(trained.run_dir)
         runs = [run.facts() for run in self.runs]
-        drawn_by = SAMPLERS.get(recipe.model.backbone, "DDIM")
+        drawn_by = recipe.model.family.sampler
         return ReportData(
             title=Path(recipe.run_dir).name,
             prompt_sets=sets,

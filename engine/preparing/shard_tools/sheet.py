@@ -13,6 +13,7 @@ from PIL import Image
 
 from ...basics.errors import OutsideError
 from ...display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
+from ...models import fingerprint
 from ...models.autoencoder import Autoencoder
 from ...models.pretrained import read_network
 from ...shards.contents import Kind
@@ -63,7 +64,7 @@ def load_vae(source: VaeSource) -> Autoencoder:
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
     vae = read_network(AutoencoderKL, str(inner), torch.float32, key="vae", kind="VAE")
     autoencoder = Autoencoder(vae.eval().requires_grad_(False))
-    if autoencoder.fingerprint != source.fingerprint:
+    if fingerprint(vae) != source.fingerprint:
         raise OutsideError(
             f"the VAE in {inner} has other weights than the one that made the set: its pictures "
             "would not be those that were ranked",

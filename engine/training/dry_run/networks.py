@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
@@ -24,94 +25,54 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from ...basics.shipped import shipped
-from ...models.checks import check_transformer
-from ...models.fingerprints import denoiser_in
+from ...models import Conditioning, family_of
+from ...models.autoencoder import vae_sizes
 from ...models.pipelines import TEXT_ENCODERS, refuse_other_family
-from ...models.pretrained import reading
-from ...models.text import T5_TOKENS, flux_tokens
+from ...models.pretrained import denoiser_in, reading
 from ...recipe import Model
 
 META = torch.device("meta")
-TIME_IDS = 6  # SDXL: original size, crop corner and target size
 
 
 @dataclass(frozen=True)
 class MetaModel:
     """The networks of a pipeline."""
 
+    spec: Model
+    """Of the recipe."""
     denoiser: ModelMixin
-    vae: AutoencoderKL
+    vae: ModelMixin
     text_encoders: dict[str, nn.Module]
     shipped: tuple[str, ...] = ()
     """The hub ids among what the recipe names whose configs are those that come with cdpo."""
 
-    @property
-    def latent_scale(self) -> int:
-        """Pixels along one side of a latent pixel."""
-        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
-
-    @property
-    def tokens(self) -> int:
-        """Length of an encoded prompt."""
-        first: Any = next(iter(self.text_encoders.values()))
-        return int(first.config.max_position_embeddings)
-
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of an image of (height, width) pixels."""
-        height, width = (side // self.latent_scale for side in resolution)
-        channels = int(self.denoiser.config["in_channels"])
-        return channels // 4 if self._is_flux else channels, height, width
+        channels, factor = vae_sizes(self.vae.config)
+        height, width = resolution
+        return channels, height // factor, width // factor
 
-    @property
-    def _is_flux(self) -> bool:
-        return "guidance_embeds" in self.denoiser.config
-
-    def inputs(self, num_images: int, resolution: tuple[int, int]) -> dict[str, Any]:
-        """Arguments of the denoiser for so many images of (height, width) pixels."""
-        config, dtype = self.denoiser.config, next(self.denoiser.parameters()).dtype
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(num_images, *shape, device=META, dtype=dtype)
-
-        if self._is_flux:
-            _, height, width = self.latent_shape(resolution)
-            tokens, text = height * width // 4, flux_tokens(config)
-            return {
-                "hidden_states": empty(tokens, config["in_channels"]),
-                "timestep": torch.zeros(num_images, device=META),
-                "guidance": torch.zeros(num_images, device=META)
-                if config["guidance_embeds"]
-                else None,
-                "encoder_hidden_states": empty(text, config["joint_attention_dim"]),
-                "pooled_projections": empty(config["pooled_projection_dim"]),
-                "img_ids": torch.empty(tokens, 3, device=META, dtype=dtype),
-                "txt_ids": torch.empty(text, 3, device=META, dtype=dtype),
-            }
-        latents = empty(*self.latent_shape(resolution))
-        if "pooled_projection_dim" in config:  # Stable Diffusion 3
-            return {
-                "hidden_states": latents,
-                "timestep": torch.zeros(num_images, device=META),
-                "encoder_hidden_states": empty(
-                    self.tokens + T5_TOKENS, config["joint_attention_dim"]
-                ),
-                "pooled_projections": empty(config["pooled_projection_dim"]),
-            }
-        inputs: dict[str, Any] = {
-            "sample": latents,
-            "timestep": torch.zeros(num_images, device=META, dtype=torch.int64),
-            "encoder_hidden_states": empty(self.tokens, config["cross_attention_dim"]),
+    def inputs(
+        self, num_images: int, resolution: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """Noisy latents, timesteps and conditioning of so many images of (height, width) pixels."""
+        dtype = next(self.denoiser.parameters()).dtype
+        family = family_of(self.spec)
+        sizes = {"latents": self.latent_shape(resolution)}
+        sizes |= family.told(self.denoiser.config, self.text_encoders)
+        empty = {
+            name: torch.empty(num_images, *size, device=META, dtype=dtype)
+            for name, size in sizes.items()
         }
-        if config.get("time_cond_proj_dim"):
-            inputs["timestep_cond"] = empty(config["time_cond_proj_dim"])
-        if config.get("addition_embed_type") == "text_time":
-            sizes = TIME_IDS * config["addition_time_embed_dim"]
-            pooled = config["projection_class_embeddings_input_dim"] - sizes
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": empty(pooled),
-                "time_ids": empty(TIME_IDS),
-            }
-        return inputs
+        latents, text = empty.pop("latents"), empty.pop("text")
+        clock = torch.float32 if self.spec.is_flow else torch.int64
+        timesteps = torch.zeros(num_images, device=META, dtype=clock)
+        return latents, timesteps, Conditioning(text, empty)
+
+    def ask(self, network: nn.Module, num_images: int, resolution: tuple[int, int]) -> Tensor:
+        """What the denoiser, or a network made of it, predicts of so many images."""
+        prediction: Tensor = family_of(self.spec).ask(network, *self.inputs(num_images, resolution))
+        return prediction
 
 
 def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
@@ -121,6 +82,7 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
         OutsideError: for a folder or hub id without a pipeline's configs, naming what is missing.
     """
     diffusers_logging.set_verbosity_error()
+    vae_class = getattr(diffusers, spec.family.vae)
     kind = f"{spec.backbone} model in a folder, the hub's cache or the hub"
     path = _config_place(spec.path, "model_index.json", spec.revision)
     with reading(f"model.path={spec.path}", kind, path) as place:
@@ -137,16 +99,15 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
     if spec.vae is not None:
         places[spec.vae] = _config_place(spec.vae, "config.json")
         with reading(f"model.vae={spec.vae}", "VAE", places[spec.vae]) as place:
-            vae = _from_config(AutoencoderKL, AutoencoderKL.load_config(place), torch.float32)
+            vae = _from_config(vae_class, vae_class.load_config(place), torch.float32)
     if spec.unet is not None:
         places[spec.unet] = _config_place(spec.unet, "config.json")
         with reading(f"model.unet={spec.unet}", "denoiser", places[spec.unet]) as place:
             network = type(denoiser)
             denoiser = _from_config(network, network.load_config(place), dtype)
-    if spec.is_flow:
-        check_transformer(spec, denoiser.config, vae.config)
+    family_of(spec).check(spec, denoiser.config, vae.config)
     ours = tuple(name for name, place in places.items() if place != name)
-    return MetaModel(denoiser, vae, encoders, ours)
+    return MetaModel(spec, denoiser, vae, encoders, ours)
 
 
 def _config_place(path: str, file: str, revision: str | None = None) -> str:
@@ -208,19 +169,13 @@ def count_flops(compute: Callable[[], object]) -> int:
 
 def forward_flops(model: MetaModel, network: nn.Module, resolution: tuple[int, int]) -> int:
     """Of one forward pass over one image."""
-    inputs = model.inputs(1, resolution)
-
-    def forward() -> None:
-        with torch.no_grad():
-            network(**inputs)
-
-    return count_flops(forward)
+    with torch.no_grad():
+        return count_flops(lambda: model.ask(network, 1, resolution))
 
 
 def training_flops(model: MetaModel, policy: nn.Module, resolution: tuple[int, int]) -> int:
     """Of forward and backward over one image, what is computed twice for checkpoints included."""
-    inputs = model.inputs(1, resolution)
-    return count_flops(lambda: policy(**inputs, return_dict=False)[0].sum().backward())
+    return count_flops(lambda: model.ask(policy, 1, resolution).sum().backward())
 
 
 def activation_bytes(
@@ -251,7 +206,7 @@ def activation_bytes(
         policy.enable_gradient_checkpointing(run_block)
     saved = SavedTensors(weights)
     with attention_shaped_like_flash(), saved:
-        policy(**model.inputs(num_images, resolution))
+        model.ask(policy, num_images, resolution)
     return saved.bytes + largest
 
 

@@ -328,7 +328,7 @@ def _print_operations(plan: Plan, recipe: Recipe, terminal: Terminal) -> None:
 def evaluation_units(recipe: Recipe) -> float:
     """Denoiser forwards over one image in an evaluation: the policy's samples, and the KL proxy."""
     spec, sampler = recipe.evaluate, recipe.evaluate.sampler or recipe.compare.sampler
-    guided = sampler.guidance > 1 and recipe.model.backbone not in ("lcm", "flux")
+    guided = sampler.guidance > 1 and recipe.model.family.guided_twice
     return spec.prompts * spec.images * (sampler.steps * (1 + guided) + 2 * DRAWS)
 
 

@@ -1,13 +1,13 @@
 """The cache of prompt embeddings: once each, rows in the order asked for, within its budget."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from cdpo.engine.models.sd import StableDiffusionText
 from cdpo.engine.models.sdxl import StableDiffusionXLText
-from cdpo.engine.models.text import ROWS, PromptCache, seen_tokens, told_of_long
+from cdpo.engine.models.text import ROWS, PromptCache, told_of_long
 from torch import Tensor
 
 ROW_BYTES = 4 + 8  # of what the embedder below gives for a prompt
@@ -15,10 +15,11 @@ ROW_BYTES = 4 + 8  # of what the embedder below gives for a prompt
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_prompts_that_are_longer_than_the_text_encoder_are_counted_once(family):
-    pipeline = tiny.pipeline() if family == "sd" else tiny.xl_pipeline()
+    pipeline = tiny.PIPELINES[family]()
+    text = (StableDiffusionText if family == "sd" else StableDiffusionXLText)(pipeline)
     most = pipeline.tokenizer.model_max_length
     words = ["a"] * (most - 2)
-    backbone = SimpleNamespace(seen_tokens=partial(seen_tokens, pipeline))
+    backbone = SimpleNamespace(seen_tokens=text.seen_tokens)
     assert told_of_long(backbone, [" ".join(words), "", "x"]) is None
     long = [" ".join([*words, "b"]), " ".join([*words, "c", "d"])]
     told = told_of_long(backbone, ["x", *long, *long])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cdpo.engine.models import fingerprint
 from cdpo.engine.models.autoencoder import Autoencoder
 from cdpo.engine.preparing.shard_tools import sheet
 from cdpo.engine.preparing.shard_tools.command import main
@@ -73,7 +74,7 @@ def pictured(small, tmp_path):
     small.write_set(tmp_path / "set", 2, [4, 4], 3)
     autoencoder = Autoencoder(vae)
     source = VaeSource(
-        path=str(tmp_path / "model"), fingerprint=autoencoder.fingerprint, scaling_factor=0.5
+        path=str(tmp_path / "model"), fingerprint=fingerprint(vae), scaling_factor=0.5
     )
     manifest = load_manifest(tmp_path / "set").model_copy(update={"vae": source})
     save_manifest(tmp_path / "set", manifest)
@@ -104,7 +105,7 @@ def test_the_sheet_of_moments_and_of_raw_images(small, pictured, tmp_path):
     meta, moments = small.meta(1, 0), np.zeros((2, 8, 8, 8), np.float16)
     moments[0, :4] = 0.5  # means; variances show in no picture
     moments[:, 4:] = -3
-    path, source = str(tmp_path / "model"), autoencoder.fingerprint
+    path, source = str(tmp_path / "model"), fingerprint(autoencoder.vae)
     decoded = autoencoder.decode(autoencoder.latents(torch.from_numpy(moments)))
     pixels = np.stack([np.asarray(image) for image in decoded])
     for kind, pair, vae in (("moments", moments, path), ("raw", pixels, "nowhere")):

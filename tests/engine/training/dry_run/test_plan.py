@@ -11,6 +11,7 @@ import pytest
 import torch
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.display.terminal import Terminal
+from cdpo.engine.models import Conditioning, family_of
 from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.recipe.reading import load_recipe
 from cdpo.engine.training.dry_run import plan as plan_module
@@ -121,14 +122,14 @@ def test_the_estimate_is_what_autograd_keeps_of_a_real_forward_pass() -> None:
     """On a CPU, whose attention saves no scores either."""
     spec = Model(path=str(ROOT / "assets" / "emoji" / "sd"))
     model = read_meta_model(spec, torch.float32)
-    inputs = {
-        name: torch.zeros(value.shape, dtype=value.dtype)
-        for name, value in model.inputs(2, (32, 32)).items()
-    }
+    noisy, timesteps, told = model.inputs(2, (32, 32))
+    noisy, timesteps, text = (
+        torch.zeros_like(x, device=CPU) for x in (noisy, timesteps, told.text)
+    )
     unet = UNet2DConditionModel.from_config(model.denoiser.config)
     saved = SavedTensors({weight.untyped_storage()._cdata for weight in unet.parameters()})
     with saved:
-        unet(**inputs)
+        family_of(spec).ask(unet, noisy, timesteps, Conditioning(text))
     policy = model.denoiser.requires_grad_(True)
     estimate = activation_bytes(model, policy, 2, (32, 32), checkpointing=False)
     assert estimate == pytest.approx(saved.bytes, rel=0.02)
