@@ -88,8 +88,9 @@ class StableDiffusion3Text(T5Text):
     """Both CLIPs' tokens side by side, then the T5's; pooled ones of the CLIPs."""
 
     def _readers(self) -> list[tuple[Any, int]]:
-        t5 = self._pipeline.tokenizer_3
-        return super()._readers() if t5 is None else [(t5, T5_TOKENS)]
+        parts = self._pipeline  # a folder may keep the tokenizer of a T5 that is not there
+        has_t5 = parts.text_encoder_3 is not None
+        return [(parts.tokenizer_3, T5_TOKENS)] if has_t5 else super()._readers()
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = self._pipeline.encode_prompt(

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.models.sd import StableDiffusionText
+from cdpo.engine.models.sd3 import StableDiffusion3Text
 from cdpo.engine.models.sdxl import StableDiffusionXLText
 from cdpo.engine.models.text import ROWS, PromptCache, told_of_long
 from torch import Tensor
@@ -25,6 +26,14 @@ def test_prompts_that_are_longer_than_the_text_encoder_are_counted_once(family):
     told = told_of_long(backbone, ["x", *long, *long])
     assert told is not None and told.startswith(f"2 prompts have more than the {most} tokens")
     assert repr(long[0][:200]) in told
+
+
+def test_a_tokenizer_whose_t5_is_not_there_reads_nothing():
+    """A folder may keep the tokenizer of a Stable Diffusion 3 without its T5."""
+    letters = tiny.t5_tokenizer()
+    for change, most in (({}, 256), ({"t5": False, "tokenizer_3": letters}, 24)):
+        pipeline = tiny.sd3_pipeline(**change)
+        assert StableDiffusion3Text(pipeline).seen_tokens("red apple " * 40) == most
 
 
 class Embedder:
