@@ -7,6 +7,7 @@ the adapter is added: no second copy of the weights, and no switching between th
 from __future__ import annotations
 
 import copy
+import re
 from itertools import chain
 
 import deepspeed
@@ -20,12 +21,18 @@ from ..basics.errors import RecipeError
 from ..recipe import Adapter
 from .low_rank import add_in_one_product
 
-# The second halves are those of transformers in which text and image attend to each other.
+# Names by suffix, `*` for a number. The second halves are those of transformers in which text and
+# image attend to each other: as diffusers' train_dreambooth_lora_sd3 and _flux, SimpleTuner (`all`,
+# `all+ffs`) and ai-toolkit train them. FLUX.1's blocks of one stream have a projection out of
+# attention and feed-forward together, which `all+ffs` and ai-toolkit count to the second.
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+FEED_FORWARD = (
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("proj_mlp", "single_transformer_blocks.*.proj_out"),
+)
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 PRESETS = {
@@ -103,9 +110,16 @@ def layers_to_adapt(network: nn.Module, targets: str | tuple[str, ...]) -> list[
     if targets == "all-linear":
         return [name for name, module in layers.items() if isinstance(module, nn.Linear)]
     suffixes = PRESETS[targets] if isinstance(targets, str) else targets
-    found = [suffix for suffix in suffixes if any(_ends(name, suffix) for name in layers)]
+    matches = {suffix: [name for name in layers if _ends(name, suffix)] for suffix in suffixes}
+    # peft knows suffixes, and no patterns.
+    found = [
+        name
+        for suffix, names in matches.items()
+        for name in (names if "*" in suffix else names and [suffix])
+    ]
     # A preset is for many models, not all of which have all of its layers.
-    unmatched = [] if isinstance(targets, str) and found else set(suffixes) - set(found)
+    missing = {suffix for suffix, names in matches.items() if not names}
+    unmatched = set() if isinstance(targets, str) and found else missing
     if unmatched:
         raise RecipeError(
             f"adapter.targets: {', '.join(s for s in suffixes if s in unmatched)} matches no "
@@ -119,7 +133,8 @@ def layers_to_adapt(network: nn.Module, targets: str | tuple[str, ...]) -> list[
 
 
 def _ends(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+    pattern = re.escape(suffix).replace(r"\*", r"\d+")
+    return re.search(rf"(^|\.){pattern}$", name) is not None
 
 
 def _suffix(name: str) -> str:

@@ -175,14 +175,28 @@ def describe_pairs(recipe: Recipe, manifest: Manifest, pacing: Pacing) -> list[t
     return rows
 
 
+# Of means, for flow models: 10 is DGPO's least, 2000 the default of verl-omni and Flow-Factory;
+# recipes that are known to be stable (flow_grpo's, verl-omni's) take 100.
+MOST_PUBLISHED_BETA = 2000
+
+
 def describe_beta(recipe: Recipe, latent_shape: Sequence[int]) -> list[tuple[str, str]]:
-    """What a flow model's beta is in both units that trainers give it in, and where it counts."""
+    """What a flow model's beta is in both units that trainers give it in, and where it counts; and
+    a warning if it is above all that have been published.
+    """
     spec = recipe.objective
     if not recipe.model.is_flow or spec.type.endswith("sft"):
         return []
     numbers = math.prod(latent_shape)
     text = f"{spec.beta:g} of means, {spec.beta / numbers:.3g} of sums over {numbers:,} numbers; "
-    return [("beta", f"{text}{spec.time_weight} in sigma, which is {recipe.model.sigmas}")]
+    rows = [("beta", f"{text}{spec.time_weight} in sigma, which is {recipe.model.sigmas}")]
+    if spec.beta > MOST_PUBLISHED_BETA:
+        told = (
+            f"objective.beta={spec.beta:g} is above what is published for flow models, 10 to "
+            f"{MOST_PUBLISHED_BETA} of means, where spikes are told of from 500 on: 100 is stable"
+        )
+        rows.append(("warning", told))
+    return rows
 
 
 def describe_moving(spec: Objective) -> list[tuple[str, str]]:

@@ -106,16 +106,17 @@ def test_guidance_for_a_model_that_takes_none_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    ("knobs", "adapted"),
     [
-        ("adapter.targets=attention+ff",),
-        ("adapter.dora=true",),
-        ("adapter.type=full", "export.formats=[merged]"),
+        # q, k, v and out of image and text; q, k, v of both together; the rest of both blocks
+        (("adapter.targets=attention+ff",), 8 + 3 + 4 + 2),
+        (("adapter.dora=true",), 8 + 3),
+        (("adapter.type=full", "export.formats=[merged]"), 0),
     ],
     ids=["lora", "dora", "full"],
 )
 def test_a_fresh_policy_is_its_reference_and_learns(
-    folder: Path, tiny_recipe: Callable[..., Recipe], knobs: tuple[str, ...]
+    folder: Path, tiny_recipe: Callable[..., Recipe], knobs: tuple[str, ...], adapted: int
 ) -> None:
     recipe = tiny_recipe("model.backbone=flux", f"model.path={folder / 'dev'}", *knobs)
     backbone = load(folder / "dev")
@@ -124,6 +125,7 @@ def test_a_fresh_policy_is_its_reference_and_learns(
     loss = networks(batch).loss
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     loss.backward()
+    assert sum("lora_B" in name for name, _ in networks.policy.named_parameters()) == adapted
     with torch.no_grad():
         for parameter in networks.policy.parameters():
             if parameter.grad is not None:
