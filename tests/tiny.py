@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -233,6 +234,23 @@ def flux_pipeline(seed: int = 0, *, dev: bool = True, **changes: Any) -> FluxPip
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev),
     }
     return FluxPipeline(**parts | changes)
+
+
+def sana(**changes: Any) -> SanaTransformer2DModel:
+    """A SANA of 8x8 latents with 4 channels, two blocks, text of width 16."""
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+        "sample_size": 8,
+    }
+    return SanaTransformer2DModel(**config | changes)
 
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -144,7 +144,9 @@ def _plain_layers(network: nn.Module) -> Iterator[Attention]:
             norms = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k)
             extras = layer.norm_cross or layer.residual_connection or layer.added_kv_proj_dim
             scales = layer.scale_qk and layer.rescale_output_factor == 1
-            if scales and not any(norms) and not extras:
+            # Other processors compute something else: SANA's linear attention, or with a mask.
+            plain = isinstance(layer.processor, AttnProcessor2_0 | ProjectedAttention)
+            if plain and scales and not any(norms) and not extras:
                 yield layer
 
 

@@ -74,11 +74,13 @@ def test_the_processor_computes_what_diffusers_own_does(unet) -> None:
     torch.testing.assert_close(predict(unet), before, atol=1e-6, rtol=1e-6)
 
 
-def test_layers_with_norms_of_their_own_keep_their_processor() -> None:
-    vae = tiny.pipeline().vae
-    before = list(vae.attn_processors.values())
-    use_attention(vae, heads_next_to_width)
-    assert before and list(vae.attn_processors.values()) == before
+@pytest.mark.parametrize("network", [lambda: tiny.pipeline().vae, lambda: tiny.sana()])
+def test_layers_that_compute_something_else_keep_their_processor(network) -> None:
+    """A VAE's have norms; SANA's attend linearly to the image, and with a mask to the text."""
+    made = network()
+    before = list(made.attn_processors.values())
+    use_attention(made, heads_next_to_width)
+    assert before and list(made.attn_processors.values()) == before
 
 
 def of_math(*inputs: Any) -> tuple[Tensor]:
