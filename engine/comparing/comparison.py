@@ -24,6 +24,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.adapters import twin_of
 from ..models.divergence import Divergence
+from ..models.few_steps import check_guidance
 from ..models.fingerprints import changed_parts, named
 from ..models.text import told_of_long
 from ..models.tuning import tune_denoiser, tune_for_sampling
@@ -143,6 +144,7 @@ class Comparison:
 
     def _sample(self, measured: Measured) -> None:
         """Images of the base, then of each run, and how far each has gone from the base."""
+        check_guidance(self.recipe)
         backbone = load_backbone(self.recipe.model, self.ranks.device)
         if self.ranks.is_first and (told := told_of_long(backbone, self.prompts)):
             self.terminal.warn(told)

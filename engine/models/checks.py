@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 
 from ..basics.errors import OutsideError
@@ -14,6 +14,13 @@ from ..recipe import Model
 from .autoencoder import vae_sizes
 from .ddpm import PREDICTION_TYPES
 
+SOLVER = "DPMSolverMultistepScheduler"
+# Of the schedulers of flow models: noise nobody seeds, and levels that are no flow's or that the
+# stock pipeline does not shift.
+NOT_OF_FLOWS = (
+    *("invert_sigmas", "stochastic_sampling"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+)
 Config = Mapping[str, Any]
 """Of a network of diffusers."""
 PIPELINE_MULTIPLE = 8  # diffusers refuses other sizes, also where VAE and UNet would take them
@@ -86,16 +93,25 @@ def check_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
 
 def check_flow_schedule(spec: Model, scheduler: SchedulerMixin) -> None:
     """OutsideError for a scheduler that is not that of a flow model, or adds noise nobody seeds."""
-    name = f"model.path={spec.path}: its {type(scheduler).__name__}"
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    found, config = type(scheduler).__name__, scheduler.config
+    name = f"model.path={spec.path}: its {found}"
+    if found not in spec.family.schedulers:
         raise OutsideError(
-            f"{name} is no FlowMatchEulerDiscreteScheduler, which model.backbone={spec.backbone} "
-            "needs",
+            f"{name} is no {' or '.join(spec.family.schedulers)}, which model.backbone="
+            f"{spec.backbone} needs",
             "model.path",
             "unsupported",
         )
-    for option in ("invert_sigmas", "stochastic_sampling"):
-        if scheduler.config[option]:
+    if found == SOLVER and not (
+        config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction"
+    ):
+        raise OutsideError(
+            f"{name} is not on a flow (use_flow_sigmas, prediction_type=flow_prediction)",
+            "model.path",
+            "unsupported",
+        )
+    for option in NOT_OF_FLOWS:
+        if config.get(option):
             raise OutsideError(
                 f"{name} has {option}, which is not supported: set it to false in its config",
                 "model.path",
@@ -130,9 +146,11 @@ def check_transformer(
         )
 
 
-def check_text_widths(spec: Model, transformer: Config, *, text: int, pooled: int) -> None:
-    """OutsideError unless token embeddings and pooled ones of these widths are what it takes."""
-    for name, width in (("joint_attention_dim", text), ("pooled_projection_dim", pooled)):
+def check_text_widths(spec: Model, transformer: Config, **widths: int) -> None:
+    """OutsideError unless embeddings of these widths, by the names that the transformer's config
+    has for them, are what it takes.
+    """
+    for name, width in widths.items():
         if transformer[name] != width:
             raise OutsideError(
                 f"{unet_name(spec)} and the text encoders of model.path={spec.path} do not fit: "

@@ -11,14 +11,14 @@ distilled to few steps as well, is told none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from ..basics.errors import OutsideError, RecipeError
+from ..basics.errors import OutsideError
 from ..recipe import Model
 from .checks import Config, check_text_widths, check_transformer
 from .flow_matching import FlowMatching
@@ -30,8 +30,7 @@ from .text import Encoders, T5Text, Told
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check)
-    check_text(spec, pipeline)
+    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
     side = 2 * pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     text = FluxText(pipeline, spec.embedded_guidance)
@@ -60,17 +59,21 @@ def tokens_of(transformer: Config) -> int:
     return 512 if transformer["guidance_embeds"] else 256
 
 
-def check_text(spec: Model, pipeline: FluxPipeline) -> None:
-    """OutsideError unless the text encoders give what the transformer takes."""
-    clip, t5 = pipeline.text_encoder, pipeline.text_encoder_2
+def check_text(spec: Model, transformer: Config, texts: Mapping[str, Any]) -> None:
+    """OutsideError unless text encoders of these configs give what the transformer takes."""
+    clip, t5 = texts.get("text_encoder"), texts.get("text_encoder_2")
     if clip is None or t5 is None:
         raise OutsideError(
             f"model.path={spec.path} lacks a text encoder: FLUX.1 has a CLIP and a T5",
             "model.path",
             "unsupported",
         )
-    config, pooled = pipeline.transformer.config, clip.config.hidden_size
-    check_text_widths(spec, config, text=t5.config.d_model, pooled=pooled)
+    check_text_widths(
+        spec,
+        transformer,
+        joint_attention_dim=t5.d_model,
+        pooled_projection_dim=clip.hidden_size,
+    )
 
 
 def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -95,16 +98,13 @@ def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditio
     return unpacked(prediction, height, width)
 
 
+def takes_guidance(transformer: Config) -> bool:
+    """Whether it is told any: dev is, schnell is not."""
+    return bool(transformer["guidance_embeds"])
+
+
 def draw(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:
-    """It packs no latents that are given, and takes any guidance, whether it is told to the
-    transformer or not.
-    """
-    if guidance != 1 and not pipeline.transformer.config["guidance_embeds"]:
-        raise RecipeError(
-            f"sampler.guidance={guidance:g}, but this model takes no guidance: use guidance=1",
-            "sampler.guidance",
-            "unsupported",
-        )
+    """It packs no latents that are given."""
     tokens = pipeline(latents=packed(noise), guidance_scale=guidance, **given).images
     return unpacked(tokens, *noise.shape[-2:])
 

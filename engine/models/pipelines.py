@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -46,10 +46,15 @@ FLOW_KEYS = (
     "shift_terminal",
     "time_shift_type",
 )
+# The same of a flow model that is sampled by a solver.
+SOLVER_KEYS = ("num_train_timesteps", "flow_shift", "use_flow_sigmas", "prediction_type")
 
 
 Check = Callable[[Model, Config, Config], None]
 """(recipe's model, config of the denoiser, of the VAE): OutsideError unless they go together."""
+CheckText = Callable[[Model, Config, Mapping[str, Any]], None]
+"""(recipe's model, config of the denoiser, configs of the text encoders that are there): the same.
+"""
 
 
 def load_pipeline(
@@ -57,6 +62,7 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     check: Check | None = None,
+    check_text: CheckText | None = None,
     pipeline_class: type[DiffusionPipeline] | None = None,
     scheduler_class: type[SchedulerMixin] = DDIMScheduler,
     **options: Any,
@@ -67,6 +73,7 @@ def load_pipeline(
         spec: path, revision, variant and replacements; its family says what the folder must hold.
         dtype: of every network but the VAE, which is float32.
         check: is asked before weights are read.
+        check_text: likewise.
         pipeline_class: that of the folder, where the family's would not do.
         scheduler_class: how a UNet's pipeline samples, on the schedule that its folder describes;
             that of a flow model stays.
@@ -83,6 +90,8 @@ def load_pipeline(
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
         own = denoiser_in(index)
+        scheduler = _scheduler(place, index, spec)
+    (check_flow_schedule if spec.is_flow else check_schedule)(spec, scheduler)
     if pipeline_class is None:
         found = index.get("_class_name")
         known = found if found in family.pipelines else family.pipelines[0]
@@ -91,8 +100,13 @@ def load_pipeline(
         own: (denoiser, "model.unet", spec.unet, dtype),
         "vae": (vae, "model.vae", spec.vae, torch.float32),
     }
+    configs = {name: _config(spec, name, *of[:3]) for name, of in chosen.items() if check}
     if check is not None:
-        check(spec, *(_config(spec, name, *of[:3]) for name, of in chosen.items()))
+        check(spec, *configs.values())
+    if check_text is not None:
+        with reading(f"model.path={spec.path}", kind, spec.path) as place:
+            texts = _text_configs(place, index, spec)
+        check_text(spec, configs[own], texts)
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         encoders = _text_encoders(place, index, spec, dtype)
     replaced = {
@@ -106,16 +120,14 @@ def load_pipeline(
             dtype={"vae": torch.float32, "default": dtype},
             revision=spec.revision,
             variant=spec.variant,
+            scheduler=scheduler,
             **encoders,
             **replaced,
             **options,
         )
         for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
-    if spec.is_flow:
-        check_flow_schedule(spec, pipeline.scheduler)
-    else:
-        check_schedule(spec, pipeline.scheduler)
+    if not spec.is_flow:
         can = f"model that {scheduler_class.__name__} can sample"
         with reading(f"model.path={spec.path}", can):
             pipeline.scheduler = sampling_with(scheduler_class, pipeline.scheduler)
@@ -145,26 +157,68 @@ def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
 
 
 def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
-    """ValueError with the backbone that fits, where that is another one than the recipe's."""
+    """ValueError with the backbone that fits, where that is another one than the recipe's; of a
+    flow model for whatever it does not read, which may share all of its parts: FLUX.1 Kontext
+    edits images, SANA-Sprint is a consistency model.
+    """
     found = index.get("_class_name")
     fitting = family_that_reads(found)
     if fitting and found not in spec.family.pipelines:
         raise ValueError(f"it holds a {found}: model.backbone={fitting} fits, not {spec.backbone}")
+    if spec.is_flow and found is not None and found not in spec.family.pipelines:
+        raise ValueError(
+            f"it holds a {found}, which is not supported: model.backbone={spec.backbone} reads "
+            f"{' and '.join(spec.family.pipelines)}"
+        )
+
+
+def _scheduler(place: str, index: dict[str, Any], spec: Model) -> SchedulerMixin:
+    library, name = index.get("scheduler", (None, None))
+    if library != "diffusers":
+        raise ValueError("its model_index.json has no scheduler of diffusers")
+    made: SchedulerMixin = getattr(diffusers, name).from_pretrained(
+        place, subfolder="scheduler", revision=spec.revision
+    )
+    return made
+
+
+def _text_classes(index: dict[str, Any]) -> dict[str, Any]:
+    """Of the text encoders that are there, by their names in the pipeline."""
+    entries = {name: index.get(name, (None, None)) for name in TEXT_ENCODERS}
+    return {
+        name: getattr(transformers, class_name)
+        for name, (library, class_name) in entries.items()
+        if library == "transformers"
+    }
+
+
+def _text_configs(place: str, index: dict[str, Any], spec: Model) -> dict[str, Any]:
+    return {
+        name: encoder.config_class.from_pretrained(place, subfolder=name, revision=spec.revision)
+        for name, encoder in _text_classes(index).items()
+    }
 
 
 def _text_encoders(
     place: str, index: dict[str, Any], spec: Model, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Those of transformers, by their names in the pipeline, and what text part it lacks."""
-    classes = {name: index.get(name, (None, None)) for name in TEXT_ENCODERS}
     found = {
-        name: read_text_encoder(getattr(transformers, class_name), place, spec, name, dtype)
-        for name, (library, class_name) in classes.items()
-        if library == "transformers"
+        name: read_text_encoder(encoder, place, spec, name, dtype)
+        for name, encoder in _text_classes(index).items()
     }
     # What is null there, as the T5 of Stable Diffusion 3 may be, is null if it is said once more.
     absent = [name for name, entry in index.items() if entry == [None, None]]
     return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
+
+
+def denoiser_config(spec: Model) -> Config:
+    """That of the denoiser of a recipe's model; OutsideError if there is none."""
+    with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
+        index = pipeline_index(place, spec)
+        refuse_other_family(index, spec)
+    network = getattr(diffusers, spec.family.denoiser)
+    return _config(spec, denoiser_in(index), network, "model.unet", spec.unet)
 
 
 def _config(

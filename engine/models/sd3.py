@@ -8,10 +8,10 @@ folder whose model_index.json has `null` for the T5 has zeros there, as the pipe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from ..basics.errors import OutsideError
@@ -28,8 +28,7 @@ T5_TOKENS = 256  # that the stock pipeline lets its T5 see
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check)
-    check_text(spec, pipeline)
+    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
     side = pipeline.vae_scale_factor * pipeline.patch_size
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, StableDiffusion3Text(pipeline), noise, device, ask)
@@ -55,21 +54,21 @@ def told(transformer: Config, encoders: Encoders) -> Told:
     }
 
 
-def check_text(spec: Model, pipeline: StableDiffusion3Pipeline) -> None:
-    """OutsideError unless the text encoders give what the transformer takes."""
-    clips = (pipeline.text_encoder, pipeline.text_encoder_2)
-    if None in clips:
+def check_text(spec: Model, transformer: Config, texts: Mapping[str, Any]) -> None:
+    """OutsideError unless text encoders of these configs give what the transformer takes."""
+    clips = [texts[name] for name in ("text_encoder", "text_encoder_2") if name in texts]
+    if len(clips) < 2:
         raise OutsideError(
             f"model.path={spec.path} lacks a CLIP text encoder: Stable Diffusion 3 can do without "
             "its T5 (text_encoder_3) alone",
             "model.path",
             "unsupported",
         )
-    config, t5 = pipeline.transformer.config, pipeline.text_encoder_3
-    side_by_side = sum(clip.config.hidden_size for clip in clips)
-    width = max(side_by_side, config["joint_attention_dim"] if t5 is None else t5.config.d_model)
-    pooled = sum(clip.config.projection_dim for clip in clips)
-    check_text_widths(spec, config, text=width, pooled=pooled)
+    t5 = texts.get("text_encoder_3")
+    side_by_side = sum(clip.hidden_size for clip in clips)
+    width = max(side_by_side, transformer["joint_attention_dim"] if t5 is None else t5.d_model)
+    pooled = sum(clip.projection_dim for clip in clips)
+    check_text_widths(spec, transformer, joint_attention_dim=width, pooled_projection_dim=pooled)
 
 
 def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -23,6 +23,7 @@ from ..curriculum.labelled import without_equal
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
 from ..models import Backbone, known_fingerprints, load_backbone
+from ..models.few_steps import check_guidance
 from ..models.fingerprints import changed_parts, named
 from ..models.text import told_of_long
 from ..models.tuning import tune_for_sampling
@@ -132,6 +133,7 @@ class Preparation:
 
     def _load_backbone(self) -> Backbone:
         recipe = self.recipe
+        check_guidance(recipe)
         return load_backbone(recipe.model, self.ranks.device, recipe.prepare.precision)
 
     def run(self) -> None:

@@ -23,6 +23,8 @@ class Family:
     vae: str = "AutoencoderKL"
     sampler: str = "DDIM"
     """What draws its images, as reports say it."""
+    schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    """Of a flow model: what its folder's may be."""
     guided_twice: bool = True
     """Whether guidance takes a second pass, without the prompt; else it is told to the denoiser,
     or there is none."""

@@ -80,6 +80,16 @@ class Recipe(Section):
         """The folder or URL that `train` reads the pair shards from."""
         return self.data.path or str(Path(self.run_dir) / "shards")
 
+    @property
+    def guidances(self) -> dict[str, float]:
+        """What images are drawn with, by key: candidates, if any are, evaluations, comparisons."""
+        samplers = {"compare": self.compare.sampler}
+        if self.prepare.source.type in ("generate", "masked"):
+            samplers = {"prepare": self.prepare.sampler, **samplers}
+        if self.evaluate.sampler is not None:
+            samplers["evaluate"] = self.evaluate.sampler
+        return {f"{name}.sampler.guidance": one.guidance for name, one in samplers.items()}
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:
         streamed = self.adapter.type == "full" and self.train.reference == "offload"

@@ -25,6 +25,7 @@ from ..curriculum.pacing import Cursor, Pacing, Stage
 from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.compilation import compilation_told
+from ..models.few_steps import check_guidance, describe_few_steps
 from ..models.tuning import order_weights, uncompiled
 from ..objectives import Loss, build_objective
 from ..ranks import Ranks
@@ -136,6 +137,7 @@ class Trainer:
         config = build_deepspeed_config(recipe, ranks.world_size, self.run_dir)
 
         failpoint("train.start")
+        check_guidance(recipe)
         self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
         self.backbone.fingerprints()  # as it was loaded: a policy is made of it next
         if has_steps_left:
@@ -241,6 +243,7 @@ class Trainer:
             ("speed", str(self.engine.module.tuning)),
             *self._describe_capture(),
             *self.evaluation.describe(),
+            *describe_few_steps(recipe.model, self.backbone.denoiser.config),
         ]
         if self.shards is not None:
             rows += describe_pairs(recipe, self.manifest, self.pacing)

@@ -23,6 +23,7 @@ from ...curriculum.pacing import Pacing, stage_tiers
 from ...display.terminal import Terminal
 from ...models import DTYPES
 from ...models.adapters import add_lora
+from ...models.few_steps import describe_few_steps, refuse_guidance
 from ...models.tuning import choose_tuning, is_on
 from ...objectives import build_objective
 from ...ranks.launcher import local_size
@@ -72,6 +73,8 @@ class Plan:
     """(C, h, w) of an image."""
     shipped: tuple[str, ...]
     """Models whose configs are those that come with cdpo."""
+    few_steps: list[tuple[str, str]]
+    """What to warn of where the model was distilled to few steps."""
 
     @property
     def units_per_pair(self) -> float:
@@ -91,6 +94,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     batches = plan_batches(recipe, world_size)
     dtype = DTYPES[recipe.train.precision]
     model = read_meta_model(spec, dtype)
+    refuse_guidance(recipe, model.denoiser.config)
     stage = int(config["zero_optimization"]["stage"])
     tuning = choose_tuning(recipe.speed, model.denoiser, device, training=True)
 
@@ -137,6 +141,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         tuning=str(tuning),
         latent_shape=model.latent_shape(resolution),
         shipped=model.shipped,
+        few_steps=describe_few_steps(spec, model.denoiser.config),
     )
 
 
@@ -258,6 +263,7 @@ def _print_header(
         *_pairs_rows(recipe),
         *describe_beta(recipe, plan.latent_shape),
         *describe_moving(recipe.objective),
+        *plan.few_steps,
         *_cache_rows(plan, recipe),
         *growth_rows(recipe.adapter, len(stage_tiers(recipe.curriculum))),
         *(

@@ -1,6 +1,8 @@
 """FLUX.1 as we drive it against the stock pipeline of diffusers."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.models import load_backbone
+from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
 from cdpo.engine.models.flow_matching import shift_exponent
-from cdpo.engine.models.flux import check_text
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
 from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Model, Recipe
@@ -99,10 +101,50 @@ def test_training_tells_dev_its_guidance_and_schnell_none(folder):
     assert torch.equal(says("schnell"), says("schnell", embedded_guidance=1.0))
 
 
-def test_guidance_for_a_model_that_takes_none_is_refused(folder):
-    backbone = load(folder / "schnell")
-    with refused(RecipeError, "unsupported", "sampler.guidance"):
-        backbone.sample(backbone.denoiser, PROMPTS, noise(2), steps=1, guidance=3.5)
+NO_GUIDANCE = ("prepare.sampler.guidance=1", "compare.sampler.guidance=1")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "kind", "key"),
+    [
+        ((), "unsupported", "prepare.sampler.guidance"),
+        (NO_GUIDANCE[:1], "unsupported", "compare.sampler.guidance"),
+        (
+            (*NO_GUIDANCE, "evaluate.sampler={guidance: 2}"),
+            "unsupported",
+            "evaluate.sampler.guidance",
+        ),
+        ((*NO_GUIDANCE, "model.embedded_guidance=2"), "no-effect", "model.embedded_guidance"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_guidance_for_a_model_that_takes_none_is_refused_where_it_is_written(
+    folder, tmp_path, tiny_recipe, knobs, kind, key
+):
+    """Before weights are read, which are none here; the model that takes some is taken."""
+    made = shutil.copytree(
+        folder / "schnell", tmp_path / "made", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    recipe = tiny_recipe("model.backbone=flux", f"model.path={made}", *knobs)
+    with refused(RecipeError, kind, key):
+        check_guidance(recipe)
+    check_guidance(tiny_recipe("model.backbone=flux", f"model.path={folder / 'dev'}", *knobs))
+    check_guidance(tiny_recipe("model.backbone=flux", f"model.path={made}", *NO_GUIDANCE))
+
+
+def test_what_was_distilled_to_few_steps_is_warned_of():
+    """By its config, or by its name where that is the one of what it was distilled from."""
+    told = {
+        ("flux", "some/model", False): 1,
+        ("flux", "some/FLUX.1-dev", True): 0,
+        ("sd3", "stabilityai/stable-diffusion-3.5-large-turbo", True): 1,
+        ("sdxl", "stabilityai/sdxl-turbo/", True): 1,
+        ("sdxl", "turbo/sdxl", True): 0,
+        ("lcm", "some/sdxl-turbo", True): 0,  # it has losses of its own
+    }
+    for (backbone, path, guided), count in told.items():
+        found = describe_few_steps(Model(backbone=backbone, path=path), {"guidance_embeds": guided})
+        assert [name for name, _ in found] == ["warning"] * count
 
 
 @pytest.mark.parametrize(
@@ -139,7 +181,13 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     tiny.vae(latent_channels=8).save_pretrained(tmp_path)
     with refused(OutsideError, "mismatch", "model.vae"):
         load(folder / "dev", vae=str(tmp_path))
-    pipeline = tiny.flux_pipeline()
-    pipeline.transformer.register_to_config(joint_attention_dim=40)
-    with refused(OutsideError, "mismatch", "model.path"):
-        check_text(Model(backbone="flux", path="some/folder"), pipeline)
+    other = shutil.copytree(folder / "dev", tmp_path / "other")
+    for name, change, kind in (
+        ("transformer/config.json", {"joint_attention_dim": 40}, "mismatch"),
+        ("model_index.json", {"_class_name": "FluxKontextPipeline"}, "unreadable"),
+    ):
+        file = other / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with refused(OutsideError, kind, "model.path") as told:
+            load(other)
+    assert "it holds a FluxKontextPipeline, which is not supported" in str(told.value)

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 as we drive it against the stock pipeline of diffusers."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,17 +13,14 @@ import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import load_backbone
-from cdpo.engine.models.checks import check_flow_schedule
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.models.sd3 import check_text
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.training.networks import build_networks
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
 )
@@ -229,30 +227,28 @@ def test_a_vae_of_other_latents_is_refused_before_weights_are_read(tmp_path, pla
         load(path, vae=str(tmp_path / "vae"))
 
 
-SPEC = Model(backbone="sd3", path="some/folder")
-
-
-@pytest.mark.parametrize("change", [{"joint_attention_dim": 40}, {"pooled_projection_dim": 20}])
-def test_a_transformer_that_takes_other_text(change):
-    pipeline = tiny.sd3_pipeline()
-    pipeline.transformer.register_to_config(**change)
-    with refused(OutsideError, "mismatch", "model.path"):
-        check_text(SPEC, pipeline)
-
-
-def test_a_model_without_a_clip():
-    with refused(OutsideError, "unsupported", "model.path"):
-        check_text(SPEC, tiny.sd3_pipeline(text_encoder_2=None))
+def rewritten(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
-    "scheduler",
-    [DDIMScheduler(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)],
-    ids=["DDIM", "stochastic"],
+    ("file", "change", "kind"),
+    [
+        ("transformer/config.json", {"joint_attention_dim": 40}, "mismatch"),
+        ("transformer/config.json", {"pooled_projection_dim": 20}, "mismatch"),
+        ("text_encoder_3/config.json", {"d_model": 56}, "mismatch"),
+        ("model_index.json", {"text_encoder_2": [None, None]}, "unsupported"),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "unsupported"),
+        ("scheduler/scheduler_config.json", {"stochastic_sampling": True}, "unsupported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_a_sampler_that_is_none_of_flows_or_draws_unseeded_noise(scheduler):
-    with refused(OutsideError, "unsupported", "model.path"):
-        check_flow_schedule(SPEC, scheduler)
+def test_text_and_sampler_are_refused_before_weights_are_read(tmp_path, plain, file, change, kind):
+    """Widths that do not fit, no CLIP, a sampler that is none of flows or adds unseeded noise."""
+    path = broken(plain, tmp_path / "broken")
+    rewritten(path / file, **change)
+    with refused(OutsideError, kind, "model.path"):
+        load(path)
 
 
 def test_another_transformer_takes_the_place_of_the_models_own(tmp_path, plain):
