@@ -14,13 +14,16 @@ from typing import Any
 import torch
 import yaml
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -28,6 +31,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -37,6 +41,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -253,13 +260,63 @@ def sana(**changes: Any) -> SanaTransformer2DModel:
     return SanaTransformer2DModel(**config | changes)
 
 
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Letters, and nothing longer; what is none of them is unknown."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    letters = [chr(ord("a") + i) for i in range(26)]
+    vocabulary = {mark: number for number, mark in enumerate([*marks, *letters])}
+    made = GemmaTokenizer(vocab=vocabulary, model_max_length=4096)
+    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)])
+    made.backend_tokenizer.post_processor = begin
+    return made
+
+
+def sana_pipeline(seed: int = 0, **changes: Any) -> SanaPipeline:
+    """A SANA of that size, whose VAE quarters 32x32 pixels, the least that the pipeline takes."""
+    torch.manual_seed(seed)
+    letters = gemma_tokenizer()
+    text = Gemma2Config(
+        vocab_size=len(letters),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+    )
+    vae: dict[str, Any] = {
+        "latent_channels": 4,
+        "attention_head_dim": 8,
+        "scaling_factor": 0.5,
+    }
+    for half in ("encoder", "decoder"):
+        vae[f"{half}_block_out_channels"] = (8, 8, 8)
+        vae[f"{half}_layers_per_block"] = (1, 1, 1)
+        vae[f"{half}_qkv_multiscales"] = ((), (), ())
+    parts: dict[str, Any] = {
+        "transformer": sana(),
+        "vae": AutoencoderDC(**vae),
+        "text_encoder": Gemma2Model(text),
+        "tokenizer": letters,
+        "scheduler": DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        ),
+    }
+    return SanaPipeline(**parts | changes)
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": pipeline,
     "sdxl": xl_pipeline,
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
+    "sana": sana_pipeline,
     "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
 }
+
+
+SIDES = {"sana": 32}  # of images, in pixels; of other families 16
 
 
 def lcm_unet(seed: int = 7, **changes: Any) -> UNet2DConditionModel:
@@ -310,7 +367,7 @@ def build(folder: Path, backbone: str = "sd") -> dict[str, Any]:
         "model": {
             "backbone": backbone,
             "path": str(folder / backbone),
-            "resolution": [16, 16],
+            "resolution": [SIDES.get(backbone, 16)] * 2,
             **model,
         },
         "objective": objective,

@@ -32,6 +32,7 @@ ATTENTION = (
 FEED_FORWARD = (
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     *("proj_mlp", "single_transformer_blocks.*.proj_out"),
+    *("ff.conv_inverted", "ff.conv_point"),  # SANA's, whose third convolution is a channel wide
 )
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")

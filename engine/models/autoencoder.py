@@ -21,6 +21,9 @@ from ..basics.errors import NumericsError
 # Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,
 # take gigabytes for each of the two 1024 x 1024 (eight 512 x 512) images that these are.
 MAX_PIXELS = 2**21
+# Log variance of latents that are no posterior's: the least that diffusers gives one. What is drawn
+# from it is the mean.
+NO_VARIANCE = -30.0
 
 
 class Autoencoder:
@@ -59,8 +62,8 @@ class Autoencoder:
         """The posterior of images uint8 (N, 3, H, W): mean and log variance (N, 2C, h, w)."""
         parts = []
         for part in pixels.to(self.vae.device).split(self._images_a_call(pixels.shape[-2:])):
-            posterior = self.vae.encode(part.float() / 127.5 - 1).latent_dist
-            parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
+            encoded = self.vae.encode(part.float() / 127.5 - 1)
+            parts.append(torch.cat(_posterior(encoded), dim=1).float())
         return torch.cat(parts)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -99,9 +102,17 @@ class Autoencoder:
         return max(1, MAX_PIXELS // (height * width))
 
 
+def _posterior(encoded: Any) -> list[Tensor]:
+    """Mean and log variance of what an autoencoder makes of images."""
+    if "latent_dist" in encoded:
+        return [encoded.latent_dist.mean, encoded.latent_dist.logvar]
+    return [encoded.latent, torch.full_like(encoded.latent, NO_VARIANCE)]
+
+
 def vae_sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
     """Of a VAE's config: channels of its latents, and pixels along a side of one."""
-    return int(vae["latent_channels"]), int(2 ** (len(vae["block_out_channels"]) - 1))
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return int(vae["latent_channels"]), int(2 ** (len(blocks) - 1))
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .pipelines import FLOW_KEYS, NOISE_KEYS
+from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS
 from .pretrained import denoiser_in
 
 PARTS = {
@@ -83,6 +83,8 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     empty = pipeline.config.get("force_zeros_for_empty_prompt")
     denoiser = parts[denoiser_in(parts)]
     noise = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
+    if scheduler.config.get("use_flow_sigmas"):
+        noise = SOLVER_KEYS
     sampler = {k: v for k, v in settings_of(scheduler).items() if k not in noise}
     return {
         "model": fingerprint(denoiser),

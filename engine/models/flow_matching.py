@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ...kernels import SchedulePoint, paired_add_noise
@@ -43,7 +43,7 @@ class FlowMatching:
 
     def __init__(
         self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler,
         device: torch.device,
         resolution: tuple[int, int],
         token_side: int,
@@ -101,12 +101,17 @@ QUANTILES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> Tensor:
-    """(T,) float32 on the host: the noise levels that the scheduler knows, the last 1, shifted as
-    for images of so many tokens.
+def sigma_grid(
+    scheduler: FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler, tokens: int
+) -> Tensor:
+    """(T,) float32 on the host: the noise levels that the scheduler knows, the last 1 or next to
+    it, shifted as for images of so many tokens.
     """
     own = type(scheduler).from_config(scheduler.config)  # sampling moves a scheduler's sigmas
     sigmas, config = own.sigmas, own.config
+    if "flow_shift" in config:  # a solver, which has the noise levels of a flow when it is told to
+        own.set_timesteps(config["num_train_timesteps"])
+        return own.sigmas[:-1].flip(0)
     if config["use_dynamic_shifting"]:
         sigmas = own.time_shift(shift_exponent(scheduler, tokens), 1.0, sigmas)
     if config["shift_terminal"]:

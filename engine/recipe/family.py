@@ -58,6 +58,14 @@ FAMILIES = {
         sampler="Euler",
         guided_twice=False,
     ),
+    "sana": Family(
+        "SANA model",
+        ("SanaPipeline",),
+        "SanaTransformer2DModel",
+        "AutoencoderDC",
+        sampler="DPM-Solver++",
+        schedulers=("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
+    ),
 }
 
 

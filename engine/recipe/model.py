@@ -13,7 +13,7 @@ from .section import NonNegativeFloat, PositiveInt, Section
 class Model(Section):
     """The text-to-image model to align."""
 
-    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux"] = "sd"
+    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux", "sana"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
     """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A
@@ -40,7 +40,7 @@ class Model(Section):
     `guidance` is w + 1."""
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling, of a
-    flow model 16."""
+    flow model 16, of SANA 32."""
     embedded_guidance: NonNegativeFloat = 3.5
     """`backbone: flux` only: the guidance FLUX.1 dev is told in training; schnell is told none."""
     sigmas: Literal["logit_normal", "uniform", "mode"] = "logit_normal"

@@ -1,0 +1,181 @@
+"""SANA as we drive it against the stock pipeline of diffusers."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from batches import corrupted
+from cdpo.engine.basics.errors import OutsideError
+from cdpo.engine.models import load_backbone
+from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.text import told_of_long
+from cdpo.engine.objectives import build_objective
+from cdpo.engine.recipe import Model, Recipe
+from cdpo.engine.training.networks import build_networks
+from diffusers import SanaPipeline
+from pictures import noise, pixels
+from refusals import refused
+
+CPU = torch.device("cpu")
+PROMPTS = ["red apple", "house"]
+SIZE = (32, 64)  # height and width of what is drawn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On disk: not to be written to."""
+    folder = tmp_path_factory.mktemp("sana")
+    tiny.sana_pipeline().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **changes: object) -> LatentDiffusion:
+    given = {"backbone": "sana", "path": str(folder), "resolution": SIZE}
+    return load_backbone(Model(**given | changes), CPU)
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> LatentDiffusion:
+    """One backbone for the tests that leave it as it is."""
+    return load(folder)
+
+
+def stepped(
+    shared: LatentDiffusion, start: torch.Tensor, steps: int, guidance: float
+) -> np.ndarray:
+    """Pictures by our `predict`, the stock scheduler and the stock VAE alone."""
+    own = shared.pipeline.scheduler
+    scheduler = type(own).from_config(own.config)
+    scheduler.set_timesteps(steps)
+    told = shared.encode_prompts([""] * len(PROMPTS) + PROMPTS)
+    latents = start
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            both = torch.cat([latents, latents])
+            answer = shared.predict(shared.denoiser, both, time.expand(len(both)), told)
+            empty, own_answer = answer.chunk(2)
+            guided = empty + guidance * (own_answer - empty)
+            latents = scheduler.step(guided, time, latents).prev_sample
+    return pixels(shared.vae.decode(latents))
+
+
+def test_images_are_the_stock_pipelines_to_the_bit(folder, shared):
+    """By a loop over `predict`, and by `sample`, which ranks what users draw: prompts behind the
+    pipeline's instruction, the empty one without, padding masked, and noise levels by the solver.
+    """
+    height, width = SIZE
+    stock = SanaPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    start = noise(2, height // 4, width // 4)
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": height, "width": width}
+    drawn = stock(PROMPTS, latents=start, use_resolution_binning=False, **options).images
+    expected = pixels(drawn)
+    assert np.array_equal(stepped(shared, start, 3, 3.0), expected)
+    sampled = shared.sample(shared.denoiser, PROMPTS, start, steps=3, guidance=3.0)
+    assert np.array_equal(pixels(sampled), expected)
+    assert expected.std() > 10  # of 255: no gray wall
+
+
+def test_prompts_are_long_beyond_what_is_kept_of_them(shared):
+    """Letters, behind those of the instruction; padding of the empty prompt does not count."""
+    assert told_of_long(shared, ["a" * 299]) is None
+    told = told_of_long(shared, ["a" * 300])
+    assert told is not None and "more than the 299 tokens" in told
+    mask = shared.encode_prompts(["", "house"]).extras["encoder_attention_mask"]
+    assert mask.sum(1).tolist() == [0, 5 + 2]  # and what stands before it
+
+
+def test_noise_is_that_of_the_solver_and_its_target_the_velocity(shared):
+    """Against the schedule's formula in float64: levels shifted by 3, noise minus latents."""
+    levels = np.linspace(1, 1 / 1000, 1001)
+    shifted = 3 * (1 - levels) / (1 + 2 * (1 - levels))
+    grid = shared.noise._grid.double().numpy() / 1000
+    assert len(grid) == 1000 and np.allclose(grid, shifted[1:], rtol=0, atol=1e-7)
+    batch = corrupted(shared, PROMPTS)
+    sigma = (batch.draw.timesteps / 1000).double()[:, None, None, None].repeat(2, 1, 1, 1)
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    eps = batch.target.double() + latents
+    assert torch.allclose(eps[:2], eps[2:], atol=1e-6)  # of winner and loser
+    expected = (1 - sigma) * latents + sigma * eps
+    torch.testing.assert_close(batch.noisy.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_latents_have_no_variance_and_the_vaes_scale(shared):
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (2, 3, *SIZE), dtype=np.uint8)
+    )
+    with torch.no_grad():
+        expected = shared.vae.vae.encode(images / 127.5 - 1).latent * 0.5
+    moments = shared.image_moments(images)
+    assert moments.shape == (2, 2 * 4, 8, 16)
+    for drawn in (None, noise(2, 8, 16)):
+        found = shared.latents_of(moments, drawn)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "adapted"),
+    [
+        # q, k, v and out of both attentions, and two of three convolutions, in two blocks
+        (("adapter.targets=attention+ff",), 2 * (8 + 2)),
+        (("adapter.dora=true",), 2 * 8),
+        (("adapter.type=full", "export.formats=[merged]"), 0),
+    ],
+    ids=["lora", "dora", "full"],
+)
+def test_a_fresh_policy_is_its_reference_and_learns(
+    folder: Path, tiny_recipe: Callable[..., Recipe], knobs: tuple[str, ...], adapted: int
+) -> None:
+    size = "model.resolution=[32,32]"
+    recipe = tiny_recipe("model.backbone=sana", f"model.path={folder}", size, *knobs)
+    backbone = load(folder)
+    batch = corrupted(backbone, PROMPTS)
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
+    loss = networks(batch).loss
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    loss.backward()
+    assert sum("lora_B" in name for name, _ in networks.policy.named_parameters()) == adapted
+    with torch.no_grad():
+        for parameter in networks.policy.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
+    assert networks(batch).loss.item() < loss.item() - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "kind", "told"),
+    [
+        ("model_index.json", {"_class_name": "SanaSprintPipeline"}, "unreadable", "not supported"),
+        ("transformer/config.json", {"guidance_embeds": True}, "unsupported", "SANA-Sprint"),
+        ("transformer/config.json", {"caption_channels": 24}, "mismatch", "caption_channels=24"),
+        ("vae/config.json", {"latent_channels": 8}, "mismatch", "latent_channels=8"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": False}, "unsupported", "flow"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "unsupported", "karras"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    folder, tmp_path, file, change, kind, told
+):
+    made = shutil.copytree(folder, tmp_path / "made")
+    for weights in made.glob("*/*.safetensors"):
+        weights.write_bytes(b"not to be read")
+    path = made / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with refused(OutsideError, kind, "model.path") as found:
+        load(made)
+    assert told in str(found.value) and "\n" not in str(found.value)
+
+
+def test_other_sizes_and_backbones_are_refused(folder):
+    with refused(OutsideError, "mismatch", "model.resolution"):
+        load(folder, resolution=(32, 34))
+    with refused(OutsideError, "unreadable", "model.path") as told:
+        load(folder, backbone="sd3")
+    assert "model.backbone=sana fits" in str(told.value)
