@@ -10,7 +10,7 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,12 +32,14 @@ def stock_pipeline(base: Path, run: Path, form: str, **changes: Any) -> Diffusio
 
 
 def picture(pipeline: DiffusionPipeline) -> np.ndarray:
-    """The sample row of the tiny recipe, (16, 32, 3) uint8, drawn without any code of the trainer:
-    its first training and its first held-out prompt, 2 steps, guidance 2.
+    """The sample row of the tiny recipe, (16, 32, 3) uint8 (of SANA 32, 64), drawn without any
+    code of the trainer: its first training and its first held-out prompt, 2 steps, guidance 2.
     """
     prompts = [tiny.PROMPTS[0], tiny.HELDOUT[0]]
     keys = keyed.make_keys(3, Stream.SAMPLE_NOISE, [content_id(prompt) for prompt in prompts])
     noise = keyed.normal(keys, (4, 8, 8))
+    is_sana = isinstance(pipeline, SanaPipeline)
+    side = tiny.SIDES["sana"] if is_sana else 16
     # For samplers that add noise: each image has a generator, seeded by its own first noise.
     seeds = [content_id(row.numpy().tobytes().hex()) for row in noise]
     images = pipeline(
@@ -48,8 +50,9 @@ def picture(pipeline: DiffusionPipeline) -> np.ndarray:
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=2,
         guidance_scale=2.0,
-        height=16,
-        width=16,
+        height=side,
+        width=side,
+        **({"use_resolution_binning": False} if is_sana else {}),
     ).images
     return np.concatenate([np.asarray(image) for image in images], axis=1)
 

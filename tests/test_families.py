@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
+from cdpo.engine.recipe.family import FAMILIES
 from cdpo.engine.shards.manifest import load_manifest, save_manifest
 from cdpo.engine.shards.reader import ShardReaders
 from cdpo.engine.shards.sample import PairMeta
@@ -20,9 +22,9 @@ from cdpo.engine.shards.writer import write_shard
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     LCMScheduler,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,7 +34,7 @@ from launching import KILLED, ForkServer, Outcome, World, losses, zero_config
 from stock import assert_draws, denoiser_weights, distance, exported_unet, stock_pipeline
 
 LOG_2 = math.log(2)
-FLOW = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
+FLOW = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "sana": SanaPipeline}
 # Learning rates at which ten steps of a tiny model show in its images.
 KNOBS = {
     "merged": ("adapter.type=full", "export.formats=[merged]", "train.optimizer.lr=1e-3"),
@@ -86,7 +88,8 @@ def make_family(folder: Path, server: ForkServer, name: str) -> Family:
         gentle = ("objective.beta=20", "objective.huber_c=0.1")
         return Family(world, gentle, StableDiffusionPipeline, LCMScheduler)
     if name in FLOW:
-        return Family(world, ("objective.beta=100",), FLOW[name], FlowMatchEulerDiscreteScheduler)
+        scheduler = getattr(diffusers, FAMILIES[name].schedulers[0])
+        return Family(world, ("objective.beta=100",), FLOW[name], scheduler)
     pipeline = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     return Family(world, ("objective.beta=500",), pipeline)
 
@@ -116,6 +119,8 @@ def long(*values: object) -> Any:
         long("sd3", "merged"),
         long("flux", "lora"),
         long("flux", "merged"),
+        long("sana", "lora"),
+        long("sana", "merged"),
         long("lcm", "lora"),
         long("sd_v", "lora"),
         long("sdxl", "merged"),
@@ -168,6 +173,8 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
         long("sd3", 3),
         long("flux", 2),
         long("flux", 3),
+        long("sana", 1),
+        long("sana", 3),
     ],
 )
 def test_killed_on_two_ranks_the_curve_is_that_of_one(
@@ -207,7 +214,7 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux", "sana"])
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str
 ) -> None:

@@ -47,7 +47,7 @@ def refuse_guidance(recipe: Recipe, denoiser: Config) -> None:
 
 
 def describe_few_steps(spec: Model, denoiser: Config) -> list[tuple[str, str]]:
-    """A warning for the head of a run that would undo a distillation; an LCM has losses of its own."""
+    """A warning for the head of a run that would undo a distillation; LCMs have their own loss."""
     by_name = NAMES.search((spec.unet or spec.path).rstrip("/").rpartition("/")[2])
     if spec.backbone == "lcm" or not (by_name or not _takes_guidance(spec, denoiser)):
         return []

@@ -124,8 +124,8 @@ def test_latents_have_no_variance_and_the_vaes_scale(shared):
     [
         # q, k, v and out of both attentions, and two of three convolutions, in two blocks
         (("adapter.targets=attention+ff",), 2 * (8 + 2)),
-        (("adapter.dora=true",), 2 * 8),
-        (("adapter.type=full", "export.formats=[merged]"), 0),
+        pytest.param(("adapter.dora=true",), 2 * 8, marks=pytest.mark.long),
+        pytest.param(("adapter.type=full", "export.formats=[merged]"), 0, marks=pytest.mark.long),
     ],
     ids=["lora", "dora", "full"],
 )

@@ -152,6 +152,26 @@ def test_the_dry_run_of_a_flow_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.long
+def test_the_dry_run_of_sana(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.6 B parameters and a Gemma 2 of 2.6 B as published; operations by hand: linear attention
+    costs next to nothing beyond its projections.
+    """
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    rows = printed(recipe_of("sana"), monkeypatch)
+    assert rows["denoiser"] == ["1,604,641,952", "0"]
+    assert rows["text_encoder"] == ["2,614,341,888", "0"]
+    width, blocks, rank, image, text = 2240, 20, 32, 32 * 32, 300
+    assert rows["adapter"] == [f"{8 * blocks * rank * 2 * width:,}"] * 2
+    hidden = 2 * int(2.5 * width)  # a gate and what it lets through
+    of_image = 4 + 2 + 1.5 * hidden / width  # projections, those to the text, the feed-forward
+    linear = blocks * width**2 * (image * of_image + 2 * text) + text * (2304 + width) * width
+    scores = blocks * 2 * width * image * text
+    by_hand = 2 * (linear + scores)
+    assert flops(rows["forward, one image"][1]) == pytest.approx(by_hand, rel=0.02)
+
+
+@pytest.mark.long
 def test_the_dry_run_of_flux_fits_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX.1 dev with its adapter on one of 80 GB: 12 B parameters, held once."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
