@@ -1,4 +1,4 @@
-"""The KL autoencoder between pixels and latents, in float32 at every precision of the run.
+"""The autoencoder between pixels and latents, in float32 at every precision of the run.
 
 Half of the published VAEs overflow in fp16 (SDXL's own does), and the fingerprint in the shards
 must not depend on how a run computes.

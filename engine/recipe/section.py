@@ -73,7 +73,7 @@ def _what_it_should_be(value: object) -> str | None:
 
 class Sampler(Section):
     """How images are drawn: by DDIM without added noise, from an LCM by its own multistep rule,
-    from a flow model by Euler steps.
+    from a flow model by its folder's scheduler: Euler steps, of SANA DPM-Solver++.
     """
 
     steps: PositiveInt = 50

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +16,8 @@ from ...basics.errors import OutsideError
 from ...display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ...models import fingerprint
 from ...models.autoencoder import Autoencoder
-from ...models.pretrained import read_network
+from ...models.pretrained import read_network, reading
+from ...recipe.family import FAMILIES
 from ...shards.contents import Kind
 from ...shards.manifest import Manifest, VaeSource, shards_by_tier
 from ...shards.reader import ShardReaders
@@ -62,7 +64,11 @@ def load_vae(source: VaeSource) -> Autoencoder:
             "missing",
         )
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
-    vae = read_network(AutoencoderKL, str(inner), torch.float32, key="vae", kind="VAE")
+    with reading(f"vae={inner}", "VAE", str(inner)) as place:
+        found = AutoencoderKL.load_config(place).get("_class_name")
+    of_families = {family.vae for family in FAMILIES.values()}
+    network = getattr(diffusers, found) if found in of_families else AutoencoderKL
+    vae = read_network(network, str(inner), torch.float32, key="vae", kind="VAE")
     autoencoder = Autoencoder(vae.eval().requires_grad_(False))
     if fingerprint(vae) != source.fingerprint:
         raise OutsideError(

@@ -110,7 +110,7 @@ NO_GUIDANCE = ("prepare.sampler.guidance=1", "compare.sampler.guidance=1")
         ((), "unsupported", "prepare.sampler.guidance"),
         (NO_GUIDANCE[:1], "unsupported", "compare.sampler.guidance"),
         (
-            (*NO_GUIDANCE, "evaluate.sampler={guidance: 2}"),
+            (*NO_GUIDANCE, "evaluate.sampler.guidance=2"),
             "unsupported",
             "evaluate.sampler.guidance",
         ),
