@@ -10,7 +10,13 @@ import tiny
 import torch
 from cdpo.engine.basics import keyed
 from cdpo.engine.basics.keyed import Stream, content_id
-from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    ZImagePipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,21 +44,25 @@ def picture(pipeline: DiffusionPipeline) -> np.ndarray:
     prompts = [tiny.PROMPTS[0], tiny.HELDOUT[0]]
     keys = keyed.make_keys(3, Stream.SAMPLE_NOISE, [content_id(prompt) for prompt in prompts])
     noise = keyed.normal(keys, (4, 8, 8))
-    is_sana = isinstance(pipeline, SanaPipeline)
-    side = tiny.SIDES["sana"] if is_sana else 16
+    side = tiny.SIDES["sana"] if isinstance(pipeline, SanaPipeline) else 16
     # For samplers that add noise: each image has a generator, seeded by its own first noise.
     seeds = [content_id(row.numpy().tobytes().hex()) for row in noise]
+    given: dict[str, Any] = {"latents": noise, "guidance_scale": 2.0}
+    if isinstance(pipeline, FluxPipeline | QwenImagePipeline):
+        given["latents"] = FluxPipeline._pack_latents(noise, 2, 4, 8, 8)
+    if isinstance(pipeline, QwenImagePipeline):
+        given["true_cfg_scale"], given["negative_prompt"] = given.pop("guidance_scale"), [" "] * 2
+    if isinstance(pipeline, ZImagePipeline):
+        given["guidance_scale"] -= 1
+    if isinstance(pipeline, SanaPipeline):
+        given["use_resolution_binning"] = False
     images = pipeline(
         prompts,
-        latents=FluxPipeline._pack_latents(noise, 2, 4, 8, 8)
-        if isinstance(pipeline, FluxPipeline)
-        else noise,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=2,
-        guidance_scale=2.0,
         height=side,
         width=side,
-        **({"use_resolution_binning": False} if is_sana else {}),
+        **given,
     ).images
     return np.concatenate([np.asarray(image) for image in images], axis=1)
 

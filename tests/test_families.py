@@ -24,17 +24,25 @@ from diffusers import (
     DiffusionPipeline,
     FluxPipeline,
     LCMScheduler,
+    QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
 )
 from launching import KILLED, ForkServer, Outcome, World, losses, zero_config
 from stock import assert_draws, denoiser_weights, distance, exported_unet, stock_pipeline
 
 LOG_2 = math.log(2)
-FLOW = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "sana": SanaPipeline}
+FLOW = {
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+    "sana": SanaPipeline,
+    "qwen_image": QwenImagePipeline,
+    "z_image": ZImagePipeline,
+}
 # Learning rates at which ten steps of a tiny model show in its images.
 KNOBS = {
     "merged": ("adapter.type=full", "export.formats=[merged]", "train.optimizer.lr=1e-3"),
@@ -121,6 +129,10 @@ def long(*values: object) -> Any:
         long("flux", "merged"),
         long("sana", "lora"),
         long("sana", "merged"),
+        long("qwen_image", "lora"),
+        long("qwen_image", "merged"),
+        long("z_image", "lora"),
+        long("z_image", "merged"),
         long("lcm", "lora"),
         long("sd_v", "lora"),
         long("sdxl", "merged"),
@@ -175,6 +187,8 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
         long("flux", 3),
         long("sana", 1),
         long("sana", 3),
+        long("qwen_image", 3),
+        long("z_image", 2),
     ],
 )
 def test_killed_on_two_ranks_the_curve_is_that_of_one(
@@ -214,7 +228,7 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux", "sana", "qwen_image", "z_image"])
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str
 ) -> None:

@@ -16,6 +16,7 @@ import yaml
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -23,6 +24,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -30,6 +33,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -44,10 +49,16 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets" / "emoji" / "sd" / "tokenizer"
@@ -306,12 +317,114 @@ def sana_pipeline(seed: int = 0, **changes: Any) -> SanaPipeline:
     return SanaPipeline(**parts | changes)
 
 
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, and the marks of a chat."""
+    letters = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    made = Qwen2Tokenizer(vocab=letters, merges=[], chat_template=template)
+    made.add_special_tokens({"additional_special_tokens": marks[1:]})
+    return made
+
+
+def qwen_config(tokens: Qwen2Tokenizer) -> dict[str, Any]:
+    """Of a language model that reads it, whatever its version."""
+    return {
+        "vocab_size": len(tokens),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "pad_token_id": tokens.pad_token_id,
+    }
+
+
+def qwen_image_pipeline(seed: int = 0, **changes: Any) -> QwenImagePipeline:
+    """A Qwen-Image of that size: a block, text of width 24, a VAE of videos of 4 channels."""
+    torch.manual_seed(seed)
+    tokens = qwen_tokenizer()
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    text = Qwen2_5_VLConfig(
+        text_config={
+            **qwen_config(tokens),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 4]},
+        },
+        vision_config={**seen, "out_hidden_size": 24, "fullatt_block_indexes": [0]},
+    )
+    parts: dict[str, Any] = {
+        "transformer": QwenImageTransformer2DModel(
+            in_channels=4 * 4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        "vae": qwen_vae(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(text),
+        "tokenizer": tokens,
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02, time_shift_type="exponential"
+        ),
+    }
+    return QwenImagePipeline(**parts | changes)
+
+
+def qwen_vae(**changes: Any) -> AutoencoderKLQwenImage:
+    """A VAE of videos that halves 16x16 pixels."""
+    config: dict[str, Any] = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [0.5, 0.6, 0.7, 0.9],
+    }
+    return AutoencoderKLQwenImage(**config | changes)
+
+
+def z_image_pipeline(seed: int = 0, **changes: Any) -> ZImagePipeline:
+    """A Z-Image of that size: a block of each kind, text of width 24."""
+    torch.manual_seed(seed)
+    tokens = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 12, 12],
+    )
+    for mark in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(mark)
+    parts: dict[str, Any] = {
+        "transformer": transformer,
+        "vae": vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": Qwen3Model(Qwen3Config(head_dim=12, **qwen_config(tokens))),
+        "tokenizer": tokens,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return ZImagePipeline(**parts | changes)
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": pipeline,
     "sdxl": xl_pipeline,
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
     "sana": sana_pipeline,
+    "qwen_image": qwen_image_pipeline,
+    "z_image": z_image_pipeline,
     "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
 }
 

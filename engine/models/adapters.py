@@ -33,6 +33,9 @@ FEED_FORWARD = (
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     *("proj_mlp", "single_transformer_blocks.*.proj_out"),
     *("ff.conv_inverted", "ff.conv_point"),  # SANA's, whose third convolution is a channel wide
+    # Of Qwen-Image and Z-Image, as verl and DiffSynth-Studio name them.
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")

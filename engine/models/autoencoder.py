@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from ..basics.errors import NumericsError
+from ..basics.transfer import send
 
 # Of one call of the VAE: its float32 activations, some 256 channels at full size in several copies,
 # take gigabytes for each of the two 1024 x 1024 (eight 512 x 512) images that these are.
@@ -29,14 +30,23 @@ NO_VARIANCE = -30.0
 class Autoencoder:
     """Images to scaled latents and back: ``latents = (z - shift) * scale``, z what the VAE makes.
 
-    Latents are (N, C, h, w) float32; an image is ``scale_factor`` times as high and wide.
+    Latents are (N, C, h, w) float32; an image is ``scale_factor`` times as high and wide. What is
+    made for videos, as Qwen-Image's, makes one of one frame, and has a shift and a scale for each
+    channel.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        self.vae = vae
-        self.channels, self.scale_factor = vae_sizes(vae.config)
-        self.scaling_factor = float(vae.config["scaling_factor"])
-        self.shift_factor = float(vae.config.get("shift_factor") or 0.0)
+    def __init__(self, vae: ModelMixin) -> None:
+        self.vae: Any = vae
+        config: Any = vae.config
+        self.channels, self.scale_factor = vae_sizes(config)
+        self._makes_videos = is_of_videos(config)
+        self.scaling_factor = float(config.get("scaling_factor") or 1.0)
+        self._shift: float | Tensor = float(config.get("shift_factor") or 0.0)
+        self._scale: float | Tensor = self.scaling_factor
+        if self._makes_videos:
+            mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
+            # The quotient first, as the stock pipeline rounds.
+            self._shift, self._scale = mean.view(-1, 1, 1), 1.0 / std.view(-1, 1, 1)
         self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
@@ -62,8 +72,10 @@ class Autoencoder:
         """The posterior of images uint8 (N, 3, H, W): mean and log variance (N, 2C, h, w)."""
         parts = []
         for part in pixels.to(self.vae.device).split(self._images_a_call(pixels.shape[-2:])):
-            encoded = self.vae.encode(part.float() / 127.5 - 1)
-            parts.append(torch.cat(_posterior(encoded), dim=1).float())
+            images = part.float() / 127.5 - 1
+            encoded = self.vae.encode(images.unsqueeze(2) if self._makes_videos else images)
+            moments = torch.cat(_posterior(encoded), dim=1).float()
+            parts.append(moments.squeeze(2) if self._makes_videos else moments)
         return torch.cat(parts)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -72,7 +84,8 @@ class Autoencoder:
         """
         mean, log_variance = moments.float().chunk(2, dim=1)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-        return (z - self.shift_factor) * self.scaling_factor
+        shift, scale = self._normalisation(z.device)
+        return (z - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -85,9 +98,13 @@ class Autoencoder:
                 "denoiser",
                 "non-finite",
             )
-        unscaled = latents.float() / self.scaling_factor + self.shift_factor
+        shift, scale = self._normalisation(latents.device)
+        unscaled = latents.float() / scale + shift
+        if self._makes_videos:
+            unscaled = unscaled.unsqueeze(2)
         parts = unscaled.split(self._images_a_call(self.pixel_shape(latents)))
         pixels = torch.cat([self.vae.decode(part).sample for part in parts])
+        pixels = pixels.squeeze(2) if self._makes_videos else pixels
         if not pixels.isfinite().all():
             raise NumericsError(
                 "the VAE makes NaN of finite latents: its weights are broken or overflowed when "
@@ -96,6 +113,11 @@ class Autoencoder:
                 "non-finite",
             )
         return self._processor.postprocess(pixels, output_type="pil")
+
+    def _normalisation(self, device: torch.device) -> list[Any]:
+        """Shift and scale: numbers, which round as the stock pipeline's, or (C, 1, 1)."""
+        both = self._shift, self._scale
+        return [send(of, device) if isinstance(of, Tensor) else of for of in both]
 
     def _images_a_call(self, resolution: Sequence[int]) -> int:
         height, width = resolution
@@ -111,8 +133,15 @@ def _posterior(encoded: Any) -> list[Tensor]:
 
 def vae_sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
     """Of a VAE's config: channels of its latents, and pixels along a side of one."""
+    if is_of_videos(vae):
+        return int(vae["z_dim"]), int(2 ** len(vae["temperal_downsample"]))
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
     return int(vae["latent_channels"]), int(2 ** (len(blocks) - 1))
+
+
+def is_of_videos(vae: Mapping[str, Any]) -> bool:
+    """Whether a VAE of this config makes videos."""
+    return "temperal_downsample" in vae
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -11,7 +11,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from ..basics.errors import OutsideError
 from ..recipe import Model
-from .autoencoder import vae_sizes
+from .autoencoder import is_of_videos, vae_sizes
 from .ddpm import PREDICTION_TYPES
 
 SOLVER = "DPMSolverMultistepScheduler"
@@ -177,7 +177,9 @@ def _vae_key(spec: Model) -> str:
 
 def _check_latents(spec: Model, channels: Mapping[str, int], vae: Config) -> None:
     vae_name = f"model.vae={spec.vae}" if spec.vae else f"the VAE of model.path={spec.path}"
-    if vae.get("latents_mean") is not None:
+    if is_of_videos(vae):
+        _check_statistics(vae, vae_name, _vae_key(spec))
+    elif vae.get("latents_mean") is not None:
         raise OutsideError(
             f"{vae_name} normalises each channel (latents_mean), which this backbone does not",
             _vae_key(spec),
@@ -190,6 +192,18 @@ def _check_latents(spec: Model, channels: Mapping[str, int], vae: Config) -> Non
                 f"{unet_name(spec)} and {vae_name} do not fit: {end}={count}, "
                 f"latent_channels={of_vae}",
                 "model.unet" if spec.unet else _vae_key(spec),
+                "mismatch",
+            )
+
+
+def _check_statistics(vae: Config, name: str, key: str) -> None:
+    for statistic in ("latents_mean", "latents_std"):
+        found = vae.get(statistic) or ()
+        if len(found) != vae["z_dim"]:
+            raise OutsideError(
+                f"{name} has {len(found)} numbers of {statistic}, where its z_dim={vae['z_dim']} "
+                "channels have one each: its config is incomplete",
+                key,
                 "mismatch",
             )
 

@@ -172,7 +172,7 @@ class LatentDiffusion:
             pipeline,
             noise.to(self.device, dtype),
             guidance,
-            **{name: value.to(dtype) for name, value in embeddings.items()},
+            **{name: _cast(value, dtype) for name, value in embeddings.items()},
             generator=_generators(noise),
             num_inference_steps=steps,
             height=height,
@@ -180,6 +180,10 @@ class LatentDiffusion:
             output_type="latent",
         )
         return self.vae.decode(latents)
+
+
+def _cast(value: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    return value.to(dtype) if isinstance(value, Tensor) else [row.to(dtype) for row in value]
 
 
 def draw_latents(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:

@@ -43,13 +43,19 @@ class PromptMask:
         zeros[lowest[: round(self.shares[row] * size)]] = True
         return zeros
 
-    def apply(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A pipeline's inputs, (N, ...) by argument, with zeros in those of the prompts."""
+    def apply(
+        self, inputs: Mapping[str, Tensor | Sequence[Tensor]]
+    ) -> dict[str, Tensor | Sequence[Tensor]]:
+        """A pipeline's inputs, (N, ...) or a list of N by argument, with zeros in those of the
+        prompts.
+        """
         masked = dict(inputs)
         for part, name in enumerate(MASKED_INPUTS):
             if name in masked:
-                rows = zip(range(len(self.shares)), masked[name], strict=True)
-                masked[name] = torch.stack([self._row(row, part, value) for row, value in rows])
+                given = masked[name]
+                rows = zip(range(len(self.shares)), given, strict=True)
+                found = [self._row(row, part, value) for row, value in rows]
+                masked[name] = torch.stack(found) if isinstance(given, Tensor) else found
         return masked
 
     def _row(self, row: int, part: int, embedding: Tensor) -> Tensor:

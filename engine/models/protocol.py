@@ -30,25 +30,30 @@ class Conditioning:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Further per-image tensors (N, ...) by the denoiser's name for them: SDXL's pooled
     `text_embeds` and `time_ids`, SD3's `pooled_projections`."""
+    lengths: tuple[int, ...] | None = None
+    """(N,) how many of the T tokens are an image's own, where texts have lengths of their own; the
+    rest are zeros. On the host, for a transformer asks for them."""
 
     def select(self, rows: Tensor) -> Conditioning:
         """The rows of some images, whose numbers (M,) int64 are on the device, in that order."""
         return Conditioning(
             self.text.index_select(0, rows),
             {name: value.index_select(0, rows) for name, value in self.extras.items()},
+            self.lengths and tuple(self.lengths[row] for row in rows.tolist()),
         )
 
     def first(self, count: int) -> Conditioning:
-        """That of the first images, as views."""
+        """That of so many images alone."""
         extras = {name: value[:count] for name, value in self.extras.items()}
-        return Conditioning(self.text[:count], extras)
+        return Conditioning(self.text[:count], extras, self.lengths and self.lengths[:count])
 
     def with_extras(self, **extras: Tensor) -> Conditioning:
         """The same with further per-image tensors, each (N, ...)."""
-        return Conditioning(self.text, self.extras | extras)
+        return replace(self, extras=self.extras | extras)
 
     def followed_by(self, other: Conditioning) -> Conditioning:
-        """The images of both, in that order; both have the same extras."""
+        """The images of both, in that order; both have the same extras, and no lengths."""
+        assert self.lengths is None and other.lengths is None
         extras = {
             name: torch.cat([value, other.extras[name]]) for name, value in self.extras.items()
         }

@@ -11,12 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .protocol import Backbone, Conditioning, Framing
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
 Encoders = Mapping[str, Any]
 """Text encoders by what a pipeline calls them, of which configs alone are looked at."""
+Inputs = Mapping[str, Tensor | Sequence[Tensor]]
+"""Of a stock pipeline for N images, by argument: (N, ...), or a tensor for each."""
+Embedded = tuple[Tensor | Sequence[Tensor], ...]
+"""What an embedder makes of prompts."""
 Told = dict[str, tuple[int, ...]]
 """Sizes of what a denoiser is told of an image: of `text`, and of extras by their names."""
 ROWS = 8  # prompts in one call of the encoders
@@ -46,7 +51,7 @@ class TextConditioner(Protocol):
         """What the denoiser is told of N images, framed as given if the family is told that."""
         ...
 
-    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def pipeline_inputs(self, prompts: Sequence[str]) -> Inputs:
         """The embeddings that the stock pipeline takes in place of prompts, by argument name."""
         ...
 
@@ -83,7 +88,7 @@ class CachedText:
         ]
 
     @abstractmethod
-    def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, ...]: ...
+    def _embed_anew(self, prompts: list[str]) -> Embedded: ...
 
 
 class PooledText(CachedText):
@@ -119,25 +124,73 @@ class T5Text(PooledText):
         diffusers_logging.get_logger(type(pipeline).__module__).setLevel(diffusers_logging.ERROR)
 
 
+class OwnLengthText(CachedText):
+    """Token embeddings of language models, (n, D) of a prompt of n tokens.
+
+    Each prompt is embedded alone, as the stock pipeline does it that draws one image: beside longer
+    ones it would be padded, and come out rounded otherwise. A batch has zeros up to its longest
+    prompt, and says how long each is.
+    """
+
+    tokens: int
+    """That are seen of a prompt in its template, without :attr:`dropped` ones."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__(pipeline)
+        self.cache.rows = 1
+
+    def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
+        """Framing is nothing that these families are told of."""
+        rows = [text for (text,) in self.cache.rows_of(prompts)]
+        return Conditioning(pad_sequence(rows, batch_first=True), {}, tuple(map(len, rows)))
+
+    def pipeline_inputs(self, prompts: Sequence[str]) -> Inputs:
+        """Lists of embeddings, each as long as its prompt."""
+        nothing = [""] * len(prompts)
+        told = {"prompt_embeds": prompts, "negative_prompt_embeds": nothing}
+        return {name: [text for (text,) in self.cache.rows_of(of)] for name, of in told.items()}
+
+    def seen_tokens(self, prompt: str) -> int | None:
+        read = self.in_template(prompt)
+        if len(read.encode()) <= self.tokens:
+            return None  # a token has a byte at least
+        ids = self._pipeline.tokenizer(read, verbose=False)["input_ids"]
+        return self.tokens if len(ids) - self.dropped > self.tokens else None
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of the template's beginning that are told to nobody."""
+        return 0
+
+    @abstractmethod
+    def in_template(self, prompt: str) -> str:
+        """What the encoder reads."""
+        ...
+
+
 class PromptCache:
     """Embeddings of prompts on the device: those used last, as many as ``budget`` bytes hold.
 
-    ``embed`` gives, for a list of N prompts, tensors with N rows each. It is always asked for
-    ``rows`` prompts at once, some of them fillers: matrix products round differently at other
-    sizes, and a prompt that is embedded again, after a restart or because it had to make room, must
-    come out as it did the first time.
+    ``embed`` gives, for a list of N prompts, tensors or lists with N rows each. It is always
+    asked for ``rows`` prompts at once, some of them fillers: matrix products round differently at
+    other sizes, and a prompt that is embedded again, after a restart or because it had to make
+    room, must come out as it did the first time.
     """
 
-    def __init__(self, embed: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+    def __init__(self, embed: Callable[[list[str]], Embedded]) -> None:
         self.budget = DEFAULT_BUDGET
         self.rows = ROWS
         self._embed = embed
         self._rows: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self._bytes = 0
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """The tensors of ``embed`` for these prompts, which may repeat."""
+        return tuple(torch.stack(column) for column in zip(*self.rows_of(prompts), strict=True))
+
+    @torch.no_grad()
+    def rows_of(self, prompts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+        """The same as a list of rows, which may have sizes of their own."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         for start in range(0, len(missing), self.rows):
             self._add(missing[start : start + self.rows])
@@ -147,7 +200,7 @@ class PromptCache:
         while self._bytes > self.budget:
             _, oldest = self._rows.popitem(last=False)
             self._bytes -= _num_bytes(oldest)
-        return tuple(torch.stack(column) for column in zip(*wanted, strict=True))
+        return wanted
 
     def _add(self, prompts: list[str]) -> None:
         columns = self._embed(prompts + [""] * (self.rows - len(prompts)))

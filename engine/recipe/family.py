@@ -66,6 +66,16 @@ FAMILIES = {
         sampler="DPM-Solver++",
         schedulers=("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
     ),
+    "qwen_image": Family(
+        "Qwen-Image model",
+        ("QwenImagePipeline",),
+        "QwenImageTransformer2DModel",
+        "AutoencoderKLQwenImage",
+        sampler="Euler",
+    ),
+    "z_image": Family(
+        "Z-Image model", ("ZImagePipeline",), "ZImageTransformer2DModel", sampler="Euler"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from .section import NonNegativeFloat, PositiveInt, Section
 class Model(Section):
     """The text-to-image model to align."""
 
-    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux", "sana"] = "sd"
+    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux", "sana", "qwen_image", "z_image"] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
     """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A

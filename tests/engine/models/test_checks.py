@@ -47,7 +47,10 @@ def unreadable(backbone: str, path: Path, **changes: object) -> str:
 
 @pytest.mark.parametrize(
     ("asked", "given"),
-    [("sd", "sdxl"), ("sdxl", "sd"), ("sdxl", "sd3"), ("sd3", "sd"), ("lcm", "sd3")],
+    [
+        *(("sd", "sdxl"), ("sdxl", "sd"), ("sdxl", "sd3"), ("sd3", "sd"), ("lcm", "sd3")),
+        *(("flux", "qwen_image"), ("qwen_image", "z_image"), ("z_image", "flux")),
+    ],
 )
 def test_a_folder_of_the_other_family_says_which_backbone_fits(folders, asked, given):
     message = unreadable(asked, folders / given)

@@ -57,6 +57,13 @@ def test_entries_are_drawn_evenly():
     assert hits.min() > 80 and hits.max() < 160  # 120 expected, 9.2 standard deviation
 
 
+def test_prompts_of_their_own_lengths_lose_their_share_each():
+    """Of its own entries: what a batch would fill up with counts for nothing."""
+    given = [torch.ones(2, 10), torch.ones(30, 10)]
+    found = PromptMask(keys_of("a", "b"), [0.5, 0.1]).apply({"prompt_embeds": given})
+    assert [int((row == 0).sum()) for row in found["prompt_embeds"]] == [10, 30]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_only_the_prompts_own_embeddings_are_masked(dtype):
     inputs = {
