@@ -184,6 +184,38 @@ def test_the_dry_run_of_flux_fits_a_card(tmp_path: Path, monkeypatch: pytest.Mon
     assert "16 in 80 GB" in rows["auto"][0] and float(rows["total"][0]) < 40
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "denoiser", "text", "adapter"),
+    [
+        # q, k, v, out and three layers to and from 10,240, in 30 layers and 4 that refine
+        ("z_image", 6_154_908_736, 4_022_468_096, 34 * 32 * (11 * 3840 + 3 * 10240)),
+        # those of image and text in 60 blocks, and two layers of each one's feed-forward
+        ("qwen_image", 20_430_401_088, 8_292_166_656, 60 * 64 * (8 * 2 + 4 * 5) * 3072),
+    ],
+)
+def test_the_dry_run_of_a_model_with_texts_of_their_own_lengths(
+    name: str,
+    denoiser: int,
+    text: int,
+    adapter: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes as published, held once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    rows = printed(recipe_of(name), monkeypatch)
+    assert rows["denoiser"] == [f"{denoiser:,}", "0"]
+    assert rows["text_encoder"] == [f"{text:,}", "0"]
+    assert rows["adapter"] == [f"{adapter:,}"] * 2
+    assert float(rows["policy weights"][0]) == pytest.approx(
+        2 * (denoiser + adapter) / GIB, abs=0.01
+    )
+    assert rows["text encoders"][0] == "–"  # in host memory
+    assert "none in 80 GB" not in rows["auto"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "key"),
     [
