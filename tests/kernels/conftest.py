@@ -6,8 +6,10 @@ when kernels are defined, and the rest of the test suite wants them uninterprete
 run `test_interpreter.py` starts a second pytest for the interpreted half.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,13 @@ from torch import Tensor
 TRITON_RUNS = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
 
 
-def patch_language_once_a_launch() -> None:
-    """Triton's interpreter patches all of its language anew at every call of a device function,
-    which is a third of the time; all is patched when the launch begins, and until it ends.
+def spare_the_interpreter() -> None:
+    """What Triton's interpreter does again and again to no effect, which is half of its calls.
+
+    It patches all of its language anew at every call of a device function: all is patched when the
+    launch begins, and until it ends. It computes for each sum of integers whether it overflowed,
+    for an assertion that is left out without `debug`. And it makes a table of all dtypes to look
+    one up.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -30,10 +36,21 @@ def patch_language_once_a_launch() -> None:
     patch = interpreter._patch_lang
     interpreter._patch_lang = lambda fn: patch(everything)
     interpreter.InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    assert not builder.options.debug
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def dtype_of(type_: Any) -> Any:
+        if (found := known.get(type_.name)) is None:
+            found = known[type_.name] = look_up(type_)
+        return found
+
+    interpreter._get_np_dtype = dtype_of
 
 
 if INTERPRETED:
-    patch_language_once_a_launch()
+    spare_the_interpreter()
 
 
 @pytest.fixture(params=["torch", *["triton"] * TRITON_RUNS])
