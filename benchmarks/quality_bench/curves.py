@@ -13,6 +13,7 @@ from cdpo.engine.basics.estimates import mean_estimate, paired_difference
 from kernel_bench.plots import STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from quality_bench.evidence import ARMS, Arm
 from quality_bench.plan import Group
 from quality_bench.plot import bars
@@ -156,6 +157,9 @@ def _curves(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None:
         places, gains = [row["divergence"] for row in own], [row["over_base"] for row in own]
         bars(axes, places, gains, colors[arm], label, vertical=True)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:.0e}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axhline(0, color="#6e7782", linewidth=0.8)
 
 

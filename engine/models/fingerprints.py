@@ -82,7 +82,7 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     }
     empty = pipeline.config.get("force_zeros_for_empty_prompt")
     denoiser = parts[denoiser_in(parts)]
-    noise = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
+    noise: tuple[str, ...] = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
     if scheduler.config.get("use_flow_sigmas"):
         noise = SOLVER_KEYS
     sampler = {k: v for k, v in settings_of(scheduler).items() if k not in noise}
