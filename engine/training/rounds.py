@@ -27,7 +27,6 @@ from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone, load_backbone
-from ..models.pretrained import denoiser_in
 from ..ranks import Ranks
 from ..recipe import Model, Prompts, Recipe
 from ..recipe.identity import save_resolved
@@ -188,7 +187,7 @@ class Series:
         if model.lcm_lora is not None:
             return model.model_copy(update={"lcm_lora": str(latest / WITH_LCM)})
         merged = latest / FOLDERS["merged"]
-        own = merged / denoiser_in(part.name for part in merged.iterdir())
+        own = merged / self.recipe.model.family.part
         return model.model_copy(update={"unet": str(own)})
 
     def judge(self) -> Round:
