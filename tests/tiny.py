@@ -267,6 +267,7 @@ def sana(**changes: Any) -> SanaTransformer2DModel:
         "cross_attention_dim": 16,
         "caption_channels": 16,
         "sample_size": 8,
+        "timestep_scale": 0.5,
     }
     return SanaTransformer2DModel(**config | changes)
 

@@ -7,8 +7,8 @@ last hidden states of a Qwen2.5-VL, of a prompt in a template of the pipeline: u
 VAE is one of videos, and normalises each channel of its latents.
 
 Guidance is a second pass whose sum is given the norm of the first, so an image of `guidance: 4`
-is none of ordinary guidance. Nothing is said by a space, as the model's page does: the empty prompt
-is read as one.
+is none of ordinary guidance. Nothing is said by a space, as diffusers does: the empty
+prompt is read as one.
 """
 
 from __future__ import annotations

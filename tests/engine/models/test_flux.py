@@ -1,7 +1,6 @@
 """FLUX.1 as we drive it against the stock pipeline of diffusers."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
-from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Model, Recipe
-from cdpo.engine.training.networks import build_networks
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from flow_models import assert_fresh_and_learns
 from pictures import noise, pixels
 from refusals import refused
 
@@ -162,17 +159,7 @@ def test_a_fresh_policy_is_its_reference_and_learns(
 ) -> None:
     recipe = tiny_recipe("model.backbone=flux", f"model.path={folder / 'dev'}", *knobs)
     backbone = load(folder / "dev")
-    batch = corrupted(backbone, PROMPTS)
-    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
-    loss = networks(batch).loss
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    loss.backward()
-    assert sum("lora_B" in name for name, _ in networks.policy.named_parameters()) == adapted
-    with torch.no_grad():
-        for parameter in networks.policy.parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
-    assert networks(batch).loss.item() < loss.item() - 1e-4
+    assert_fresh_and_learns(recipe, backbone, PROMPTS, adapted)
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

@@ -2,7 +2,6 @@
 have lengths of their own.
 """
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ from cdpo.engine.models import family_of, load_backbone
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
 from cdpo.engine.models.text import told_of_long
-from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Model, Recipe
-from cdpo.engine.training.networks import build_networks
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from flow_models import assert_fresh_and_learns
 from pictures import noise, pixels
 from refusals import refused
 from torch import Tensor
@@ -204,18 +202,7 @@ def test_a_fresh_policy_is_its_reference_and_learns(
 ) -> None:
     recipe = tiny_recipe(f"model.backbone={name}", f"model.path={folder}", *knobs)
     backbone = load(folder)
-    batch = corrupted(backbone, PROMPTS)
-    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
-    loss = networks(batch).loss
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    loss.backward()
-    trained = {n: p for n, p in networks.policy.named_parameters() if p.requires_grad}
-    assert sum("lora_B" in parameter for parameter in trained) == adapted[name]
-    with torch.no_grad():
-        for parameter in trained.values():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
-    assert networks(batch).loss.item() < loss.item() - 1e-4
+    assert_fresh_and_learns(recipe, backbone, PROMPTS, adapted[name])
 
 
 # What does not fit

@@ -1,7 +1,6 @@
 """SANA as we drive it against the stock pipeline of diffusers."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import fingerprint, load_backbone
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
-from cdpo.engine.objectives import build_objective
 from cdpo.engine.preparing.shard_tools.sheet import load_vae
 from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.shards.manifest import VaeSource
-from cdpo.engine.training.networks import build_networks
 from diffusers import SanaPipeline
+from flow_models import assert_fresh_and_learns, guided
 from pictures import noise, pixels
 from refusals import refused
 
@@ -55,16 +53,7 @@ def stepped(
     own = shared.pipeline.scheduler
     scheduler = type(own).from_config(own.config)
     scheduler.set_timesteps(steps)
-    told = shared.encode_prompts([""] * len(PROMPTS) + PROMPTS)
-    latents = start
-    with torch.no_grad():
-        for time in scheduler.timesteps:
-            both = torch.cat([latents, latents])
-            answer = shared.predict(shared.denoiser, both, time.expand(len(both)), told)
-            empty, own_answer = answer.chunk(2)
-            guided = empty + guidance * (own_answer - empty)
-            latents = scheduler.step(guided, time, latents).prev_sample
-    return pixels(shared.vae.decode(latents))
+    return guided(shared, scheduler, PROMPTS, start, guidance)
 
 
 def test_images_are_the_stock_pipelines_to_the_bit(folder, shared):
@@ -143,17 +132,7 @@ def test_a_fresh_policy_is_its_reference_and_learns(
     size = "model.resolution=[32,32]"
     recipe = tiny_recipe("model.backbone=sana", f"model.path={folder}", size, *knobs)
     backbone = load(folder)
-    batch = corrupted(backbone, PROMPTS)
-    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
-    loss = networks(batch).loss
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    loss.backward()
-    assert sum("lora_B" in name for name, _ in networks.policy.named_parameters()) == adapted
-    with torch.no_grad():
-        for parameter in networks.policy.parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
-    assert networks(batch).loss.item() < loss.item() - 1e-4
+    assert_fresh_and_learns(recipe, backbone, PROMPTS, adapted)
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
-from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Model, Recipe
-from cdpo.engine.training.networks import build_networks
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
 )
+from flow_models import assert_fresh_and_learns, guided
 from launching import losses
 from pictures import noise, pixels
 from refusals import refused
@@ -96,16 +94,7 @@ def stepped(
     tokens = start.shape[-2] * start.shape[-1] // 4
     mu = shift_exponent(own, tokens) if own.config.use_dynamic_shifting else None
     scheduler.set_timesteps(steps, mu=mu)
-    told = shared.encode_prompts([""] * len(PROMPTS) + PROMPTS)
-    latents = start
-    with torch.no_grad():
-        for time in scheduler.timesteps:
-            both = torch.cat([latents, latents])
-            answer = shared.predict(shared.denoiser, both, time.expand(len(both)), told)
-            empty, own_answer = answer.chunk(2)
-            guided = empty + guidance * (own_answer - empty)
-            latents = scheduler.step(guided, time, latents).prev_sample
-    return pixels(shared.vae.decode(latents))
+    return guided(shared, scheduler, PROMPTS, start, guidance)
 
 
 def test_images_are_the_stock_pipelines_to_the_bit(shared, stock, kind):
@@ -164,18 +153,7 @@ def test_a_fresh_policy_is_its_reference_and_learns(
 ) -> None:
     recipe = tiny_recipe("model.backbone=sd3", f"model.path={plain}", *knobs)
     backbone = load(plain)
-    batch = corrupted(backbone, PROMPTS)
-    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
-    loss = networks(batch).loss
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    loss.backward()
-    trained = {n: p for n, p in networks.policy.named_parameters() if p.requires_grad}
-    assert sum("lora_B" in name for name in trained) == adapted
-    with torch.no_grad():
-        for parameter in trained.values():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
-    assert networks(batch).loss.item() < loss.item() - 1e-4
+    assert_fresh_and_learns(recipe, backbone, PROMPTS, adapted)
 
 
 @pytest.mark.slow
