@@ -9,7 +9,7 @@ optional; without it `auto` means PyTorch everywhere, and says so once if there 
 import math
 import struct
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace, TracebackType
 from typing import Any, NamedTuple
 
@@ -161,9 +161,37 @@ def as_float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor.
+
+    Triton finds out at each launch what it has compiled, by strings of all arguments and options:
+    half of a fused layer's cost on the host. What it specialises a kernel for is known without
+    them: dtypes, whether addresses divide by 16, and values that are no floats; where these were
+    met before, what it compiled then is launched at once.
+    """
+    first = arguments[0]
+    met = [
+        (value.dtype, value.data_ptr() % 16)
+        if isinstance(value, Tensor)
+        else float
+        if type(value) is float
+        else value
+        for value in arguments
+    ]
+    key = (kernel.fn, first.get_device(), *met, *constants, *constants.values())
+    found = _compiled.get(key)
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        if found is None:
+            compiled = kernel[grid](*arguments, **constants)
+        else:
+            compiled, last = found
+            compiled[(*grid, 1, 1)](*arguments, *last)  # which takes three sizes of a grid
+    if found is None and compiled is not None:  # the interpreter compiles nothing
+        names = kernel.arg_names[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)
 
 
 def is_traced(tensor: Tensor) -> bool:

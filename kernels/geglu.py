@@ -20,6 +20,7 @@ Source: Shazeer, arXiv 2002.05202; Hendrycks and Gimpel, arXiv 1606.08415.
 # Triton functions have no Python types:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import functools
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from .dispatch import (
     NO_FUSION,
     CompileSpec,
     check_floating,
-    device_of,
     is_differentiated,
     is_traced,
+    launch,
     takes_triton,
     tl,
     triton,
@@ -83,25 +84,27 @@ def _backward_kernel(grad_ptr, projected_ptr, grad_projected_ptr, width, BLOCK: 
 # --------------------------------------------------------------------------------------- launcher
 
 
-def _launch(kernel: Any, num_rows: int, width: int, *tensors: Tensor) -> None:
+@functools.cache
+def _cut(elements: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Programs for so many elements of an output so wide, and what they are compiled for."""
     block = min(max(triton.next_power_of_2(width), 128), MAX_BLOCK)
-    with device_of(tensors[0]):
-        kernel[(num_rows * triton.cdiv(width, block),)](
-            *tensors, width, BLOCK=block, num_warps=max(block * 2 // MAX_BLOCK, 1), **NO_FUSION
-        )
+    grid = (elements // width * triton.cdiv(width, block),)
+    return grid, {"BLOCK": block, "num_warps": max(block * 2 // MAX_BLOCK, 1), **NO_FUSION}
 
 
 def _forward_triton(projected: Tensor) -> Tensor:
-    out, width = _empty_output(projected), projected.shape[-1] // 2
-    _launch(_forward_kernel, out.numel() // width, width, projected.contiguous(), out)
+    out = _empty_output(projected)
+    width = out.shape[-1]
+    grid, constants = _cut(out.numel(), width)
+    launch(_forward_kernel, grid, projected.contiguous(), out, width, **constants)
     return out
 
 
 def _backward_triton(grad: Tensor, projected: Tensor) -> Tensor:
-    grad_projected = projected.new_empty(projected.shape)
-    width = grad.shape[-1]
+    grad_projected, width = projected.new_empty(projected.shape), grad.shape[-1]
+    grid, constants = _cut(grad.numel(), width)
     tensors = (grad.contiguous(), projected.contiguous(), grad_projected)
-    _launch(_backward_kernel, grad.numel() // width, width, *tensors)
+    launch(_backward_kernel, grid, *tensors, width, **constants)
     return grad_projected
 
 

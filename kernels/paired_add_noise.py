@@ -39,7 +39,7 @@ from .dispatch import (
     check_pairs,
     check_per_pair,
     check_same_device,
-    device_of,
+    launch,
     takes_triton,
     tl,
     triton,
@@ -122,22 +122,23 @@ def _add_noise_triton(
     noisy, target_out = _empty_outputs(latents, target, dtype)
     num_pairs, num_elements, channels = latents.shape[0] // 2, latents[0].numel(), latents.shape[1]
     block = min(triton.next_power_of_2(triton.cdiv(num_elements, 4)), MAX_BLOCK)
-    with device_of(latents):
-        _add_noise_kernel[(num_pairs, triton.cdiv(num_elements, 4 * block))](
-            latents,
-            keys.contiguous(),
-            *(x if x is None else x.contiguous() for x in per_pair),
-            noisy,
-            target_out,
-            num_elements,
-            channels,
-            num_elements // channels,
-            TARGET=target,
-            CHANNELS_LAST=not latents.is_contiguous(),
-            BLOCK=block,
-            num_warps=max(block // 64, 1),
-            **NO_FUSION,
-        )
+    launch(
+        _add_noise_kernel,
+        (num_pairs, triton.cdiv(num_elements, 4 * block)),
+        latents,
+        keys.contiguous(),
+        *(x if x is None else x.contiguous() for x in per_pair),
+        noisy,
+        target_out,
+        num_elements,
+        channels,
+        num_elements // channels,
+        TARGET=target,
+        CHANNELS_LAST=not latents.is_contiguous(),
+        BLOCK=block,
+        num_warps=max(block // 64, 1),
+        **NO_FUSION,
+    )
     return noisy, target_out
 
 

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import NO_FUSION, CompileSpec, device_of, takes_triton, tl, triton
+from .dispatch import NO_FUSION, CompileSpec, launch, takes_triton, tl, triton
 
 MAX_BLOCK = 512  # counters a program: 2048 normals, 16-byte stores
 TORCH_BLOCKS = 1 << 16  # counters at a time in PyTorch, whose int64 temporaries take 40 times that
@@ -143,10 +143,16 @@ def _normal_triton(keys: Tensor, shape: list[int]) -> Tensor:
     num_elements = math.prod(shape)
     block = min(triton.next_power_of_2(triton.cdiv(num_elements, 4)), MAX_BLOCK)
     grid = (keys.shape[0], triton.cdiv(num_elements, 4 * block))
-    with device_of(keys):
-        _normal_kernel[grid](
-            keys, out, num_elements, BLOCK=block, num_warps=max(block // 128, 1), **NO_FUSION
-        )
+    launch(
+        _normal_kernel,
+        grid,
+        keys,
+        out,
+        num_elements,
+        BLOCK=block,
+        num_warps=max(block // 128, 1),
+        **NO_FUSION,
+    )
     return out
 
 

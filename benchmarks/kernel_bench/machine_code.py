@@ -48,11 +48,38 @@ class Launch(NamedTuple):
         return WARP * int(self.options["num_warps"])
 
 
+class Run(NamedTuple):
+    """What a driver was asked to run."""
+
+    binary: bytes
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
 class _StandIn:
-    """A driver for which a GPU is there; it is never asked to run anything."""
+    """A driver for which a GPU is there; it notes what it is asked to run, and runs nothing."""
 
     def __init__(self, sm: int) -> None:
         self._target = GPUTarget("cuda", sm, WARP)
+        self.runs: list[Run] = []
+        self.utils = self  # of which a driver has some functions
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name: str, binary: bytes, *_: int) -> tuple[int, bytes, int, int, int]:
+        """Module, function, registers, spills, threads."""
+        return 1, binary, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source: ASTSource, metadata: Any) -> Callable[..., None]:
+        return self._run
+
+    def _run(self, x: int, y: int, z: int, stream: int, binary: bytes, *others: Any) -> None:
+        arguments = others[4:]  # after metadata of the kernel and of the launch, two hooks
+        self.runs.append(Run(binary, (x, y, z), arguments))
 
     def get_current_device(self) -> int:
         return 0
@@ -65,12 +92,12 @@ class _StandIn:
 
 
 @contextmanager
-def stand_in_driver(sm: int = 90) -> Iterator[None]:
-    """Triton believes that a GPU is there."""
-    before = driver._active
-    driver.set_active(_StandIn(sm))
+def stand_in_driver(sm: int = 90) -> Iterator[list[Run]]:
+    """Triton believes that a GPU is there; what it would run on it."""
+    before, stand_in = driver._active, _StandIn(sm)
+    driver.set_active(stand_in)
     try:
-        yield
+        yield stand_in.runs
     finally:
         driver._active = before
 

@@ -53,7 +53,7 @@ from ..dispatch import (
     check_positive,
     check_same_device,
     compute_dtype,
-    device_of,
+    launch,
     takes_triton,
     triton,
 )
@@ -96,20 +96,21 @@ def _launch(
     num_elements = out[0].numel()
     block = _block(num_elements)
     num_chunks = triton.cdiv(num_elements, block)
-    with device_of(out):
-        kernel[(out.shape[0] * num_chunks,)](
-            *matched,
-            *(x.contiguous() for x in per_pair),
-            out,
-            out.shape[0] // 2,
-            num_elements,
-            num_chunks,
-            *(x.stride(0) for x in matched),
-            **flags,
-            BLOCK=block,
-            num_warps=max(block * NUM_WARPS // MAX_BLOCK, 1),
-            **NO_FUSION,
-        )
+    launch(
+        kernel,
+        (out.shape[0] * num_chunks,),
+        *matched,
+        *(x.contiguous() for x in per_pair),
+        out,
+        out.shape[0] // 2,
+        num_elements,
+        num_chunks,
+        *(x.stride(0) for x in matched),
+        **flags,
+        BLOCK=block,
+        num_warps=max(block * NUM_WARPS // MAX_BLOCK, 1),
+        **NO_FUSION,
+    )
 
 
 def compile_specs() -> list[CompileSpec]:

@@ -43,9 +43,9 @@ from ..dispatch import (
     check_floating,
     check_same_device,
     compute_dtype,
-    device_of,
     is_differentiated,
     is_traced,
+    launch,
     takes_triton,
     triton,
     zero_tickets,
@@ -143,13 +143,10 @@ def _forward_triton(
     partials = x.new_empty(cut.partials, dtype=torch.float32)
     tickets = zero_tickets(x.shape[0], x.device)
     affine, flags = _contiguous(weight, bias), {"AFFINE": weight is not None, "SILU": silu}
-    with device_of(x):
-        forward_statistics_kernel[cut.sums_grid](
-            rows, partials, tickets, mean, rstd, eps, *cut.sums_sizes, **cut.sums
-        )
-        forward_apply_kernel[cut.apply_grid](
-            rows, *affine, mean, rstd, out, cut.num_rows, **flags, **cut.apply
-        )
+    arguments: tuple[Any, ...] = (rows, partials, tickets, mean, rstd, eps, *cut.sums_sizes)
+    launch(forward_statistics_kernel, cut.sums_grid, *arguments, **cut.sums)
+    arguments = (rows, *affine, mean, rstd, out, cut.num_rows)
+    launch(forward_apply_kernel, cut.apply_grid, *arguments, **flags, **cut.apply)
     return out, mean, rstd
 
 
@@ -169,13 +166,10 @@ def _backward_triton(
     tickets = zero_tickets(x.shape[0], x.device)
     inputs = (_to_rows(grad), _to_rows(x), *_contiguous(weight, bias), mean, rstd)
     flags = {"AFFINE": weight is not None, "SILU": silu}
-    with device_of(x):
-        backward_sums_kernel[cut.sums_grid](
-            *inputs, partials, tickets, group_sums, *cut.sums_sizes, **flags, **cut.sums
-        )
-        backward_apply_kernel[cut.apply_grid](
-            *inputs, group_sums, grad_x, cut.num_rows, **flags, **cut.apply
-        )
+    arguments: tuple[Any, ...] = (*inputs, partials, tickets, group_sums, *cut.sums_sizes)
+    launch(backward_sums_kernel, cut.sums_grid, *arguments, **flags, **cut.sums)
+    arguments = (*inputs, group_sums, grad_x, cut.num_rows)
+    launch(backward_apply_kernel, cut.apply_grid, *arguments, **flags, **cut.apply)
     if not affine_grads or weight is None or bias is None:
         return grad_x, grad.new_empty(0), grad.new_empty(0)
     # Some hundredths of x: a kernel of our own would gain nothing over PyTorch's sums.

@@ -42,7 +42,7 @@ from ..dispatch import (
     NO_FUSION,
     CompileSpec,
     compute_dtype,
-    device_of,
+    launch,
     takes_triton,
     triton,
     zero_tickets,
@@ -106,33 +106,34 @@ def _forward_triton(
     sums = (2 if cached else 5) + 2 * (how.safeguard is not None)
     partials = policy.new_empty((sums, num_pairs, num_chunks), dtype=torch.float32)
     outputs = _empty_outputs(policy, torch.float32)
-    with device_of(policy):
-        forward_kernel[(num_pairs, num_chunks)](
-            policy,
-            reference,
-            target,
-            *_contiguous(how.slopes, how.weights),
-            partials,
-            zero_tickets(1 + num_pairs, policy.device),
-            *outputs,
-            how.scale,
-            how.huber_c,
-            how.loser_gradient,
-            1 - (how.safeguard or 0.0),
-            num_elements,
-            policy.stride(0),
-            reference.stride(0),
-            target.stride(0),
-            HUBER=how.is_huber,
-            CACHED=cached,
-            SHARED=target.shape[0] == num_pairs,
-            SLOPES=how.slopes is not None,
-            WEIGHTS=how.weights is not None,
-            SAFEGUARD=how.safeguard is not None,
-            **_forward_constants(num_pairs, num_elements),
-            num_warps=_num_warps(block),
-            **NO_FUSION,
-        )
+    launch(
+        forward_kernel,
+        (num_pairs, num_chunks),
+        policy,
+        reference,
+        target,
+        *_contiguous(how.slopes, how.weights),
+        partials,
+        zero_tickets(1 + num_pairs, policy.device),
+        *outputs,
+        how.scale,
+        how.huber_c,
+        how.loser_gradient,
+        1 - (how.safeguard or 0.0),
+        num_elements,
+        policy.stride(0),
+        reference.stride(0),
+        target.stride(0),
+        HUBER=how.is_huber,
+        CACHED=cached,
+        SHARED=target.shape[0] == num_pairs,
+        SLOPES=how.slopes is not None,
+        WEIGHTS=how.weights is not None,
+        SAFEGUARD=how.safeguard is not None,
+        **_forward_constants(num_pairs, num_elements),
+        num_warps=_num_warps(block),
+        **NO_FUSION,
+    )
     return outputs
 
 
@@ -150,29 +151,30 @@ def _backward_triton(
     written = grad if direct else empty_samples(grad, policy)
     num_pairs, num_elements = policy.shape[0] // 2, policy[0].numel()
     block = _block(num_elements)
-    with device_of(policy):
-        backward_kernel[(num_pairs, triton.cdiv(num_elements, block))](
-            grad_loss,
-            logits,
-            loser_kept,
-            policy,
-            target,
-            *_contiguous(how.slopes, how.weights),
-            written,
-            how.scale,
-            how.huber_c,
-            num_elements,
-            policy.stride(0),
-            target.stride(0),
-            written.stride(0),
-            HUBER=how.is_huber,
-            SHARED=target.shape[0] == num_pairs,
-            SLOPES=how.slopes is not None,
-            WEIGHTS=how.weights is not None,
-            BLOCK=block,
-            num_warps=_num_warps(block),
-            **NO_FUSION,
-        )
+    launch(
+        backward_kernel,
+        (num_pairs, triton.cdiv(num_elements, block)),
+        grad_loss,
+        logits,
+        loser_kept,
+        policy,
+        target,
+        *_contiguous(how.slopes, how.weights),
+        written,
+        how.scale,
+        how.huber_c,
+        num_elements,
+        policy.stride(0),
+        target.stride(0),
+        written.stride(0),
+        HUBER=how.is_huber,
+        SHARED=target.shape[0] == num_pairs,
+        SLOPES=how.slopes is not None,
+        WEIGHTS=how.weights is not None,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **NO_FUSION,
+    )
     return grad if direct else grad.copy_(written)
 
 

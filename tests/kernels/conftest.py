@@ -7,8 +7,10 @@ run `test_interpreter.py` starts a second pytest for the interpreted half.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +112,11 @@ class Fences:
 @pytest.fixture
 def fences() -> Fences:
     return Fences()
+
+
+@pytest.fixture(scope="session")
+def machine_code() -> Iterator[ModuleType]:
+    """What a kernel's machine code costs, and a driver for which a GPU is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        yield importlib.import_module("kernel_bench.machine_code")

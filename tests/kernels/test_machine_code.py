@@ -5,7 +5,6 @@ The real launchers run on meta tensors; what they would compile is compiled and 
 
 import importlib
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,13 +35,6 @@ SD, LOW = (8, 320, 64, 64), (8, 1280, 8, 8)
 FEW_PROGRAMS = {(2, 640, 32, 32), (8, 640, 16, 16)}
 # The compiler holds two tiles of three tensors at once.
 REGISTERS = {("backward_apply_kernel", LOW): 144}
-
-
-@pytest.fixture(scope="session")
-def machine_code():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-        yield importlib.import_module("kernel_bench.machine_code")
 
 
 def meta(*shape, dtype=torch.bfloat16):
