@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -13,3 +15,8 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def send_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 on ``device``, sent so."""
+    return send(torch.tensor(numbers, dtype=torch.int64), device)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...kernels import ConsistencyScales, SchedulePoint
+from ..basics.transfer import send_numbers
 from .fingerprint_store import Kept
 from .masking import PromptMask
 
@@ -34,12 +35,13 @@ class Conditioning:
     """(N,) how many of the T tokens are an image's own, where texts have lengths of their own; the
     rest are zeros. On the host, for a transformer asks for them."""
 
-    def select(self, rows: Tensor) -> Conditioning:
-        """The rows of some images, whose numbers (M,) int64 are on the device, in that order."""
+    def select(self, images: Sequence[int]) -> Conditioning:
+        """The rows of M images, in that order."""
+        rows = send_numbers(images, self.text.device)
         return Conditioning(
             self.text.index_select(0, rows),
             {name: value.index_select(0, rows) for name, value in self.extras.items()},
-            self.lengths and tuple(self.lengths[row] for row in rows.tolist()),
+            self.lengths and tuple(self.lengths[image] for image in images),
         )
 
     def first(self, count: int) -> Conditioning:

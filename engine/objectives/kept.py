@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..basics.transfer import send
+from ..basics.transfer import send_numbers
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,18 @@ class Kept:
         if asked is not None:
             errors = torch.cat([errors, asked[0].unflatten(0, (2, -1))], dim=1)
         if not in_order:
-            errors = errors.index_select(1, on_device(self.places, device))
+            errors = errors.index_select(1, send_numbers(self.places, device))
         if self.targets is not None:
             target = target.clone()
             by_image = target.unflatten(0, (2, count))
             if self.led:
-                by_image.index_copy_(1, on_device(self.led, device), self.targets.float())
+                by_image.index_copy_(1, send_numbers(self.led, device), self.targets.float())
             if asked is not None:
                 known = self.errors.shape[1]
                 new = [pair for pair, place in enumerate(self.places) if place >= known]
                 found = asked[1].unflatten(0, (2, -1))
                 found = found.index_select(
-                    1, on_device([self.places[pair] - known for pair in new], device)
+                    1, send_numbers([self.places[pair] - known for pair in new], device)
                 )
-                by_image.index_copy_(1, on_device(new, device), found)
+                by_image.index_copy_(1, send_numbers(new, device), found)
         return errors.flatten(), target
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64, without waiting for the device."""
-    return send(torch.tensor(numbers, dtype=torch.int64), device)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from ..basics.transfer import send_numbers
 from ..models.protocol import Conditioning, Draw
-from .kept import Kept, on_device
+from .kept import Kept
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy (N, C, h, w), timesteps (N,), conditioning of N) -> prediction (N, C, h, w)."""
@@ -58,17 +58,17 @@ class TrainingBatch:
         count = len(self.draw.timesteps)
         if list(pairs) == list(range(count)):
             return self
-        rows = on_device(pairs, self.noisy.device)
-        both = torch.cat([rows, rows + count])
+        images = [*pairs, *(pair + count for pair in pairs)]
+        rows, both = (send_numbers(each, self.noisy.device) for each in (pairs, images))
         return replace(
             self,
             noisy=self.noisy.index_select(0, both),
             target=self.target.index_select(0, rows if len(self.target) == count else both),
             draw=self.draw.select(rows),
-            conditioning=self.conditioning.select(both),
+            conditioning=self.conditioning.select(images),
             weights=None if self.weights is None else self.weights.index_select(0, rows),
             shares=None if self.shares is None else self.shares.index_select(0, rows),
-            unconditional=self.unconditional and self.unconditional.select(both),
+            unconditional=self.unconditional and self.unconditional.select(images),
         )
 
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.models import family_of, load_backbone
+from cdpo.engine.models import Conditioning, family_of, load_backbone
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
 from cdpo.engine.models.text import told_of_long
@@ -138,6 +138,13 @@ def test_padding_of_a_batch_says_nothing(shared):
     filled = told.text.clone()
     filled[0, told.lengths[0] :] = 7.0
     assert torch.equal(says([0, 1], text=filled), both)
+
+
+def test_images_are_selected_without_a_look_at_the_device():
+    told = Conditioning(torch.empty(4, 3, 5, device="meta"), lengths=(3, 1, 2, 3))
+    assert told.select([2, 0, 1]).lengths == (2, 3, 1)
+    with pytest.raises(NotImplementedError):  # as for anything that asks a device for a value
+        told.text.tolist()
 
 
 def test_what_the_encoder_does_not_see_is_counted(shared):
