@@ -86,9 +86,13 @@ def steps(written: Callable[..., Recipe], tmp_path: Path) -> Steps:
     return Steps(written("sd"), tmp_path)
 
 
-def alike(one: Loss, other: Loss) -> bool:
+def alike(one: Loss, other: Loss, rounding: float = 0.0) -> bool:
+    """``rounding`` of errors that are around 1: of batches of other sizes, on some processors."""
     found = [(value, getattr(other, name)) for name, value in vars(one).items()]
-    return all(ours is theirs or torch.equal(ours, theirs) for ours, theirs in found)
+    return all(
+        ours is theirs or torch.allclose(ours, theirs, rtol=0.0, atol=rounding)
+        for ours, theirs in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,13 +202,16 @@ def test_a_damaged_file_is_named_and_what_it_held_is_asked_for_again(
 ) -> None:
     steps = Steps(written(*CASES[case]), tmp_path)
     train_a_little(steps.networks.policy)
-    whole = steps(0, 1)
+    steps.images_asked = 0
+    whole, asked_whole = steps(0, 1), steps.images_asked
     steps.cache.write()
     [path] = tmp_path.glob("*.safetensors")
     damage(path)
     steps.restart()
     steps.images_asked = 0
-    assert alike(whole, steps(0, 1)) and steps.images_asked
+    again = steps(0, 1)
+    assert steps.images_asked in (asked_whole // 2, asked_whole)  # of one pair or of both
+    assert alike(whole, again, rounding=0.0 if steps.images_asked == asked_whole else 1e-4)
     [problem] = steps.cache.problems
     assert problem.startswith(f"{path}: ")
     warned: list[str] = []
@@ -212,7 +219,7 @@ def test_a_damaged_file_is_named_and_what_it_held_is_asked_for_again(
     assert close_cache(steps.cache, Ranks(0, 1, 0, CPU), told).damaged == 1
     assert len(warned) == 1 and problem in warned[0]
     steps.restart()
-    assert alike(whole, steps(0, 1)) and steps.cache.served == 2
+    assert alike(again, steps(0, 1)) and steps.cache.served == 2
 
 
 def test_two_runs_fill_one_cache_and_another_key_sees_nothing_of_it(steps: Steps) -> None:
