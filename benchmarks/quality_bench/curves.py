@@ -13,7 +13,7 @@ from cdpo.engine.basics.estimates import mean_estimate, paired_difference
 from kernel_bench.plots import STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from quality_bench.evidence import ARMS, Arm
 from quality_bench.plan import Group
 from quality_bench.plot import bars
@@ -32,10 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-PLAIN = {"sd": "DPO", "lcm": "published target"}
+PLAIN = {"sd": "DPO", "lcm": "mixed target"}
 """What every other arm of a model is held against at equal distance."""
 SETS = ("held-out", "training")
 TITLES = {"sd": "diffusion", "lcm": "LCM, two steps"}
+_PAIRS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+COLORS = (*_PAIRS[::2], *_PAIRS[1::2])  # strong ones first
+LINEAR = 0.03  # a gain beyond takes a logarithmic scale there: an arm that collapsed leaves room
 
 
 def collect_curves(models: list[str], seeds: list[int], work: Path) -> Row:
@@ -135,7 +138,7 @@ def draw_curves(result: Mapping[str, Any], path: Path) -> Path:
         figure = Figure((9, 3.4 * max(len(models), 1) + 0.4), layout="constrained")
         grid = figure.subplots(max(len(models), 1), len(SETS), squeeze=False)
         for line, model in zip(grid, models, strict=False):
-            colors = {arm.name: f"C{number}" for number, (arm, _) in enumerate(ARMS[model])}
+            colors = dict(zip((arm.name for arm, _ in ARMS[model]), COLORS, strict=False))
             for axes, prompts in zip(line, SETS, strict=True):
                 place = (model, prompts)
                 own = [row for row in rows if (row["model"], row["prompts"]) == place]
@@ -160,6 +163,10 @@ def _curves(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:.0e}")
     axes.xaxis.set_minor_formatter(NullFormatter())
+    if any(abs(row["over_base"]["mean"]) > LINEAR for row in rows):
+        axes.set_yscale("symlog", linthresh=LINEAR, linscale=3)
+        axes.yaxis.set_major_locator(FixedLocator([-0.1, *np.arange(-0.03, 0.031, 0.01), 0.1]))
+        axes.yaxis.set_major_formatter("{x:.2f}")
     axes.axhline(0, color="#6e7782", linewidth=0.8)
 
 
