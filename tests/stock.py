@@ -57,7 +57,7 @@ def picture(pipeline: DiffusionPipeline) -> np.ndarray:
     if isinstance(pipeline, SanaPipeline):
         given["use_resolution_binning"] = False
     images = pipeline(
-        prompts,
+        prompt=prompts,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=2,
         height=side,

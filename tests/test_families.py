@@ -22,6 +22,7 @@ from cdpo.engine.shards.writer import write_shard
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     LCMScheduler,
     QwenImagePipeline,
@@ -39,6 +40,7 @@ LOG_2 = math.log(2)
 FLOW = {
     "sd3": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
+    "flux2": Flux2Pipeline,
     "sana": SanaPipeline,
     "qwen_image": QwenImagePipeline,
     "z_image": ZImagePipeline,
@@ -127,6 +129,8 @@ def long(*values: object) -> Any:
         long("sd3", "merged"),
         long("flux", "lora"),
         long("flux", "merged"),
+        long("flux2", "lora"),
+        long("flux2", "merged"),
         long("sana", "lora"),
         long("sana", "merged"),
         long("qwen_image", "lora"),
@@ -185,6 +189,8 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
         long("sd3", 3),
         long("flux", 2),
         long("flux", 3),
+        long("flux2", 1),
+        long("flux2", 3),
         long("sana", 1),
         long("sana", 3),
         long("qwen_image", 3),
@@ -228,7 +234,9 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3", "flux", "sana", "qwen_image", "z_image"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "lcm", "sd3", "flux", "flux2", "sana", "qwen_image", "z_image"]
+)
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str
 ) -> None:

@@ -16,12 +16,16 @@ import yaml
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -49,10 +53,13 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -418,11 +425,73 @@ def z_image_pipeline(seed: int = 0, **changes: Any) -> ZImagePipeline:
     return ZImagePipeline(**parts | changes)
 
 
+def flux2_transformer(width: int, **changes: Any) -> Flux2Transformer2DModel:
+    """A FLUX.2 of 8x8 latents with 4 channels: a block of each kind, text thrice as wide."""
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 3 * width,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (2, 2, 2, 2),
+    }
+    return Flux2Transformer2DModel(**config | changes)
+
+
+def flux2_vae(**changes: Any) -> AutoencoderKLFlux2:
+    """A VAE of 16x16 pixels, each a latent: 8x8 patches of four channels, with statistics."""
+    config: dict[str, Any] = {
+        "block_out_channels": (8,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 1,
+    }
+    made = AutoencoderKLFlux2(**config | changes)
+    made.bn.running_mean.normal_(0, 0.2)
+    made.bn.running_var.uniform_(0.3, 0.9)
+    return made
+
+
+def flux2_pipeline(
+    seed: int = 0, *, dev: bool = True, distilled: bool = False, **changes: Any
+) -> Flux2Pipeline | Flux2KleinPipeline:
+    """A FLUX.2 of that size, dev or klein. dev's processor would need torchvision: the tokenizer of
+    another model stands for it.
+    """
+    torch.manual_seed(seed)
+    tokens = qwen_tokenizer()
+    parts: dict[str, Any] = {
+        "transformer": flux2_transformer(16, guidance_embeds=dev),
+        "vae": flux2_vae(),
+        "tokenizer": tokens,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    width = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    if not dev:
+        text = Qwen3Config(**qwen_config(tokens) | width | {"num_hidden_layers": 28})
+        parts["text_encoder"] = Qwen3ForCausalLM(text)
+        return Flux2KleinPipeline(**parts | changes, is_distilled=distilled)
+    tokens.chat_template = tokens.chat_template.replace("turn.content", "turn.content[0].text")
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text = Mistral3Config(
+        text_config={**qwen_config(tokens), **width, "num_hidden_layers": 31},
+        vision_config={**seen, "num_attention_heads": 2, "model_type": "pixtral"},
+        image_token_index=len(tokens) - 1,
+    )
+    parts["text_encoder"] = Mistral3ForConditionalGeneration(text)
+    return Flux2Pipeline(**parts | changes)
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": pipeline,
     "sdxl": xl_pipeline,
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
+    "flux2": flux2_pipeline,
     "sana": sana_pipeline,
     "qwen_image": qwen_image_pipeline,
     "z_image": z_image_pipeline,

@@ -28,6 +28,9 @@ from .low_rank import add_in_one_product
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    # FLUX.2's blocks of one stream have attention and feed-forward in two projections, which
+    # DiffSynth-Studio trains as well.
+    *("to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
 )
 FEED_FORWARD = (
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
@@ -36,6 +39,7 @@ FEED_FORWARD = (
     # Of Qwen-Image and Z-Image, as verl and DiffSynth-Studio name them.
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),  # FLUX.2's
 )
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")

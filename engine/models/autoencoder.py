@@ -6,7 +6,7 @@ must not depend on how a run computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..basics.errors import NumericsError
 from ..basics.transfer import send
@@ -25,6 +26,7 @@ MAX_PIXELS = 2**21
 # Log variance of latents that are no posterior's: the least that diffusers gives one. What is drawn
 # from it is the mean.
 NO_VARIANCE = -30.0
+Arithmetic = Callable[..., Tensor]
 
 
 class Autoencoder:
@@ -32,7 +34,7 @@ class Autoencoder:
 
     Latents are (N, C, h, w) float32; an image is ``scale_factor`` times as high and wide. What is
     made for videos, as Qwen-Image's, makes one of one frame, and has a shift and a scale for each
-    channel.
+    channel. So has FLUX.2's, whose latents are told in patches of 2 x 2: four times the channels.
     """
 
     def __init__(self, vae: ModelMixin) -> None:
@@ -47,6 +49,15 @@ class Autoencoder:
             mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
             # The quotient first, as the stock pipeline rounds.
             self._shift, self._scale = mean.view(-1, 1, 1), 1.0 / std.view(-1, 1, 1)
+        self._patch = patch_of(config)
+        self._scaled: Arithmetic = torch.mul
+        self._unscaled: Arithmetic = torch.div
+        if self._patch > 1:
+            norm = (self.vae.bn.running_mean, self.vae.bn.running_var)
+            mean, variance = (of.cpu().view(-1, 1, 1) for of in norm)
+            # A divisor, as in the stock pipeline: a factor rounds otherwise.
+            self._scaled, self._unscaled = torch.div, torch.mul
+            self._shift, self._scale = mean, (variance + config["batch_norm_eps"]).sqrt()
         self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
@@ -74,7 +85,8 @@ class Autoencoder:
         for part in pixels.to(self.vae.device).split(self._images_a_call(pixels.shape[-2:])):
             images = part.float() / 127.5 - 1
             encoded = self.vae.encode(images.unsqueeze(2) if self._makes_videos else images)
-            moments = torch.cat(_posterior(encoded), dim=1).float()
+            posterior = (pixel_unshuffle(of, self._patch) for of in _posterior(encoded))
+            moments = torch.cat(list(posterior), dim=1).float()
             parts.append(moments.squeeze(2) if self._makes_videos else moments)
         return torch.cat(parts)
 
@@ -85,7 +97,7 @@ class Autoencoder:
         mean, log_variance = moments.float().chunk(2, dim=1)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         shift, scale = self._normalisation(z.device)
-        return (z - shift) * scale
+        return self._scaled(z - shift, scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -99,7 +111,7 @@ class Autoencoder:
                 "non-finite",
             )
         shift, scale = self._normalisation(latents.device)
-        unscaled = latents.float() / scale + shift
+        unscaled = pixel_shuffle(self._unscaled(latents.float(), scale) + shift, self._patch)
         if self._makes_videos:
             unscaled = unscaled.unsqueeze(2)
         parts = unscaled.split(self._images_a_call(self.pixel_shape(latents)))
@@ -132,16 +144,24 @@ def _posterior(encoded: Any) -> list[Tensor]:
 
 
 def vae_sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
-    """Of a VAE's config: channels of its latents, and pixels along a side of one."""
+    """Of a VAE's config: channels of latents as denoisers take them, and pixels along a side."""
     if is_of_videos(vae):
         return int(vae["z_dim"]), int(2 ** len(vae["temperal_downsample"]))
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
-    return int(vae["latent_channels"]), int(2 ** (len(blocks) - 1))
+    patch = patch_of(vae)
+    return int(vae["latent_channels"]) * patch**2, int(2 ** (len(blocks) - 1)) * patch
 
 
 def is_of_videos(vae: Mapping[str, Any]) -> bool:
     """Whether a VAE of this config makes videos."""
     return "temperal_downsample" in vae
+
+
+def patch_of(vae: Mapping[str, Any]) -> int:
+    """How many latents along a side are told as one, with a channel for each, and normalised by
+    the statistics of a batch norm: of FLUX.2's VAE 2, of others 1.
+    """
+    return int(vae["patch_size"][0]) if "batch_norm_eps" in vae else 1
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -98,7 +98,7 @@ def ask(net: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditio
     return unpacked(prediction, height, width)
 
 
-def takes_guidance(transformer: Config) -> bool:
+def takes_guidance(transformer: Config, pipeline: Config) -> bool:
     """Whether it is told any: dev is, schnell is not."""
     return bool(transformer["guidance_embeds"])
 

@@ -89,6 +89,7 @@ def load_pipeline(
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
+        _refuse_absent_libraries(index)
         own = denoiser_in(index)
         scheduler = _scheduler(place, index, spec)
     (check_flow_schedule if spec.is_flow else check_schedule)(spec, scheduler)
@@ -172,6 +173,17 @@ def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
         )
 
 
+def _refuse_absent_libraries(index: dict[str, Any]) -> None:
+    """ValueError for a tokenizer that needs a library which is not there: diffusers would tell of
+    its own search alone.
+    """
+    for name in (name for name in index if name.startswith("tokenizer")):
+        library, class_name = index[name]
+        part: Any = getattr(transformers, class_name, None) if library == "transformers" else None
+        if getattr(part, "is_dummy", False):
+            raise ValueError(f"its {name}, a {class_name}, needs {' and '.join(part._backends)}")
+
+
 def _scheduler(place: str, index: dict[str, Any], spec: Model) -> SchedulerMixin:
     library, name = index.get("scheduler", (None, None))
     if library != "diffusers":
@@ -212,13 +224,15 @@ def _text_encoders(
     return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
 
 
-def denoiser_config(spec: Model) -> Config:
-    """That of the denoiser of a recipe's model; OutsideError if there is none."""
+def denoiser_and_index(spec: Model) -> tuple[Config, Config]:
+    """The config of the denoiser of a recipe's model, and its model_index.json; OutsideError if
+    there is none.
+    """
     with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
     network = getattr(diffusers, spec.family.denoiser)
-    return _config(spec, denoiser_in(index), network, "model.unet", spec.unet)
+    return _config(spec, denoiser_in(index), network, "model.unet", spec.unet), index
 
 
 def _config(

@@ -26,8 +26,7 @@ class Family:
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     """Of a flow model: what its folder's may be."""
     guided_twice: bool = True
-    """Whether guidance takes a second pass, without the prompt; else it is told to the denoiser,
-    or there is none."""
+    """Whether guidance takes a second pass, without the prompt, unless its denoiser embeds it."""
 
     @property
     def part(self) -> str:
@@ -61,7 +60,13 @@ FAMILIES = {
         ("FluxPipeline",),
         "FluxTransformer2DModel",
         sampler="Euler",
-        guided_twice=False,
+    ),
+    "flux2": Family(
+        "FLUX.2 model",
+        ("Flux2Pipeline", "Flux2KleinPipeline"),
+        "Flux2Transformer2DModel",
+        "AutoencoderKLFlux2",
+        sampler="Euler",
     ),
     "sana": Family(
         "SANA model",

@@ -13,7 +13,9 @@ from .section import NonNegativeFloat, PositiveInt, Section
 class Model(Section):
     """The text-to-image model to align."""
 
-    backbone: Literal["sd", "sdxl", "lcm", "sd3", "flux", "sana", "qwen_image", "z_image"] = "sd"
+    backbone: Literal[
+        "sd", "sdxl", "lcm", "sd3", "flux", "flux2", "sana", "qwen_image", "z_image"
+    ] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
     """Folder in diffusers format, or hub id, e.g. `stable-diffusion-v1-5/stable-diffusion-v1-5`. A
@@ -42,7 +44,8 @@ class Model(Section):
     """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling, of a
     flow model 16, of SANA 32."""
     embedded_guidance: NonNegativeFloat = 3.5
-    """`backbone: flux` only: the guidance FLUX.1 dev is told in training; schnell is told none."""
+    """`backbone: flux` and `flux2` only: the guidance that FLUX.1 dev and FLUX.2 dev are told in
+    training; schnell and klein are told none."""
     sigmas: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """Flow models only: where training draws noise levels on the scheduler's grid, under its shift.
     `logit_normal` and `mode` prefer the middle (both as published for Stable Diffusion 3)."""
@@ -60,9 +63,9 @@ class Model(Section):
                 f"sigmas={self.sigmas} is for flow models: backbone={self.backbone} draws its "
                 "timesteps evenly"
             )
-        if self.backbone != "flux" and self.embedded_guidance != 3.5:
+        if self.backbone not in ("flux", "flux2") and self.embedded_guidance != 3.5:
             raise ValueError(
-                f"embedded_guidance={self.embedded_guidance:g} is for backbone=flux, not "
+                f"embedded_guidance={self.embedded_guidance:g} is for backbone=flux and flux2, not "
                 f"{self.backbone}"
             )
         if self.unet is not None and self.lcm_lora is not None:

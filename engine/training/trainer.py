@@ -243,7 +243,9 @@ class Trainer:
             ("speed", str(self.engine.module.tuning)),
             *self._describe_capture(),
             *self.evaluation.describe(),
-            *describe_few_steps(recipe.model, self.backbone.denoiser.config),
+            *describe_few_steps(
+                recipe.model, self.backbone.denoiser.config, self.backbone.pipeline.config
+            ),
         ]
         if self.shards is not None:
             rows += describe_pairs(recipe, self.manifest, self.pacing)

@@ -6,7 +6,7 @@ Nothing is read but the configs, so this takes seconds for a model of any size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -43,6 +43,8 @@ class MetaModel:
     denoiser: ModelMixin
     vae: ModelMixin
     text_encoders: dict[str, nn.Module]
+    index: Mapping[str, Any]
+    """What model_index.json says."""
     shipped: tuple[str, ...] = ()
     """The hub ids among what the recipe names whose configs are those that come with cdpo."""
 
@@ -107,7 +109,7 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
             denoiser = _from_config(network, network.load_config(place), dtype)
     family_of(spec).check(spec, denoiser.config, vae.config)
     ours = tuple(name for name, place in places.items() if place != name)
-    return MetaModel(spec, denoiser, vae, encoders, ours)
+    return MetaModel(spec, denoiser, vae, encoders, index, ours)
 
 
 def _config_place(path: str, file: str, revision: str | None = None) -> str:

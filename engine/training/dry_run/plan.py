@@ -74,6 +74,8 @@ class Plan:
     shipped: tuple[str, ...]
     """Models whose configs are those that come with cdpo."""
     few_steps: list[tuple[str, str]]
+    embeds_guidance: bool
+    """Whether guidance is told to the denoiser, in one pass."""
     """What to warn of where the model was distilled to few steps."""
 
     @property
@@ -94,7 +96,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     batches = plan_batches(recipe, world_size)
     dtype = DTYPES[recipe.train.precision]
     model = read_meta_model(spec, dtype)
-    refuse_guidance(recipe, model.denoiser.config)
+    refuse_guidance(recipe, model.denoiser.config, model.index)
     stage = int(config["zero_optimization"]["stage"])
     tuning = choose_tuning(recipe.speed, model.denoiser, device, training=True)
 
@@ -141,7 +143,8 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         tuning=str(tuning),
         latent_shape=model.latent_shape(resolution),
         shipped=model.shipped,
-        few_steps=describe_few_steps(spec, model.denoiser.config),
+        few_steps=describe_few_steps(spec, model.denoiser.config, model.index),
+        embeds_guidance=bool(model.denoiser.config.get("guidance_embeds")),
     )
 
 
@@ -323,7 +326,12 @@ def _print_operations(plan: Plan, recipe: Recipe, terminal: Terminal) -> None:
         kept = plan.units_per_pair - plan.frozen_passes
         counts.insert(4, ("all passes, one pair that is kept", kept))
     if recipe.evaluate.every:
-        counts.append(("one evaluation, without scorers", evaluation_units(recipe)))
+        counts.append(
+            (
+                "one evaluation, without scorers",
+                evaluation_units(recipe, embeds_guidance=plan.embeds_guidance),
+            )
+        )
     cells = [
         [name, f"{units:.2f}", flops_text(units * plan.forward_flops)] for name, units in counts
     ]
@@ -331,11 +339,11 @@ def _print_operations(plan: Plan, recipe: Recipe, terminal: Terminal) -> None:
     terminal.table("operations (a unit: one denoiser forward, one image)", HEADS, cells)
 
 
-def evaluation_units(recipe: Recipe) -> float:
+def evaluation_units(recipe: Recipe, *, embeds_guidance: bool = False) -> float:
     """Denoiser forwards over one image in an evaluation: the policy's samples, and the KL proxy."""
     spec, sampler = recipe.evaluate, recipe.evaluate.sampler or recipe.compare.sampler
-    guided = sampler.guidance > 1 and recipe.model.family.guided_twice
-    return spec.prompts * spec.images * (sampler.steps * (1 + guided) + 2 * DRAWS)
+    twice = sampler.guidance > 1 and recipe.model.family.guided_twice and not embeds_guidance
+    return spec.prompts * spec.images * (sampler.steps * (1 + twice) + 2 * DRAWS)
 
 
 def _print_memory(rows: list[Row], terminal: Terminal) -> None:

@@ -140,7 +140,9 @@ def test_what_was_distilled_to_few_steps_is_warned_of():
         ("lcm", "some/sdxl-turbo", True): 0,  # it has losses of its own
     }
     for (backbone, path, guided), count in told.items():
-        found = describe_few_steps(Model(backbone=backbone, path=path), {"guidance_embeds": guided})
+        found = describe_few_steps(
+            Model(backbone=backbone, path=path), {"guidance_embeds": guided}, {}
+        )
         assert [name for name, _ in found] == ["warning"] * count
 
 

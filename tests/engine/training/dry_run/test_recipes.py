@@ -192,9 +192,12 @@ def test_the_dry_run_of_flux_fits_a_card(tmp_path: Path, monkeypatch: pytest.Mon
         ("z_image", 6_154_908_736, 4_022_468_096, 34 * 32 * (11 * 3840 + 3 * 10240)),
         # those of image and text in 60 blocks, and two layers of each one's feed-forward
         ("qwen_image", 20_430_401_088, 8_292_166_656, 60 * 64 * (8 * 2 + 4 * 5) * 3072),
+        # klein base: 5 blocks with those and a gated feed-forward of each, to 6 and from 3 widths;
+        # 20 with a projection to 9 widths and one from 4
+        ("flux2", 3_875_544_576, 4_022_468_096, 32 * 3072 * (5 * (16 + 2 * 11) + 20 * 15)),
     ],
 )
-def test_the_dry_run_of_a_model_with_texts_of_their_own_lengths(
+def test_the_dry_run_of_a_model_whose_text_encoder_is_a_language_model(
     name: str,
     denoiser: int,
     text: int,
