@@ -90,14 +90,13 @@ class Export(Section):
     """Largest weights file of a merged pipeline: what one rank gathers at a time under ZeRO-3."""
 
 
-def check_exports(adapter: Adapter, export: Export, *, is_flow: bool) -> None:
+def check_exports(adapter: Adapter, export: Export, *, has_kohya: bool) -> None:
     """ValueError for formats that this kind of adapter, or model, cannot be written in."""
     formats = export.formats
-    if is_flow and "kohya" in formats:
+    if not has_kohya and "kohya" in formats:
         raise ValueError(
-            "export.formats: kohya files are for the UNets of Stable Diffusion; ComfyUI reads "
-            "lora/pytorch_lora_weights.safetensors of a flow model as it is: use diffusers or "
-            "merged"
+            "export.formats: kohya files have no names for the layers of this family; ComfyUI "
+            "reads lora/pytorch_lora_weights.safetensors as it is: use diffusers or merged"
         )
     if adapter.type == "full" and set(formats) != {"merged"}:
         raise ValueError(

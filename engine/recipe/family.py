@@ -28,6 +28,9 @@ class Family:
     guided_twice: bool = True
     """Whether guidance takes a second pass, without the prompt, unless its denoiser embeds it."""
 
+    kohya: bool = True
+    """Whether sd-scripts or musubi-tuner have names for its LoRAs that diffusers reads as well."""
+
     @property
     def part(self) -> str:
         """What its pipelines, and the folders they are saved in, call the denoiser."""
@@ -54,6 +57,7 @@ FAMILIES = {
         ("StableDiffusion3Pipeline",),
         "SD3Transformer2DModel",
         sampler="Euler",
+        kohya=False,
     ),
     "flux": Family(
         "FLUX.1 model",
@@ -75,6 +79,7 @@ FAMILIES = {
         "AutoencoderDC",
         sampler="DPM-Solver++",
         schedulers=("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
+        kohya=False,
     ),
     "qwen_image": Family(
         "Qwen-Image model",
@@ -82,9 +87,14 @@ FAMILIES = {
         "QwenImageTransformer2DModel",
         "AutoencoderKLQwenImage",
         sampler="Euler",
+        kohya=False,
     ),
     "z_image": Family(
-        "Z-Image model", ("ZImagePipeline",), "ZImageTransformer2DModel", sampler="Euler"
+        "Z-Image model",
+        ("ZImagePipeline",),
+        "ZImageTransformer2DModel",
+        sampler="Euler",
+        kohya=False,
     ),
 }
 

@@ -126,7 +126,7 @@ class Recipe(Section):
         )
         check_reward(self.reward, self.prepare.source)
         self._check_objective()
-        check_exports(self.adapter, self.export, is_flow=self.model.is_flow)
+        check_exports(self.adapter, self.export, has_kohya=self.model.family.kohya)
         check_start(self.adapter, self.objective.reference_ema)
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers

@@ -65,13 +65,13 @@ def joined_lcm_lora(recipe: Recipe, pipeline: DiffusionPipeline) -> Lora | None:
 
 
 def about_adapter(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
-    """What the kohya file of a recipe's adapter says of itself; nothing of a flow model's, whose
-    names in diffusers' file ComfyUI reads.
+    """What the kohya file of a recipe's adapter says of itself; nothing of a family that has no
+    names there, whose layers ComfyUI reads in diffusers' file.
     """
-    if recipe.model.is_flow:
+    if not recipe.model.family.kohya:
         return {}
     return describe(
-        unet_config(backbone.pipeline),
+        denoiser_config(backbone.pipeline),
         backbone.noise.prediction_type,
         recipe.model.resolution,
         title=Path(recipe.run_dir).resolve().name,
@@ -103,7 +103,7 @@ def save_kohya_folder(
 ) -> None:
     """The ``kohya/`` in a folder of exports."""
     path = folder / FOLDERS["kohya"] / "lora.safetensors"
-    save_for_kohya(lora, unet_config(pipeline), about, path)
+    save_for_kohya(lora, denoiser_config(pipeline), about, path)
 
 
 def save_for_diffusers(lora: Lora, pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -132,7 +132,7 @@ def save_for_all(
     save_tensors(values, folder / PEFT_WEIGHTS)
     (folder / PEFT_CONFIG).write_text(json.dumps(lora.config, indent=2) + "\n")
     if about and not lora.is_dora:
-        save_for_kohya(lora, unet_config(pipeline), about, folder / KOHYA)
+        save_for_kohya(lora, denoiser_config(pipeline), about, folder / KOHYA)
 
 
 def read_adapter(folder: Path) -> Lora:
@@ -143,9 +143,9 @@ def read_adapter(folder: Path) -> Lora:
     return Lora(values, json.loads((folder / PEFT_CONFIG).read_bytes())["r"])
 
 
-def unet_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
     """The config of a pipeline's denoiser."""
-    config: Mapping[str, Any] = pipeline.unet.config
+    config: Mapping[str, Any] = getattr(pipeline, denoiser_in(pipeline.components)).config
     return config
 
 

@@ -4,12 +4,19 @@ Tensors are called ``lora_unet_<layer>.lora_down.weight``, ``.lora_up.weight`` a
 layer's name with underscores for dots. Of Stable Diffusion 1 and 2 layers are called as diffusers
 does; of XL as in the original code, the only names that all of these programs take (AUTOMATIC1111
 looks for diffusers' name of XL's first upsampler where Stable Diffusion 1 has it).
+
+So are those of FLUX.1 and FLUX.2, in whose original code one layer makes queries, keys and values,
+and in FLUX.1's blocks of one stream the feed-forward's input as well. Their adapters side by side
+are one of that layer, of the sum of their ranks: ``[B_q A_q; B_k A_k; B_v A_v]`` is the
+block-diagonal of the B times ``[A_q; A_k; A_v]``. Names are those of sd-scripts
+(networks/convert_flux_lora.py) and, for FLUX.2, of musubi-tuner; diffusers reads them of layers in
+blocks, ComfyUI of all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,8 @@ from .lora import DOWN, UP, Lora
 from .tensor_files import save_tensors
 
 SIDES = {DOWN: "lora_down.weight", UP: "lora_up.weight"}
+Sides = tuple[Tensor, Tensor]
+"""A and B of a layer."""
 IN_RESNETS = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -34,6 +43,62 @@ OUTSIDE_BLOCKS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+FLUX_BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+# Of the original code's layers in a block, diffusers' that they are made of, in their order.
+FLUX_BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    "transformer_blocks": (
+        "double_blocks",
+        (
+            ("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+            ("img_attn.proj", ("attn.to_out.0",)),
+            ("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+            ("txt_attn.proj", ("attn.to_add_out",)),
+            ("img_mlp.0", ("ff.net.0.proj",)),
+            ("img_mlp.2", ("ff.net.2",)),
+            ("txt_mlp.0", ("ff_context.net.0.proj",)),
+            ("txt_mlp.2", ("ff_context.net.2",)),
+            ("img_mod.lin", ("norm1.linear",)),
+            ("txt_mod.lin", ("norm1_context.linear",)),
+            # FLUX.2
+            ("img_mlp.0", ("ff.linear_in",)),
+            ("img_mlp.2", ("ff.linear_out",)),
+            ("txt_mlp.0", ("ff_context.linear_in",)),
+            ("txt_mlp.2", ("ff_context.linear_out",)),
+        ),
+    ),
+    "single_transformer_blocks": (
+        "single_blocks",
+        (
+            ("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+            ("linear2", ("proj_out",)),
+            ("modulation.lin", ("norm.linear",)),
+            # FLUX.2
+            ("linear1", ("attn.to_qkv_mlp_proj",)),
+            ("linear2", ("attn.to_out",)),
+        ),
+    ),
+}
+LAST_NORM = "norm_out.linear"
+FLUX_OUTSIDE_BLOCKS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "proj_out": "final_layer.linear",
+    LAST_NORM: "final_layer.adaLN_modulation.1",
+    **{
+        f"{of}.{kind}_embedder.linear_{number}": f"{original}_in.{side}_layer"
+        for of in ("time_text_embed", "time_guidance_embed")
+        for kind, original in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance"))
+        for number, side in ((1, "in"), (2, "out"))
+    },
+    **{
+        f"{of}_modulation{stream}.linear": f"{of}_modulation{stream}.lin"
+        for of, stream in (
+            ("double_stream", "_img"),
+            ("double_stream", "_txt"),
+            ("single_stream", ""),
+        )
+    },
+}
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
@@ -46,19 +111,62 @@ def save_for_kohya(lora: Lora, unet: Mapping[str, Any], about: dict[str, str], p
 
 def kohya_tensors(lora: Lora, unet: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the file holds of an adapter, by name."""
-    renamed = {}
-    for layer in lora.layers:
-        name = original_name(layer, unet) if is_xl(unet) else layer
+    renamed: dict[str, Tensor] = {}
+    for name, (down, up) in (_flux_layers if is_flux(unet) else _unet_layers)(lora, unet):
         key = "lora_unet_" + name.replace(".", "_")
-        for part, side in SIDES.items():
-            renamed[f"{key}.{side}"] = lora.values[f"{layer}.{part}"]
-        renamed[f"{key}.alpha"] = torch.tensor(float(lora.rank))
+        renamed |= {f"{key}.{SIDES[DOWN]}": down, f"{key}.{SIDES[UP]}": up}
+        renamed[f"{key}.alpha"] = torch.tensor(float(len(down)))
     return renamed
+
+
+def _unet_layers(lora: Lora, unet: Mapping[str, Any]) -> Iterator[tuple[str, Sides]]:
+    for layer in lora.layers:
+        yield (original_name(layer, unet) if is_xl(unet) else layer), _sides(lora, layer)
+
+
+def _sides(lora: Lora, layer: str) -> Sides:
+    return lora.values[f"{layer}.{DOWN}"], lora.values[f"{layer}.{UP}"]
+
+
+def _flux_layers(lora: Lora, transformer: Mapping[str, Any]) -> Iterator[tuple[str, Sides]]:
+    """Layers of the original code, and their adapters."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    for name, parts in sorted({_original_of_flux(layer) for layer in lora.layers}):
+        if parts == (LAST_NORM,):
+            down, up = _sides(lora, LAST_NORM)
+            yield name, (down, torch.cat(up.chunk(2)[::-1]))  # the shift first, where ours scales
+            continue
+        given = {part: _sides(lora, part) for part in parts if f"{part}.{UP}" in lora.values}
+        down, up = next(iter(given.values()))
+        # Zeros for parts that are not adapted: readers divide the rank evenly among all of them.
+        sizes = {part: width * (4 if part.endswith("proj_mlp") else 1) for part in parts}
+        both = [
+            given.get(part) or (torch.zeros_like(down), up.new_zeros(sizes[part], lora.rank))
+            for part in parts
+        ]
+        downs, ups = zip(*both, strict=True)
+        yield name, (torch.cat(downs), torch.block_diag(*ups))
+
+
+def _original_of_flux(layer: str) -> tuple[str, tuple[str, ...]]:
+    """The original code's layer that one of diffusers' is in, and all of diffusers' in that."""
+    found = FLUX_BLOCK.fullmatch(layer)
+    if found is None:
+        return FLUX_OUTSIDE_BLOCKS[layer], (layer,)
+    blocks, index, inner = found.groups()
+    original, layers = FLUX_BLOCKS[blocks]
+    name, parts = next(row for row in layers if inner in row[1])
+    return f"{original}.{index}.{name}", tuple(f"{blocks}.{index}.{part}" for part in parts)
+
+
+def is_flux(denoiser: Mapping[str, Any]) -> bool:
+    """Whether it is of FLUX.1 or FLUX.2."""
+    return "num_single_layers" in denoiser
 
 
 def is_xl(unet: Mapping[str, Any]) -> bool:
     """Whether it is of Stable Diffusion XL."""
-    return unet["addition_embed_type"] == "text_time"
+    return unet.get("addition_embed_type") == "text_time"
 
 
 def original_name(layer: str, unet: Mapping[str, Any]) -> str:
@@ -100,7 +208,9 @@ def describe(
     """
     in_v = prediction_type == "v_prediction"
     code = "diffusers"
-    if is_xl(unet):
+    if is_flux(unet):
+        version, family, code = _flux_version(unet)
+    elif is_xl(unet):
         version, family = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
         code = "https://github.com/Stability-AI/generative-models"
     elif unet["cross_attention_dim"] == 1024:
@@ -109,7 +219,7 @@ def describe(
         version, family = "sd_v1", "stable-diffusion-v1"
     height, width = resolution
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_flux" if is_flux(unet) else "networks.lora",
         "ss_base_model_version": version,
         "ss_v2": str(version == "sd_v2"),
         "ss_output_name": title,
@@ -118,5 +228,15 @@ def describe(
         "modelspec.implementation": code,
         "modelspec.title": title,
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": "v" if in_v else "epsilon",
+        **({} if is_flux(unet) else {"modelspec.prediction_type": "v" if in_v else "epsilon"}),
     }
+
+
+def _flux_version(transformer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """As sd-scripts calls it, its architecture and the original code; of FLUX.2 as musubi-tuner."""
+    code = "https://github.com/black-forest-labs/flux"
+    if "pooled_projection_dim" in transformer:
+        return "flux1", f"flux-1-{'dev' if transformer['guidance_embeds'] else 'schnell'}", code
+    sizes = {15360: "dev", 7680: "klein-4b", 12288: "klein-9b"}  # by the width of their text
+    size = sizes.get(transformer["joint_attention_dim"], "dev")
+    return "flux2", f"Flux.2-{size}", f"{code}2"

@@ -13,9 +13,12 @@ from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.recipe import Adapter, Model
 from cdpo.engine.training.export_formats import save_for_all, save_merged
-from cdpo.engine.training.kohya_format import describe
+from cdpo.engine.training.kohya_format import describe, kohya_tensors, save_for_kohya
 from cdpo.engine.training.lora import Lora, trained_lora
 from diffusers import (
+    Flux2Pipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     ModelMixin,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -124,6 +127,62 @@ def test_stock_diffusers_loads_adapters_of_xl(tmp_path: Path, targets: str) -> N
             for scale in module.scaling.values()
         }
         assert scales == {1.0}
+
+
+def flux_lora(name: str, targets: str) -> tuple[ModelMixin, Lora]:
+    """A transformer of a block of each kind on the meta device, and an adapter of it; of FLUX.1 as
+    wide as it is, which diffusers takes for granted.
+    """
+    with torch.device("meta"):
+        network = tiny.flux2_transformer(16)
+        if name == "flux":
+            network = FluxTransformer2DModel(
+                num_layers=1, num_single_layers=1, guidance_embeds=True
+            )
+        add_lora(network, Adapter(rank=2, alpha=2.0, targets=targets), seed=0)
+    shapes = get_peft_model_state_dict(network)
+    generator = torch.Generator().manual_seed(0)
+    values = {key: torch.randn(of.shape, generator=generator) for key, of in shapes.items()}
+    return network, Lora(values, 2)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+ff"])
+@pytest.mark.parametrize(("name", "pipeline"), [("flux", FluxPipeline), ("flux2", Flux2Pipeline)])
+def test_stock_diffusers_reads_kohyas_names_of_flux(tmp_path, name, pipeline, targets) -> None:
+    """To the bit, also where the original code has one layer for several."""
+    network, lora = flux_lora(name, targets)
+    about = describe(network.config, "flow", (512, 512), "a run")
+    save_for_kohya(lora, network.config, about, tmp_path / "lora.safetensors")
+    found = pipeline.lora_state_dict(tmp_path / "lora.safetensors")
+    for key, value in lora.values.items():
+        assert torch.equal(found.pop(f"transformer.{key}"), value)
+    assert all("proj_mlp" in key and not value.any() for key, value in found.items())
+    assert bool(found) == (name == "flux" and targets == "attention")
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_every_layer_of_flux_has_a_name_of_the_original_code(name) -> None:
+    """Scale and shift of the last norm stand the other way there."""
+    network, lora = flux_lora(name, "all-linear")
+    found = kohya_tensors(lora, network.config)
+    kinds = {key.rsplit(".", 2)[0] for key in found if key.endswith("lora_up.weight")}
+    outside = {key for key in kinds if "_blocks_" not in key}
+    both = {"img_in", "txt_in", "time_in_in_layer", "time_in_out_layer"}
+    both |= {"guidance_in_in_layer", "guidance_in_out_layer"}
+    both |= {"final_layer_linear", "final_layer_adaLN_modulation_1"}
+    own = {
+        "flux": {"vector_in_in_layer", "vector_in_out_layer"},
+        "flux2": {
+            f"{of}_modulation{stream}_lin"
+            for of, stream in (("double_stream", "_img"), ("double_stream", "_txt"))
+        }
+        | {"single_stream_modulation_lin"},
+    }
+    assert outside == {f"lora_unet_{key}" for key in both | own[name]}
+    up = lora.values["norm_out.linear.lora_B.weight"]
+    scale, shift = up.chunk(2)
+    key = "lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"
+    assert torch.equal(found[key], torch.cat([shift, scale]))
 
 
 def test_a_backbone_loads_an_adapter_and_a_merged_pipeline(
