@@ -14,6 +14,7 @@ os.environ["NO_PROXY"] = "127.0.0.1"  # where tests serve shards
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -29,6 +30,7 @@ from launching import CALM, ForkServer, World, losses, make_world, once
 from operations import operations as operations
 from pictures import draw_picture
 from PIL import Image
+from stock import levels_apart
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,47 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or extensions complain of what was never collected
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A row for each family's pipeline that tests held images against (`same_images`)."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    compared = [
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "images"
+    ]
+    if not compared:
+        return
+    terminalreporter.section("images beside the stock pipeline's")
+    line = "{:<12}{:<32}{:>10}{:>10}{:>16}".format
+    terminalreporter.write_line(line("family", "pipeline", "steps", "images", "levels apart"))
+    for of in sorted({(family, pipeline) for family, pipeline, *_ in compared}):
+        steps, images, apart = zip(
+            *(row[2:] for row in compared if tuple(row[:2]) == of), strict=True
+        )
+        numbers = ",".join(map(str, sorted(set(steps)))), str(sum(images)), f"{max(apart)} of 255"
+        terminalreporter.write_line(line(*of, *numbers))
+
+
+@pytest.fixture
+def same_images(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Holds pictures (N, H, W, 3) against a stock pipeline's, and leaves a row for the table at the
+    end: `same_images("sd3", stock, steps, expected, *found)`; `most` of 255 levels may they differ.
+    """
+
+    def compare(
+        family: str, stock: Any, steps: int, expected: Any, *found: Any, most: int = 0
+    ) -> None:
+        apart = max(levels_apart(one, expected) for one in found)
+        images = len(expected) * len(found)
+        record_property("images", (family, type(stock).__name__, steps, images, apart))
+        assert apart <= most
+        assert expected.std() > 10  # of 255: no gray wall
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

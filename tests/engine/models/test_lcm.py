@@ -78,7 +78,7 @@ def generators(start: torch.Tensor) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5, 8.0])
-def test_images_are_those_of_the_stock_lcm_pipeline(folder, guidance):
+def test_images_are_those_of_the_stock_lcm_pipeline(folder, same_images, guidance):
     backbone = load(folder, unet="unet")
     found = backbone.sample(backbone.denoiser, PROMPTS, noise(3), steps=4, guidance=guidance)
     stock = LatentConsistencyModelPipeline.from_pretrained(folder / "pipeline")
@@ -92,10 +92,10 @@ def test_images_are_those_of_the_stock_lcm_pipeline(folder, guidance):
         height=16,
         width=16,
     ).images
-    assert np.abs(pixels(found).astype(int) - pixels(expected)).max() <= 1
+    same_images("lcm", stock, 4, pixels(expected), pixels(found), most=1)
 
 
-def test_images_of_an_lcm_sdxl_are_those_of_the_stock_pipeline(folder):
+def test_images_of_an_lcm_sdxl_are_those_of_the_stock_pipeline(folder, same_images):
     backbone = load(folder, "sdxl", unet="xl_unet")
     found = backbone.sample(backbone.denoiser, PROMPTS, noise(3), steps=2, guidance=3.0)
     stock = StableDiffusionXLPipeline.from_pretrained(
@@ -110,7 +110,7 @@ def test_images_of_an_lcm_sdxl_are_those_of_the_stock_pipeline(folder):
         "width": 16,
     }
     expected = stock(PROMPTS, num_inference_steps=2, guidance_scale=3.0, **options).images
-    assert np.abs(pixels(found).astype(int) - pixels(expected)).max() <= 1
+    same_images("lcm", stock, 2, pixels(expected), pixels(found), most=1)
 
 
 def test_an_image_is_the_same_in_whatever_batch_it_is_drawn(folder):
