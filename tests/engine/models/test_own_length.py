@@ -126,7 +126,7 @@ def test_padding_of_a_batch_says_nothing(shared):
     times = torch.tensor([900.0, 300.0])
 
     def says(rows: list[int], **changes: Tensor) -> Tensor:
-        part = told.select(torch.tensor(rows))
+        part = told.select(rows)
         for name, value in changes.items():
             object.__setattr__(part, name, value)
         return shared.predict(shared.denoiser, start[rows], times[rows], part)
