@@ -74,9 +74,9 @@ class Plan:
     shipped: tuple[str, ...]
     """Models whose configs are those that come with cdpo."""
     few_steps: list[tuple[str, str]]
+    """What to warn of where the model was distilled to few steps."""
     embeds_guidance: bool
     """Whether guidance is told to the denoiser, in one pass."""
-    """What to warn of where the model was distilled to few steps."""
 
     @property
     def units_per_pair(self) -> float:
