@@ -197,9 +197,11 @@ def t5_config(letters: T5Tokenizer) -> T5Config:
     )
 
 
-def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDiffusion3Pipeline:
+def sd3_pipeline(
+    seed: int = 0, *, t5: bool = True, text_width: int = 48, **changes: Any
+) -> StableDiffusion3Pipeline:
     """A Stable Diffusion 3.5 of that size: patches of 2x2 latents, two blocks of which the first
-    attends twice, text of width 48.
+    attends twice, text as wide as its T5; of width 40, both CLIPs', it was made without one.
     """
     torch.manual_seed(seed)
     tokens = tokenizer()
@@ -215,7 +217,7 @@ def sd3_pipeline(seed: int = 0, *, t5: bool = True, **changes: Any) -> StableDif
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
-            joint_attention_dim=48,
+            joint_attention_dim=text_width,
             caption_projection_dim=16,
             pooled_projection_dim=16 + 12,
             pos_embed_max_size=12,

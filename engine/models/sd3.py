@@ -3,7 +3,9 @@
 Takes any folder or hub id in diffusers' `StableDiffusion3Pipeline` layout: 3 medium, 3.5 medium,
 large, and large turbo. The transformer is told time as 0 to 1000 and predicts the velocity, noise
 minus latents. Its text are 77 tokens of both CLIPs side by side, followed by 256 of the T5; a
-folder whose model_index.json has `null` for the T5 has zeros there, as the pipeline does.
+folder whose model_index.json has `null` for the T5 has zeros there, as the pipeline does. A
+transformer whose text is no wider than both CLIPs', which was made without a T5, has nothing there:
+the stock pipeline draws its pictures with `max_sequence_length=0`.
 """
 
 from __future__ import annotations
@@ -49,9 +51,16 @@ def told(transformer: Config, encoders: Encoders) -> Told:
     """Sizes of text and extras."""
     clip = encoders["text_encoder"].config.max_position_embeddings
     return {
-        "text": (clip + T5_TOKENS, transformer["joint_attention_dim"]),
+        "text": (clip + tokens_of_t5(transformer, encoders), transformer["joint_attention_dim"]),
         "pooled_projections": (transformer["pooled_projection_dim"],),
     }
+
+
+def tokens_of_t5(transformer: Config, encoders: Encoders) -> int:
+    """How many of the T5, or zeros in place of one, follow those of the CLIPs."""
+    clips = (encoders["text_encoder"], encoders["text_encoder_2"])
+    made_for_clips = transformer["joint_attention_dim"] == sum(c.config.hidden_size for c in clips)
+    return 0 if made_for_clips and encoders.get("text_encoder_3") is None else T5_TOKENS
 
 
 def check_text(spec: Model, transformer: Config, texts: Mapping[str, Any]) -> None:
@@ -92,12 +101,13 @@ class StableDiffusion3Text(T5Text):
         return [(parts.tokenizer_3, T5_TOKENS)] if has_t5 else super()._readers()
 
     def _embed_anew(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        text, _, pooled, _ = self._pipeline.encode_prompt(
+        parts = self._pipeline
+        text, _, pooled, _ = parts.encode_prompt(
             prompts,
             None,
             None,
-            device=self._pipeline.device,  # not the encoder's, which may wait in host memory
+            device=parts.device,  # not the encoder's, which may wait in host memory
             do_classifier_free_guidance=False,
-            max_sequence_length=T5_TOKENS,
+            max_sequence_length=tokens_of_t5(parts.transformer.config, parts.components),
         )
         return text, pooled
