@@ -58,7 +58,14 @@ def processor() -> str:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the golden files are of x86-64")
-@pytest.mark.parametrize(("name", "steps"), [("emoji_cdpo", 4), ("emoji_lcm_cdpo", 2)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("emoji_cdpo", 4),
+        ("emoji_lcm_cdpo", 2),
+        pytest.param("emoji_flow_cdpo", 4, marks=pytest.mark.long),
+    ],
+)
 def test_the_losses_of_the_small_world(
     alike: ForkServer, name: str, steps: int, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import math
 
 import torch
 from diffusers import UNet2DConditionModel
-from train_unet import build_scheduler
+from train_denoiser import build_scheduler
 
 GUIDANCE_DIM = 256  # of the sinusoidal embedding of w, as published
 STRIDE = 20  # 50 DDIM steps: t = 19, 39 ... 999

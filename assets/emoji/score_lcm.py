@@ -1,4 +1,5 @@
-"""How near few steps of the LCM come to many of its teacher; prints the README's table.
+"""How near few steps of the LCM come to many of its teacher, and how the flow model fares; prints
+the README's tables.
 
     python assets/emoji/score_lcm.py
 
@@ -13,7 +14,7 @@ import argparse
 import torch
 from data import read_prompts
 from score_clip import Scorer
-from show import load_lcm_pipeline, load_pipeline, sample
+from show import load_flow_pipeline, load_lcm_pipeline, load_pipeline, sample
 
 SEEDS = 4
 
@@ -23,14 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", nargs="+", default=["train", "heldout"], help="which files")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--teacher-steps", type=int, nargs="*", default=[15])
+    parser.add_argument("--flow-steps", type=int, nargs="*", default=[10, 30])
     args = parser.parse_args()
     prompts = read_prompts(*args.prompts)
     scorers = [Scorer(name) for name in ("reward", "judge")]
     texts = [scorer.texts(prompts) for scorer in scorers]
     rows = [("teacher", load_pipeline(), steps) for steps in args.teacher_steps]
     rows += [("LCM", load_lcm_pipeline(), steps) for steps in args.steps]
+    rows += [("flow model", load_flow_pipeline(), steps) for steps in args.flow_steps]
     print("| model | steps | guidance | reward | judge | deviation |\n|---|---|---|---|---|---|")
     for guidance in args.guidance:
         for name, pipeline, steps in rows:

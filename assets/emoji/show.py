@@ -1,6 +1,7 @@
-"""Pictures for the README: samples, the LCM beside its teacher, VAE reconstructions.
+"""Pictures for the README: samples of both bases, the LCM beside its teacher, reconstructions.
 
     python assets/emoji/show.py samples --guidance 2 --steps 15
+    python assets/emoji/show.py flow_samples --steps 10
     python assets/emoji/show.py lcm_samples
     python assets/emoji/show.py reconstructions
 
@@ -22,6 +23,7 @@ from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -30,12 +32,24 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).resolve().parent
 ZOOM = 3  # shown size of a pixel
 LCM_STEPS = (1, 2, 4, 8)
+PICTURES = ("samples", "flow_samples", "lcm_samples", "reconstructions")
 
 
 def load_pipeline() -> StableDiffusionPipeline:
     """The committed pipeline in float32, silent."""
     diffusers.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "sd", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_flow_pipeline() -> StableDiffusion3Pipeline:
+    """The flow model in float32, silent; diffusers wants to be told that it has no T5."""
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it warns of padding as if it were text
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        HERE / "sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -56,6 +70,8 @@ def sample(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance: float
 ) -> torch.Tensor:
     """One picture a prompt, (N, 3, 32, 32) in 0..1; each prompt has a noise of its own."""
+    # Nor has it seen the zeros that stand in for a T5.
+    options = {"max_sequence_length": 0} if "transformer" in pipeline.components else {}
     images = []
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
@@ -66,6 +82,7 @@ def sample(
             guidance_scale=guidance,
             generator=noises,
             output_type="pt",
+            **options,
         )
         images.append(output.images.float())
     return torch.cat(images)
@@ -121,9 +138,9 @@ def teacher_and_lcm(seed: int, steps: int, guidance: float) -> Image.Image:
 
 
 def main() -> None:
-    """Write one of the three pictures."""
+    """Write one of the four pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("samples", "lcm_samples", "reconstructions"))
+    parser.add_argument("what", choices=PICTURES)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +159,8 @@ def main() -> None:
             else random.Random(0).sample(read_prompts("train", "heldout"), 48)
         )
         started = time.time()
-        images = sample(load_pipeline(), prompts, args.seed, args.steps, args.guidance)
+        pipeline = load_flow_pipeline() if args.what == "flow_samples" else load_pipeline()
+        images = sample(pipeline, prompts, args.seed, args.steps, args.guidance)
         print(f"{len(prompts)} pictures in {time.time() - started:.1f}s")
         paper = sheet(images, prompts, 8)
     paper.quantize(255, dither=Image.Dither.NONE).save(out, optimize=True)

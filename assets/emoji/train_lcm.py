@@ -30,7 +30,7 @@ from data import BUILD, load_pairs, sampling_weights, tidy
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
-from train_unet import SD, encode_all, update_average
+from train_denoiser import SD, encode_all, update_average
 from transformers import CLIPTextModel, CLIPTokenizer
 
 LCM = Path(__file__).resolve().parent / "lcm"
@@ -188,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     world = World()
     teacher = UNet2DConditionModel.from_pretrained(SD / "unet", torch_dtype=torch.float32)
-    teacher.set_attn_processor(AttnProcessor())  # for the reason given in train_unet.py
+    teacher.set_attn_processor(AttnProcessor())  # for the reason given in train_denoiser.py
     teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     student = build_student(teacher).to(memory_format=torch.channels_last)
     student.set_attn_processor(AttnProcessor())
