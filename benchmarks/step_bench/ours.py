@@ -91,6 +91,7 @@ class OurStep:
             device,
             load_teacher=None if built.teacher is None else lambda: (built.teacher, {}),
         )
+        self._backbone.place()
         self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
         order_weights(self.module.tuning, self.module.policy, *self.module.frozen)
         if knobs.captured:

@@ -25,8 +25,9 @@ from .report.content import TUNED, RunFacts
 SAME_MODEL = ("backbone", "resolution")
 # And of a run that does not tell the parts it was tuned from.
 SAME_NAMES = ("path", "revision", "variant", "vae", "unet", "lcm_lora")
-# Parts that have no share in the images, and that has none in training.
-OF_ONE_SIDE = ("teacher", "teacher_config", "sampler")
+# Parts that have no share in the images, or that has none in training, or that each recipe decides
+# for itself as it does the precision.
+OF_ONE_SIDE = ("teacher", "teacher_config", "sampler", "quantization")
 # What tells methods apart.
 METHOD = (
     "objective.type",

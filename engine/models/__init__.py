@@ -23,8 +23,9 @@ import torch
 
 from ..recipe import Model
 from .fingerprint_store import model_files
-from .fingerprints import fingerprint
+from .fingerprints import fingerprint, quantized_parts
 from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess
+from .quantization import refuse_missing_library
 
 __all__ = [
     "DTYPES",
@@ -44,9 +45,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> Backbone:
     """The backbone a recipe names."""
+    if spec.quantization is not None:
+        refuse_missing_library(spec.quantization)
     files = model_files(spec, DTYPES[precision])  # as they are before they are read
     backbone: Backbone = family_of(spec).load(spec, device, DTYPES[precision])
     backbone.files = files
+    backbone.place(spec.quantization)
     return backbone
 
 
@@ -59,4 +63,5 @@ def known_fingerprints(spec: Model, precision: str = "fp32") -> dict[str, str] |
     """Those of the backbone a recipe names, if its files are as they were when it was last loaded
     in this precision; of a hub id, those in the hub's cache.
     """
-    return model_files(spec, DTYPES[precision]).read()
+    found = model_files(spec, DTYPES[precision]).read()
+    return found and found | quantized_parts(spec.quantization)

@@ -22,6 +22,7 @@ from .pretrained import denoiser_in
 PARTS = {
     "model": "denoiser",
     "model_config": "config of the denoiser",
+    "quantization": "quantization of the denoiser",
     "vae": "VAE",
     "vae_config": "config of the VAE",
     "text": "text encoder or tokenizer",
@@ -95,6 +96,11 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         "noise": fingerprint({key: scheduler.config.get(key) for key in noise}),
         "sampler": fingerprint([type(scheduler).__name__, sampler]),
     }
+
+
+def quantized_parts(quantization: str | None) -> dict[str, str]:
+    """What is added to them where the denoiser was put into fewer bits as it was read."""
+    return {} if quantization is None else {"quantization": fingerprint(quantization)}
 
 
 def changed_parts(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

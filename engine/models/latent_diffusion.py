@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..basics.keyed import content_id
 from .autoencoder import Autoencoder
 from .fingerprint_store import Kept
-from .fingerprints import fingerprints_of
+from .fingerprints import fingerprints_of, quantized_parts
 from .masking import PromptMask
 from .pretrained import denoiser_in
 from .protocol import Conditioning, Framing, NoiseProcess
+from .quantization import Kind, Quantized, quantize
 from .text import TextConditioner
 
 # Extras of a Conditioning that diffusers' UNet wants under `added_cond_kwargs`.
@@ -59,7 +60,7 @@ class LatentDiffusion:
         does not tell any more.
         """
         self.device = device
-        self.pipeline = pipeline.to(device)
+        self.pipeline = pipeline
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -72,6 +73,7 @@ class LatentDiffusion:
         self._text = text
         self._load_teacher = load_teacher
         self.files: Kept | None = None
+        self.quantized: Quantized | None = None
         self._own_parts = dict(own_parts or {})
         self._parts: dict[str, str] | None = None
         self._teacher_parts: Mapping[str, str] = {}
@@ -95,7 +97,17 @@ class LatentDiffusion:
             self._parts = fingerprints_of(self.pipeline) | self._own_parts
             if self.files is not None:
                 self.files.keep(self._parts)
-        return {**self._parts, **self._teacher_parts}
+        return {
+            **self._parts,
+            **quantized_parts(self.quantized.kind if self.quantized else None),
+            **self._teacher_parts,
+        }
+
+    def place(self, quantization: Kind | None = None) -> None:
+        if quantization is not None:
+            self.fingerprints()  # of the denoiser as its files have it
+            self.quantized = quantize(self.denoiser, quantization, self.device)
+        self.pipeline.to(self.device)
 
     def load_teacher(self) -> ModelMixin | None:
         """The frozen diffusion model a consistency model was distilled from; None for others."""
@@ -115,6 +127,8 @@ class LatentDiffusion:
         other = type(self.denoiser).from_pretrained(
             folder, subfolder=self.denoiser_name, dtype=dtype
         )
+        if self.quantized is not None:
+            quantize(other, self.quantized.kind, self.device)
         self.use_denoiser(other.to(self.device).requires_grad_(False).eval())
 
     def use_denoiser(self, net: ModelMixin) -> None:

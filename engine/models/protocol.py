@@ -20,6 +20,7 @@ from ...kernels import ConsistencyScales, SchedulePoint
 from ..basics.transfer import send_numbers
 from .fingerprint_store import Kept
 from .masking import PromptMask
+from .quantization import Kind, Quantized
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,9 @@ class Backbone(Protocol):
     files: Kept | None
     """What knows the fingerprints of the files it was loaded from; None if that is not known."""
 
+    quantized: Quantized | None
+    """What of the denoiser is in fewer bits; None if it is whole."""
+
     @property
     def noise(self) -> NoiseProcess:
         """Corruption and targets, as the model's scheduler says."""
@@ -184,6 +188,12 @@ class Backbone(Protocol):
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of all parts as they were loaded, by the names of `fingerprints.PARTS`:
         to be asked before anything is trained or tuned. The teacher is there once it is loaded.
+        """
+        ...
+
+    def place(self, quantization: Kind | None = None) -> None:
+        """Bring all networks to :attr:`device`, the denoiser in fewer bits if so asked: once, and
+        before anything is asked of them.
         """
         ...
 

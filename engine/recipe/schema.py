@@ -128,6 +128,7 @@ class Recipe(Section):
         self._check_objective()
         check_exports(self.adapter, self.export, has_kohya=self.model.family.kohya)
         check_start(self.adapter, self.objective.reference_ema)
+        self._check_quantization()
         pacing = self.curriculum
         stages = 1 if pacing.order == "random" else pacing.tiers
         check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
@@ -163,6 +164,21 @@ class Recipe(Section):
                     f"objective.pair_weighting=rank does not go with prepare.source.type={source}, "
                     "whose pairs are not of one ranking of a prompt's candidates: use uniform"
                 )
+
+    def _check_quantization(self) -> None:
+        if self.model.quantization is None:
+            return
+        given = f"model.quantization={self.model.quantization}"
+        if self.adapter.type == "full":
+            raise ValueError(
+                f"{given} does not go with adapter.type=full, which trains the weights themselves: "
+                "use adapter.type=lora, or leave quantization out"
+            )
+        if self.speed.compile != "off":
+            raise ValueError(
+                f"{given} does not go with speed.compile={self.speed.compile}, whose backward pass "
+                "would keep the weights whole: use compile=off, or leave quantization out"
+            )
 
     def _check_frozen_cache(self) -> None:
         if not self.speed.frozen_cache:

@@ -246,6 +246,7 @@ def hindrance(recipe: Recipe, device: torch.device, zero: Mapping[str, Any]) -> 
         "ZeRO-3 gathers weights while it computes": zero["stage"] == 3,
         "zero_optimization.offload_optimizer": offloads,
         f"speed.compile={speed.compile}": speed.compile != "off",
+        "weights in fewer bits are made whole anew each time": bool(recipe.model.quantization),
         "speed.activation_checkpointing": speed.activation_checkpointing,
         "speed.frozen_cache asks about other pairs each time": bool(speed.frozen_cache),
     }

@@ -150,8 +150,10 @@ def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
 
 
 def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> None:
-    """A copy of the base, into whose denoiser the adapter in ``lora`` is merged, in float32."""
-    backbone = load_backbone(model, CPU)
+    """A copy of the base, into whose denoiser the adapter in ``lora`` is merged, in float32: the
+    weights are those of its files, whatever the adapter was trained on.
+    """
+    backbone = load_backbone(model.whole, CPU)
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()

@@ -275,7 +275,7 @@ class Sums:
 
     @cached_property
     def _base(self) -> Backbone:
-        return load_backbone(self.recipe.model, CPU)
+        return load_backbone(self.recipe.model.whole, CPU)
 
     def _stamp(self, rounds: Sequence[Round], recipe: Recipe) -> dict[str, Any]:
         """What `compare` asks of a run, and what made this one."""

@@ -26,6 +26,7 @@ from ..display.terminal import Terminal
 from ..models import Backbone, load_backbone
 from ..models.compilation import compilation_told
 from ..models.few_steps import check_guidance, describe_few_steps
+from ..models.quantization import describe_quantized
 from ..models.tuning import order_weights, uncompiled
 from ..objectives import Loss, build_objective
 from ..ranks import Ranks
@@ -240,6 +241,7 @@ class Trainer:
                 f"{self.batches.micro_batch} pairs on each rank, {self.batches.accumulation} a "
                 "step",
             ),
+            *describe_quantized(self.backbone.quantized),
             ("speed", str(self.engine.module.tuning)),
             *self._describe_capture(),
             *self.evaluation.describe(),

@@ -39,6 +39,10 @@ class Sizes:
     """Bytes."""
     activations: int
     """Bytes kept for the backward pass of one micro-batch."""
+    in_fewer_bits: int = 0
+    """Parameters of the policy that are kept in fewer bits: no parameters to ZeRO."""
+    quantized: int = 0
+    """Bytes that those take, whole on every rank."""
     averaged: bool = False
     """Whether the optimiser keeps a moving average of what trains."""
     moving: int = 0
@@ -111,7 +115,7 @@ def memory_rows(
     gradient_ranks = ranks if zero.stage >= 2 else 1
     share = _shares(sizes.trained, ranks)
     frozen_rows = []
-    partitioned = sizes.policy
+    partitioned = whole = sizes.policy - sizes.in_fewer_bits
     for name, elements in sizes.frozen.items():
         if not elements:
             frozen_rows.append(Row(name, note="the policy's own"))
@@ -122,7 +126,8 @@ def memory_rows(
             frozen_rows.append(_at(zero.weights)(name, _shares(elements, weight_ranks) * width))
     bucket = min(zero.bucket, sizes.trained) * zero.num_buckets * width
     rows = [
-        _at(zero.weights)("policy weights", _shares(sizes.policy, weight_ranks) * width),
+        _at(zero.weights)("policy weights", _shares(whole, weight_ranks) * width),
+        Row("weights in fewer bits", device=sizes.quantized),
         *frozen_rows,
         Row("gathered weights", device=_gathered(zero, partitioned) * width, note="at most"),
         _at("host" if zero.optimizer != "device" else "device")(

@@ -24,6 +24,7 @@ from ...display.terminal import Terminal
 from ...models import DTYPES
 from ...models.adapters import add_lora
 from ...models.few_steps import describe_few_steps, refuse_guidance
+from ...models.quantization import Quantized, describe_quantized
 from ...models.tuning import choose_tuning, is_on
 from ...objectives import build_objective
 from ...ranks.launcher import local_size
@@ -73,6 +74,8 @@ class Plan:
     """(C, h, w) of an image."""
     shipped: tuple[str, ...]
     """Models whose configs are those that come with cdpo."""
+    quantized: Quantized | None
+    """What of the denoiser is in fewer bits."""
     few_steps: list[tuple[str, str]]
     """What to warn of where the model was distilled to few steps."""
     embeds_guidance: bool
@@ -103,7 +106,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     parts = {"denoiser": model.denoiser, "VAE": model.vae, **model.text_encoders}
     networks = {name: (count_parameters(part), 0) for name, part in parts.items()}
     unit = forward_flops(model, model.denoiser, resolution)
-    frozen = _frozen_parameters(recipe, model)
+    frozen, quantized = _frozen_parameters(recipe, model), _quantized(recipe, model)
     policy = _build_policy(recipe, model)
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     if recipe.adapter.type == "full":
@@ -117,7 +120,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         fuse(policy)
     objective = build_objective(recipe.objective)
     zero = Zero.from_config(config["zero_optimization"], world_size)
-    footprint = footprint_of(recipe, model, policy, frozen, zero)
+    footprint = footprint_of(recipe, model, policy, frozen, zero, quantized)
     share, fits = batches.pairs_per_rank, True
     if recipe.train.micro_batch == "auto":
         memory = device_memory(device, local_size(world_size))
@@ -126,7 +129,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         batches = BatchPlan(share, micro, share // micro)
     if recipe.speed.fused_kernels == "auto" and not tuning.fused_kernels:
         fuse(policy)  # as on the devices below
-    on_gpu = footprint_of(recipe, model, policy, frozen, zero)
+    on_gpu = footprint_of(recipe, model, policy, frozen, zero, quantized)
     return Plan(
         networks=networks,
         forward_flops=unit,
@@ -143,6 +146,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         tuning=str(tuning),
         latent_shape=model.latent_shape(resolution),
         shipped=model.shipped,
+        quantized=quantized,
         few_steps=describe_few_steps(spec, model.denoiser.config, model.index),
         embeds_guidance=bool(model.denoiser.config.get("guidance_embeds")),
     )
@@ -155,16 +159,21 @@ def read_footprint(recipe: Recipe, world_size: int, device: torch.device) -> Foo
     """
     config = build_deepspeed_config(recipe, world_size, recipe.run_dir)
     model = read_meta_model(recipe.model, DTYPES[recipe.train.precision])
-    frozen = _frozen_parameters(recipe, model)
+    frozen, quantized = _frozen_parameters(recipe, model), _quantized(recipe, model)
     policy = _build_policy(recipe, model)
     if is_on(recipe.speed.fused_kernels, device.type == "cuda"):
         fuse(policy)
     zero = Zero.from_config(config["zero_optimization"], world_size)
-    return footprint_of(recipe, model, policy, frozen, zero)
+    return footprint_of(recipe, model, policy, frozen, zero, quantized)
 
 
 def footprint_of(
-    recipe: Recipe, model: MetaModel, policy: ModelMixin, frozen: Mapping[str, int], zero: Zero
+    recipe: Recipe,
+    model: MetaModel,
+    policy: ModelMixin,
+    frozen: Mapping[str, int],
+    zero: Zero,
+    quantized: Quantized | None = None,
 ) -> Footprint:
     """Of the policy as it is fused or not; its checkpointing is changed."""
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
@@ -183,6 +192,8 @@ def footprint_of(
             recipe.model.resolution,
             checkpointing=recipe.speed.activation_checkpointing,
         ),
+        in_fewer_bits=quantized.weights if quantized else 0,
+        quantized=quantized.num_bytes if quantized else 0,
         averaged=recipe.adapter.ema is not None,
         moving=moving,
     )
@@ -228,6 +239,12 @@ def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:
     return frozen
 
 
+def _quantized(recipe: Recipe, model: MetaModel) -> Quantized | None:
+    """Of a denoiser that has no adapters yet, whose layers stay whole."""
+    kind = recipe.model.quantization
+    return None if kind is None else Quantized.of(model.denoiser, kind)
+
+
 def _streams_reference(recipe: Recipe) -> bool:
     return recipe.adapter.type == "full" and recipe.train.reference == "offload"
 
@@ -262,6 +279,7 @@ def _print_header(
             f"{batches.micro_batch}{'' if plan.fits else f', more than this {device.type} takes'}",
         ),
         ("auto", f"train.micro_batch {', '.join(_auto_text(*each) for each in plan.auto.items())}"),
+        *describe_quantized(plan.quantized),
         ("speed", f"{plan.tuning} (auto as for the {device.type} of this machine)"),
         *_pairs_rows(recipe),
         *describe_beta(recipe, plan.latent_shape),

@@ -55,6 +55,14 @@ def test_each_stage_divides_what_it_says(
     assert next(row.note for row in rows if row.name == "reference") == "the policy's own"
 
 
+def test_weights_in_fewer_bits_are_whole_on_every_rank() -> None:
+    """800 of the 1000 parameters take 450 bytes; stage 3 divides the other 200."""
+    zero = Zero(stage=3, world_size=2, bucket=30, num_buckets=2, most_gathered=600)
+    rows = by_name(memory_rows(replace(SIZES, in_fewer_bits=800, quantized=450), zero))
+    assert rows["policy weights"] == 200 and rows["weights in fewer bits"] == 450
+    assert rows["gathered weights"] == 400
+
+
 def test_full_fine_tuning_has_a_reference_and_may_have_an_average() -> None:
     sizes = Sizes(
         policy=1000,

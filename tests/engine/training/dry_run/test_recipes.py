@@ -186,6 +186,35 @@ def test_the_dry_run_of_flux_fits_a_card(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.long
 @pytest.mark.parametrize(
+    ("name", "kind", "size", "card"),
+    [
+        ("sd35", "nf4", 4.5, "24 GB"),
+        ("flux", "nf4", 4.5, "24 GB"),
+        ("qwen_image", "fp8", 8, "80 GB"),
+    ],
+)
+def test_a_quantised_base_fits_a_card_at_1024_pixels(
+    name: str, kind: str, size: float, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits a weight as published; of 8 bits a scale of each row comes to them."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(
+        ROOT / "recipes" / f"{name}_cdpo.yaml",
+        [f"model.quantization={kind}", "model.resolution=[1024, 1024]"],
+    )
+    rows = printed(recipe, monkeypatch)
+    parameters = int(rows["denoiser"][0].replace(",", ""))
+    held = float(rows["weights in fewer bits"][0])
+    assert held == pytest.approx(parameters * size / 8 / GIB, rel=0.005, abs=0.01)
+    assert f"none in {card}" not in rows["auto"][0] and rows["base"][0].startswith(f"{kind}: ")
+    # Beside them the adapter, and a few million of norms and biases, in bf16.
+    adapter = int(rows["adapter"][0].replace(",", ""))
+    assert float(rows["policy weights"][0]) == pytest.approx(2 * adapter / GIB, abs=0.015)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
     ("name", "denoiser", "text", "adapter"),
     [
         # q, k, v, out and three layers to and from 10,240, in 30 layers and 4 that refine
