@@ -35,7 +35,7 @@ BENCH_KERNELS := --tiny --out runs/bench/kernels_cpu.json
 BENCH_STEP := --tiny --out runs/bench/step_cpu.json
 endif
 
-.PHONY: help demo test test-all clients bench gpu gpu-wheels lint format typecheck unit clean
+.PHONY: help demo test test-all clients quantised bench gpu gpu-wheels lint format typecheck unit clean
 
 help:
 	@echo "make demo    align a small text-to-image model on this machine and show the result"
@@ -54,12 +54,19 @@ demo: .venv/installed
 test: lint unit
 
 test-all: TESTS = long or not long
-test-all: lint clients unit
+test-all: lint clients unit quantised
 
 # Each set in a folder of its own. Where no index is reached, their tests are skipped and say so.
 clients: .venv/installed-test
 	@$(call install_apart,build/old_clients,$(OLD_CLIENTS))
 	@$(call install_apart,build/table_clients,$(TABLE_CLIENTS))
+
+# What model.quantization quantises with, seconds more of every process that could import it.
+quantised: export PYTHONPATH = $(CURDIR)/build/quantisers
+quantised: .venv/installed-test
+	@$(call install_apart,build/quantisers,--constraint constraints.txt bitsandbytes torchao)
+	python -m pytest -q -m "long or not long" tests/engine/models/test_quantization.py \
+		tests/engine/training/test_quantization.py
 
 define install_apart
 test -e $(1)/installed || { rm -rf $(1) && \
