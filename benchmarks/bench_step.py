@@ -1,7 +1,7 @@
 """Times our training step beside the straightforward one of the same loss, and each of our knobs.
 
-    python benchmarks/bench_step.py             on a GPU: SD1.5@512, SDXL@1024, both LCM@768
-    python benchmarks/bench_step.py --tiny      small models: three to six minutes on a CPU
+    python benchmarks/bench_step.py             on a GPU: all of step_bench/models.py
+    python benchmarks/bench_step.py --tiny      small models: five to eight minutes on a CPU
     python benchmarks/bench_step.py --count     real sizes, counted and not run: needs no GPU
 
 Weights are random. Two steps at a time take turns in one process; operations and calls of networks
@@ -75,26 +75,30 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def variants(knobs: Knobs, on_gpu: bool, compiles: bool) -> dict[str, Knobs]:
-    """Our step with one thing changed at a time."""
+def variants(model: StepModel, knobs: Knobs, on_gpu: bool, compiles: bool) -> dict[str, Knobs]:
+    """Our step with one thing changed at a time, of those things that its denoiser has."""
     fused = "layers not fused" if knobs.fused_layers else "layers fused"
     order = "contiguous images" if knobs.channels_last else "channels_last"
     precision = "fp32" if knobs.precision == "bf16" else "bf16"
+    of_unets = {
+        fused: replace(knobs, fused_layers=not knobs.fused_layers),
+        order: replace(knobs, channels_last=not knobs.channels_last),
+    }
     changed = {
         "latents encoded live": replace(knobs, cached_latents=False),
         "text encoded live": replace(knobs, cached_text=False),
         # Two draws: after three steps, which are not timed, all of them are kept
         "frozen passes kept": replace(knobs, frozen_cache=2),
         "reference a second copy": replace(knobs, twin_reference=False),
-        fused: replace(knobs, fused_layers=not knobs.fused_layers),
-        order: replace(knobs, channels_last=not knobs.channels_last),
+        **({} if model.spec.is_flow else of_unets),
         "activation checkpointing": replace(knobs, checkpointing=True),
         precision: replace(knobs, precision=precision),
     }
     if on_gpu:  # on a CPU they are in PyTorch
         changed["loss and noise in PyTorch"] = replace(knobs, kernels="torch")
         changed["captured as CUDA graphs"] = replace(knobs, captured=True)
-        changed["attention by the engine's rule"] = replace(knobs, attention="auto")
+        if not model.spec.is_flow:  # whose layers stay as diffusers has them
+            changed["attention by the engine's rule"] = replace(knobs, attention="auto")
     if compiles:
         changed["blocks compiled"] = replace(knobs, compiled=True)
     return changed
@@ -127,6 +131,7 @@ class Comparison:
             "precision": self.knobs.precision,
             "unit_flops": self.unit_flops,
             "vae_units": self.vae_units,
+            "text_units": text_flops_of(other.step) / self.unit_flops,
             "steps": {
                 name: step_row(
                     times[name].device,
@@ -176,6 +181,11 @@ def units_of(step: OurStep) -> tuple[int, float]:
     return unit, count_flops(lambda: step.encode_images(step.pairs.pixels[:1])) / unit
 
 
+def text_flops_of(step: StraightforwardStep) -> float:
+    """Operations of encoding one prompt."""
+    return count_flops(lambda: step.encode_text(step.tokens)) / len(step.pairs)
+
+
 def halvings(count: int) -> Iterator[int]:
     while count:
         yield count
@@ -184,7 +194,7 @@ def halvings(count: int) -> Iterator[int]:
 
 def compare(name: str, model: StepModel, options: argparse.Namespace, device: torch.device) -> Row:
     """A model's row, at the largest number of pairs that both steps have the memory for."""
-    knobs = Knobs.for_device(device)
+    knobs = Knobs.for_device(device, model)
     both_s, knob_s = TINY_BUDGET_S if options.tiny else BUDGET_S
     for count in halvings(options.pairs or model.pairs):
         try:
@@ -196,7 +206,7 @@ def compare(name: str, model: StepModel, options: argparse.Namespace, device: to
         torch.cuda.empty_cache()  # outside `except`, whose traceback holds the tensors
     else:
         raise SystemExit(f"{name}: one pair does not fit the memory of the device")
-    changed = variants(knobs, device.type == "cuda", options.compile)
+    changed = variants(model, knobs, device.type == "cuda", options.compile)
     row["knobs"] = {
         knob: comparison.measure_knob(each, knob_s)
         for knob, each in track(changed.items(), name, console=Console(stderr=True))
@@ -226,8 +236,13 @@ def count_real(names: list[str], console: Console) -> None:
         ours = OurStep(model, pairs, meta, knobs)
         ours.batch()  # embeds the prompts: from here on they are cached
         unit, vae_units = units_of(ours)
-        console.print(f"{name}: unit {unit / 1e12:.3f} TFLOP, VAE {vae_units:.2f} units an image")
         other = straightforward(model, pairs, meta, torch.bfloat16)
+        text_units = text_flops_of(other) / unit
+        console.print(
+            f"{name}: unit {unit / 1e12:.3f} TFLOP, VAE {vae_units:.2f} units an image, "
+            f"text {text_units:.2f} a prompt",
+            highlight=False,
+        )
         for kind, step in (("ours", ours), ("straightforward", other)):
             counts = counts_of(step)
             units = f"{counts['flops'] / unit:.2f} units a pair"

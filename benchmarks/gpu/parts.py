@@ -7,8 +7,17 @@ of results.
 from dataclasses import dataclass
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MODELS = {"sd15": "SD1.5@512", "sdxl": "SDXL@1024", "lcm": "LCM@768", "lcm_image": "LCM-image@768"}
-KERNEL_MODELS = ("sd15", "sdxl", "lcm")  # what a target changes in an LCM is no kernel's shape
+MODELS = {
+    "sd15": "SD1.5@512",
+    "sdxl": "SDXL@1024",
+    "lcm": "LCM@768",
+    "lcm_image": "LCM-image@768",
+    "sd35": "SD3.5-medium@512",
+    "flux": "FLUX.1-dev@512",
+    "sana": "SANA-1.6B@1024",
+}
+# What a target changes in an LCM is no kernel's shape, and transformers have no layers of ours.
+KERNEL_MODELS = ("sd15", "sdxl", "lcm")
 KERNEL_BATCHES = (1, 8, 64)  # pairs; each batch compiles some twenty shapes of layers anew
 # Knobs of `bench_step.py` that are parts of their own: by the name of the part what their names
 # contain, and the head of their column.

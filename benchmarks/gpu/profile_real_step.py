@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (TINY if options.tiny else REAL)[options.model]
     pairs = make_pairs(model, 1 if options.tiny else model.pairs, device)
-    step = OurStep(model, pairs, device, Knobs.for_device(device))
+    step = OurStep(model, pairs, device, Knobs.for_device(device, model))
     profiler = new_profiler(STEPS, device)
     with profiler:
         for _ in range(WARM_UP + STEPS):

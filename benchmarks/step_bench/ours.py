@@ -9,17 +9,15 @@ losers ride in one call, and the loss and what surrounds it are our kernels.
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from cdpo.engine.display.terminal import Terminal
-from cdpo.engine.models import Conditioning, Framing
-from cdpo.engine.models.ddpm import DiscreteDDPM
+from cdpo.engine.models import Conditioning, Framing, family_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.models.protocol import NoiseProcess
-from cdpo.engine.models.solver_grid import SolverGrid
 from cdpo.engine.models.tuning import order_weights
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
@@ -30,8 +28,18 @@ from cdpo.engine.training.frozen.cache import FrozenCache
 from cdpo.engine.training.networks import build_networks
 from cdpo.kernels import use as use_kernels
 from diffusers import DiffusionPipeline
-from step_bench.models import StepModel, build, text_conditioner
-from step_bench.setup import SEED, Pairs, Update, adapter_of, in_one_dtype, in_reach, trainable
+from step_bench.models import FAMILIES, StepFamily, StepModel, build
+from step_bench.setup import (
+    SEED,
+    Pairs,
+    Update,
+    adapter_of,
+    encoders_of,
+    in_one_dtype,
+    in_reach,
+    latents_of,
+    trainable,
+)
 from torch import Tensor, nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,8 +52,9 @@ class Knobs:
     precision: str
     """Of the networks: `bf16` or `fp32`."""
     fused_layers: bool
-    """GroupNorm, SiLU and GEGLU of the UNet as our kernels."""
+    """GroupNorm, SiLU and GEGLU of a UNet as our kernels."""
     channels_last: bool
+    """Images of a UNet in the order of tensor cores."""
     kernels: str = "auto"
     """`torch`: noise, solver and loss in PyTorch instead of Triton."""
     cached_latents: bool = True
@@ -66,10 +75,13 @@ class Knobs:
     """Of cached latents: half precision is what shards hold."""
 
     @classmethod
-    def for_device(cls, device: torch.device) -> "Knobs":
-        """The engine's choice: on a GPU everything that is fast there."""
+    def for_device(cls, device: torch.device, model: StepModel) -> "Knobs":
+        """The engine's choice: on a GPU everything that is fast there. A transformer has neither
+        layers to fuse nor images.
+        """
         on_gpu = device.type == "cuda"
-        return cls("bf16" if on_gpu else "fp32", fused_layers=on_gpu, channels_last=on_gpu)
+        of_unets = on_gpu and not model.spec.is_flow
+        return cls("bf16" if on_gpu else "fp32", fused_layers=of_unets, channels_last=of_unets)
 
 
 class NotCaptured(Exception):
@@ -82,13 +94,15 @@ class OurStep:
     def __init__(self, model: StepModel, pairs: Pairs, device: torch.device, knobs: Knobs) -> None:
         built = build(model, device, PRECISIONS[knobs.precision])
         pipeline, recipe = built.pipeline, _recipe(model, knobs)
+        family = FAMILIES[model.family]
         self.model, self.pairs, self.device, self.knobs = model, pairs, device, knobs
         self._pipeline = pipeline
         self._backbone = LatentDiffusion(
             pipeline,
-            text_conditioner(pipeline) if knobs.cached_text else LiveText(pipeline),
-            _noise_process(model, pipeline, device),
+            family.text(pipeline) if knobs.cached_text else LiveText(pipeline, family),
+            family.noise(pipeline.scheduler, device, model.side),
             device,
+            family_of(model.spec).ask,
             load_teacher=None if built.teacher is None else lambda: (built.teacher, {}),
         )
         self._backbone.place()
@@ -122,10 +136,8 @@ class OurStep:
 
     def networks(self) -> dict[str, nn.Module]:
         """By the names that their calls are counted under."""
-        parts = self._pipeline.components
         named = {name: getattr(self.module, name) for name in ("policy", "reference", "teacher")}
-        named |= {"vae": self._pipeline.vae.encoder, "text 1": parts["text_encoder"]}
-        named |= {"text 2": parts.get("text_encoder_2")}
+        named |= {"vae": self._pipeline.vae.encoder, **encoders_of(self._pipeline)}
         return {name: network for name, network in named.items() if network is not None}
 
     def loss(self, batch: TrainingBatch) -> Tensor:
@@ -151,8 +163,7 @@ class OurStep:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents of pixels (N, 3, H, W), by the VAE in the precision of the networks."""
         vae = self._pipeline.vae
-        pixels = pixels.to(self.device, non_blocking=True).to(vae.dtype)
-        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+        return latents_of(vae, pixels.to(self.device, non_blocking=True).to(vae.dtype))
 
     def _encode_images(self) -> Tensor:
         return self.encode_images(self.pairs.pixels)
@@ -179,32 +190,23 @@ class OurStep:
 class LiveText:
     """Embeds the prompts of every step anew."""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self._pipeline = pipeline
-        self.cache = text_conditioner(pipeline).cache  # of the protocol, and never filled
+    def __init__(self, pipeline: DiffusionPipeline, family: StepFamily) -> None:
+        self._make = partial(family.text, pipeline)
+        self.cache = self._make().cache  # of the protocol, and never filled
 
     def encode(self, prompts: list[str], framing: Framing | None) -> Conditioning:
-        conditioner = text_conditioner(self._pipeline)
+        conditioner = self._make()
         conditioner.cache.rows = len(set(prompts))  # without fillers
         return conditioner.encode(prompts, framing)
 
 
-def _noise_process(
-    model: StepModel, pipeline: DiffusionPipeline, device: torch.device
-) -> NoiseProcess:
-    if model.family == "lcm":
-        return SolverGrid(pipeline.scheduler, device, solver_steps=50, guidance=(5.0, 15.0))
-    return DiscreteDDPM(pipeline.scheduler, device)
-
-
 def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
     """What the engine's parts read in a recipe; its paths are not read."""
-    teacher = {"teacher": "unused"} if model.objective.get("target") == "teacher" else {}
     return Recipe.model_validate(
         {
             "run_dir": "unused",
             "seed": SEED,
-            "model": {"backbone": model.family, "path": "unused", **teacher},
+            "model": model.spec.model_dump(),
             "adapter": adapter_of(model).model_dump(),
             "objective": model.objective,
             "prompts": {"train": "unused"},

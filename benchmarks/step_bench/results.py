@@ -5,6 +5,7 @@ A model's row:
     model, pairs, precision
     unit_flops     of one forward of the denoiser over one image: one unit
     vae_units      of encoding one image
+    text_units     of encoding one prompt
     steps          "ours" and "straightforward" -> what a step took, `step_row`
     speedup        time of the straightforward step over ours, round by round
     knobs          name -> time with this one thing changed over ours, and what it changes besides

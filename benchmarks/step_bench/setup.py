@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cdpo.engine.basics.phases import phase
 from cdpo.engine.models.adapters import add_lora
+from cdpo.engine.models.pipelines import TEXT_ENCODERS
 from cdpo.engine.recipe import Adapter
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from step_bench.models import StepModel
 from torch import Tensor, nn
 
@@ -49,17 +51,33 @@ def adapter_of(model: StepModel) -> Adapter:
     return Adapter(rank=model.rank, alpha=model.rank)
 
 
-def add_adapter(unet: UNet2DConditionModel, model: StepModel) -> UNet2DConditionModel:
-    """The adapter on a UNet, trainable, with the same values every time."""
-    return in_one_dtype(add_lora(unet, adapter_of(model), SEED)).train()
+def add_adapter(denoiser: ModelMixin, model: StepModel) -> ModelMixin:
+    """The adapter on a denoiser, trainable, with the same values every time."""
+    return in_one_dtype(add_lora(denoiser, adapter_of(model), SEED)).train()
 
 
-def in_one_dtype(policy: UNet2DConditionModel) -> UNet2DConditionModel:
+def in_one_dtype(policy: ModelMixin) -> ModelMixin:
     """Put the adapter, which is made in float32, into the dtype of its network."""
-    dtype = policy.conv_in.weight.dtype
+    dtype = next(weight.dtype for weight in policy.parameters() if not weight.requires_grad)
     for parameter in trainable(policy):
         parameter.data = parameter.data.to(dtype)
     return policy
+
+
+def latents_of(vae: Any, pixels: Tensor) -> Tensor:
+    """Scaled latents (N, C, h, w) of pixels (N, 3, H, W) in a stock autoencoder's dtype: the mean
+    of its posterior, if it has one.
+    """
+    encoded, config = vae.encode(pixels), vae.config
+    latents = encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent
+    shifted: Tensor = latents - (config.get("shift_factor") or 0.0)
+    return shifted * config.scaling_factor
+
+
+def encoders_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The text encoders, by the names that their calls are counted under."""
+    found = [pipeline.components.get(name) for name in TEXT_ENCODERS]
+    return {f"text {i + 1}": encoder for i, encoder in enumerate(found) if encoder is not None}
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:

@@ -62,8 +62,9 @@ def test_benchmarks_take_what_the_table_gives_them(
     assert not options.tiny and f"{options.out}" == f"{{out}}/{part.writes[0]}"
     kind = part.name.partition("_")[2].rpartition("_")[2]
     if kind in KNOBS:
-        cuda = Knobs.for_device(torch.device("cuda"))
-        changed = bench_step.variants(cuda, on_gpu=True, compiles=options.compile)
+        model = REAL[options.models[0]]
+        cuda = Knobs.for_device(torch.device("cuda"), model)
+        changed = bench_step.variants(model, cuda, on_gpu=True, compiles=options.compile)
         assert any(options.knob in name for name in changed)
 
 
