@@ -173,6 +173,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     met before, what it compiled then is launched at once.
     """
     first = arguments[0]
+    device = first.get_device()
     met = [
         (value.dtype, value.data_ptr() % 16)
         if isinstance(value, Tensor)
@@ -181,9 +182,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         else value
         for value in arguments
     ]
-    key = (kernel.fn, first.get_device(), *met, *constants, *constants.values())
+    key = (kernel.fn, device, *met, *constants, *constants.values())
     found = _compiled.get(key)
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    elsewhere = first.is_cuda and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         if found is None:
             compiled = kernel[grid](*arguments, **constants)
         else:
