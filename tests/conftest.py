@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not compared:
         return
     terminalreporter.section("images beside the stock pipeline's")
-    line = "{:<12}{:<32}{:>10}{:>10}{:>16}".format
+    line = "{:<14}{:<32}{:>10}{:>10}{:>16}".format
     terminalreporter.write_line(line("family", "pipeline", "steps", "images", "levels apart"))
     for of in sorted({(family, pipeline) for family, pipeline, *_ in compared}):
         steps, images, apart = zip(

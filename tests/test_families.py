@@ -25,6 +25,7 @@ from diffusers import (
     Flux2Pipeline,
     FluxPipeline,
     LCMScheduler,
+    QwenImage21Pipeline,
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
@@ -43,6 +44,7 @@ FLOW = {
     "flux2": Flux2Pipeline,
     "sana": SanaPipeline,
     "qwen_image": QwenImagePipeline,
+    "qwen_image21": QwenImage21Pipeline,
     "z_image": ZImagePipeline,
 }
 # Learning rates at which ten steps of a tiny model show in its images.
@@ -135,6 +137,8 @@ def long(*values: object) -> Any:
         long("sana", "merged"),
         long("qwen_image", "lora"),
         long("qwen_image", "merged"),
+        long("qwen_image21", "lora"),
+        long("qwen_image21", "merged"),
         long("z_image", "lora"),
         long("z_image", "merged"),
         long("lcm", "lora"),
@@ -194,6 +198,8 @@ def test_from_prompts_to_a_report_and_a_stock_pipeline(
         long("sana", 1),
         long("sana", 3),
         long("qwen_image", 3),
+        long("qwen_image21", 2),
+        long("qwen_image21", 3),
         long("z_image", 2),
     ],
 )
@@ -235,7 +241,8 @@ def test_a_killed_consistency_run_goes_on_to_the_last_bit(
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name", ["sdxl", "lcm", "sd3", "flux", "flux2", "sana", "qwen_image", "z_image"]
+    "name",
+    ["sdxl", "lcm", "sd3", "flux", "flux2", "sana", "qwen_image", "qwen_image21", "z_image"],
 )
 def test_all_of_the_denoiser_under_each_stage(
     family_of: Callable[[str], Family], tmp_path: Path, name: str

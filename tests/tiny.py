@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -28,6 +29,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -53,6 +56,7 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -61,6 +65,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -386,7 +392,7 @@ def qwen_image_pipeline(seed: int = 0, **changes: Any) -> QwenImagePipeline:
     return QwenImagePipeline(**parts | changes)
 
 
-def qwen_vae(**changes: Any) -> AutoencoderKLQwenImage:
+def qwen_vae(kind: type[Any] = AutoencoderKLQwenImage, **changes: Any) -> Any:
     """A VAE of videos that halves 16x16 pixels. Random weights tell little of one frame, of images
     in latents and of latents in images: they are made to tell more.
     """
@@ -399,10 +405,49 @@ def qwen_vae(**changes: Any) -> AutoencoderKLQwenImage:
         "latents_mean": [0.1, -0.2, 0.3, 0.0],
         "latents_std": [0.5, 0.6, 0.7, 0.9],
     }
-    made = AutoencoderKLQwenImage(**config | changes)
+    made = kind(**config | changes)
     made.encoder.conv_out.weight.data *= 16
     made.decoder.conv_out.weight.data *= 4
     return made
+
+
+def qwen_image21_pipeline(seed: int = 0, **changes: Any) -> QwenImage21Pipeline:
+    """A Qwen-Image 2.1 of two blocks, text of width 24, and a VAE that halves 128x128 pixels four
+    times. Its processor would need torchvision: another model's stands for it.
+    """
+    torch.manual_seed(seed)
+    tokens = qwen_tokenizer()
+    tokens.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+    text = Qwen3VLConfig(
+        text_config={**qwen_config(tokens), "head_dim": 12, "rope_parameters": rope},
+        vision_config={**seen, "out_hidden_size": 24, "deepstack_visual_indexes": [0]},
+    )
+    parts: dict[str, Any] = {
+        "transformer": QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            context_in_dim=24,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        "vae": qwen_vae(
+            AutoencoderKLQwenImage21,
+            decoder_base_dim=8,
+            dim_mult=[1, 1, 1, 1, 1],
+            temperal_downsample=[False, True, True, True],
+        ),
+        "text_encoder": Qwen3VLForConditionalGeneration(text),
+        "processor": LlavaProcessor(CLIPImageProcessorPil(), tokens, patch_size=14),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    parts["processor"].chat_template = tokens.chat_template.replace(
+        "turn.content ", "turn.content[0].text "
+    )
+    return QwenImage21Pipeline(**parts | changes)
 
 
 def z_image_pipeline(seed: int = 0, **changes: Any) -> ZImagePipeline:
@@ -501,12 +546,13 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2": flux2_pipeline,
     "sana": sana_pipeline,
     "qwen_image": qwen_image_pipeline,
+    "qwen_image21": qwen_image21_pipeline,
     "z_image": z_image_pipeline,
     "lcm": pipeline,  # the teacher, and all of the LCM but its UNet
 }
 
 
-SIDES = {"sana": 32}  # of images, in pixels; of other families 16
+SIDES = {"sana": 32, "qwen_image21": 128}  # of images, in pixels; of other families 16
 
 
 def lcm_unet(seed: int = 7, **changes: Any) -> UNet2DConditionModel:

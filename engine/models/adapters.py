@@ -38,6 +38,7 @@ FEED_FORWARD = (
     *("ff.conv_inverted", "ff.conv_point"),  # SANA's, whose third convolution is a channel wide
     # Of Qwen-Image and Z-Image, as verl and DiffSynth-Studio name them.
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    *("img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"),  # Qwen-Image 2.1's
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),  # FLUX.2's
 )

@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from ..basics.errors import NumericsError
 from ..basics.transfer import send
@@ -34,7 +34,8 @@ class Autoencoder:
 
     Latents are (N, C, h, w) float32; an image is ``scale_factor`` times as high and wide. What is
     made for videos, as Qwen-Image's, makes one of one frame, and has a shift and a scale for each
-    channel. So has FLUX.2's, whose latents are told in patches of 2 x 2: four times the channels.
+    channel; that of 2.1 is given images as opaque, and what it makes of alpha is left out. So has
+    FLUX.2's, whose latents are told in patches of 2 x 2: four times the channels.
     """
 
     def __init__(self, vae: ModelMixin) -> None:
@@ -42,21 +43,24 @@ class Autoencoder:
         config: Any = vae.config
         self.channels, self.scale_factor = vae_sizes(config)
         self._makes_videos = is_of_videos(config)
+        self._alpha = int(config.get("in_channels") == 4)
         self.scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift: float | Tensor = float(config.get("shift_factor") or 0.0)
         self._scale: float | Tensor = self.scaling_factor
-        if self._makes_videos:
-            mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
-            # The quotient first, as the stock pipeline rounds.
-            self._shift, self._scale = mean.view(-1, 1, 1), 1.0 / std.view(-1, 1, 1)
         self._patch = patch_of(config)
         self._scaled: Arithmetic = torch.mul
         self._unscaled: Arithmetic = torch.div
+        if self._patch > 1 or self._alpha:
+            # A divisor, as in the stock pipelines of these: a factor rounds otherwise.
+            self._scaled, self._unscaled = torch.div, torch.mul
+        if self._makes_videos:
+            statistics = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
+            mean, std = (of.view(-1, 1, 1) for of in statistics)
+            # Of a factor the quotient first, as the stock pipeline rounds.
+            self._shift, self._scale = mean, std if self._alpha else 1.0 / std
         if self._patch > 1:
             norm = (self.vae.bn.running_mean, self.vae.bn.running_var)
             mean, variance = (of.cpu().view(-1, 1, 1) for of in norm)
-            # A divisor, as in the stock pipeline: a factor rounds otherwise.
-            self._scaled, self._unscaled = torch.div, torch.mul
             self._shift, self._scale = mean, (variance + config["batch_norm_eps"]).sqrt()
         self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
 
@@ -83,11 +87,13 @@ class Autoencoder:
         """The posterior of images uint8 (N, 3, H, W): mean and log variance (N, 2C, h, w)."""
         parts = []
         for part in pixels.to(self.vae.device).split(self._images_a_call(pixels.shape[-2:])):
-            images = part.float() / 127.5 - 1
+            images = pad(part.float() / 127.5 - 1, (0, 0, 0, 0, 0, self._alpha), value=1.0)
             encoded = self.vae.encode(images.unsqueeze(2) if self._makes_videos else images)
-            posterior = (pixel_unshuffle(of, self._patch) for of in _posterior(encoded))
-            moments = torch.cat(list(posterior), dim=1).float()
-            parts.append(moments.squeeze(2) if self._makes_videos else moments)
+            posterior = _posterior(encoded)
+            if self._makes_videos:
+                posterior = [of.squeeze(2) for of in posterior]
+            moments = [pixel_unshuffle(of, self._patch) for of in posterior]
+            parts.append(torch.cat(moments, dim=1).float())
         return torch.cat(parts)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -124,7 +130,7 @@ class Autoencoder:
                 "model.vae",
                 "non-finite",
             )
-        return self._processor.postprocess(pixels, output_type="pil")
+        return self._processor.postprocess(pixels[:, :3], output_type="pil")
 
     def _normalisation(self, device: torch.device) -> list[Any]:
         """Shift and scale: numbers, which round as the stock pipeline's, or (C, 1, 1)."""

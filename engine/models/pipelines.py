@@ -174,14 +174,21 @@ def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
 
 
 def _refuse_absent_libraries(index: dict[str, Any]) -> None:
-    """ValueError for a tokenizer that needs a library which is not there: diffusers would tell of
-    its own search alone.
+    """ValueError for a tokenizer or processor that needs a library which is not there: diffusers
+    would tell of its own search alone.
     """
-    for name in (name for name in index if name.startswith("tokenizer")):
+    for name in (name for name in index if name.startswith(("tokenizer", "processor"))):
         library, class_name = index[name]
         part: Any = getattr(transformers, class_name, None) if library == "transformers" else None
+        if _reads_videos(part):
+            part = transformers.AutoVideoProcessor
         if getattr(part, "is_dummy", False):
             raise ValueError(f"its {name}, a {class_name}, needs {' and '.join(part._backends)}")
+
+
+def _reads_videos(part: Any) -> bool:
+    is_processor = isinstance(part, type) and issubclass(part, transformers.ProcessorMixin)
+    return is_processor and "video_processor" in part.get_attributes()
 
 
 def _scheduler(place: str, index: dict[str, Any], spec: Model) -> SchedulerMixin:

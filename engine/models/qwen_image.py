@@ -27,7 +27,7 @@ from .flow_matching import FlowMatching
 from .latent_diffusion import LatentDiffusion, packed, unpacked
 from .pipelines import load_pipeline
 from .protocol import Conditioning
-from .text import Encoders, OwnLengthText, Told
+from .text import Encoders, LimitedText, Told
 
 
 def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
@@ -93,7 +93,7 @@ def _is_own(lengths: Sequence[int], text: Tensor) -> Tensor:
     return send(own, text.device)
 
 
-class QwenImageText(OwnLengthText):
+class QwenImageText(LimitedText):
     """What a Qwen2.5-VL makes of a prompt, without the template's beginning."""
 
     tokens = 512  # that the stock pipeline takes, of 1024 that it reads

@@ -132,9 +132,6 @@ class OwnLengthText(CachedText):
     prompt, and says how long each is.
     """
 
-    tokens: int
-    """That are seen of a prompt in its template, without :attr:`dropped` ones."""
-
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__(pipeline)
         self.cache.rows = 1
@@ -149,6 +146,13 @@ class OwnLengthText(CachedText):
         nothing = [""] * len(prompts)
         told = {"prompt_embeds": prompts, "negative_prompt_embeds": nothing}
         return {name: [text for (text,) in self.cache.rows_of(of)] for name, of in told.items()}
+
+
+class LimitedText(OwnLengthText):
+    """The same of so many tokens at most."""
+
+    tokens: int
+    """That are seen of a prompt in its template, without :attr:`dropped` ones."""
 
     def seen_tokens(self, prompt: str) -> int | None:
         read = self.in_template(prompt)

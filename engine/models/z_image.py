@@ -24,7 +24,7 @@ from .flow_matching import FlowMatching
 from .latent_diffusion import LatentDiffusion
 from .pipelines import load_pipeline
 from .protocol import Conditioning
-from .text import Encoders, OwnLengthText, Told
+from .text import Encoders, LimitedText, Told
 
 PATCH = 2  # the pipeline's, of those that the transformer may have
 
@@ -77,7 +77,7 @@ def draw(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:
     return latents
 
 
-class ZImageText(OwnLengthText):
+class ZImageText(LimitedText):
     """What a Qwen3 makes of a user's turn."""
 
     tokens = 512

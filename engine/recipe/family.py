@@ -89,6 +89,14 @@ FAMILIES = {
         sampler="Euler",
         kohya=False,
     ),
+    "qwen_image21": Family(
+        "Qwen-Image 2.1 model",
+        ("QwenImage21Pipeline",),
+        "QwenImage21Transformer2DModel",
+        "AutoencoderKLQwenImage21",
+        sampler="Euler",
+        kohya=False,
+    ),
     "z_image": Family(
         "Z-Image model",
         ("ZImagePipeline",),

@@ -14,7 +14,16 @@ class Model(Section):
     """The text-to-image model to align."""
 
     backbone: Literal[
-        "sd", "sdxl", "lcm", "sd3", "flux", "flux2", "sana", "qwen_image", "z_image"
+        "sd",
+        "sdxl",
+        "lcm",
+        "sd3",
+        "flux",
+        "flux2",
+        "sana",
+        "qwen_image",
+        "qwen_image21",
+        "z_image",
     ] = "sd"
     """Model family: decides text encoders, conditioning and noise process."""
     path: str
@@ -47,7 +56,7 @@ class Model(Section):
     `guidance` is w + 1."""
     resolution: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width in pixels of what is sampled: multiples of 8 x the UNet's downsampling, of a
-    flow model 16, of SANA 32."""
+    flow model 16, of SANA and Qwen-Image 2.1 32."""
     embedded_guidance: NonNegativeFloat = 3.5
     """`backbone: flux` and `flux2` only: the guidance that FLUX.1 dev and FLUX.2 dev are told in
     training; schnell and klein are told none."""

@@ -32,6 +32,7 @@ from ...models.pretrained import denoiser_in, reading
 from ...recipe import Model
 
 META = torch.device("meta")
+OF_ONE_DEVICE = (torch.ops.aten.where.self, torch.ops.aten.index_add.default)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,20 @@ def _from_config(network: Any, config: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(built, dtype).requires_grad_(False)
 
 
-class _Flops(TorchDispatchMode):
+class _HostMasks(TorchDispatchMode):
+    """Lets masks of the host choose among tensors of the meta device, forward and backward:
+    Qwen-Image 2.1 reads the layout of its sequence from one.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in OF_ONE_DEVICE and any(isinstance(x, Tensor) and x.is_meta for x in args):
+            args = tuple(x.to(META) if isinstance(x, Tensor) else x for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Flops(_HostMasks):
     """PyTorch's counts of operations, without its counter's account of modules, which takes a third
     of the time.
     """
@@ -155,10 +169,9 @@ class _Flops(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if count := flop_registry.get(func.overloadpacket):
-            self.total += count(*args, **kwargs, out_val=result)
+            self.total += count(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -207,7 +220,7 @@ def activation_bytes(
     if checkpointing:
         policy.enable_gradient_checkpointing(run_block)
     saved = SavedTensors(weights)
-    with attention_shaped_like_flash(), saved:
+    with attention_shaped_like_flash(), _HostMasks(), saved:
         model.ask(policy, num_images, resolution)
     return saved.bytes + largest
 

@@ -50,6 +50,7 @@ def unreadable(backbone: str, path: Path, **changes: object) -> str:
     [
         *(("sd", "sdxl"), ("sdxl", "sd"), ("sdxl", "sd3"), ("sd3", "sd"), ("lcm", "sd3")),
         *(("flux", "qwen_image"), ("qwen_image", "z_image"), ("z_image", "flux")),
+        *(("qwen_image", "qwen_image21"), ("qwen_image21", "qwen_image")),
     ],
 )
 def test_a_folder_of_the_other_family_says_which_backbone_fits(folders, asked, given):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.display.terminal import Terminal
@@ -18,14 +19,17 @@ from cdpo.engine.training.dry_run import plan as plan_module
 from cdpo.engine.training.dry_run.networks import (
     SavedTensors,
     activation_bytes,
+    count_flops,
     read_meta_model,
+    training_flops,
 )
 from cdpo.engine.training.dry_run.plan import Plan, flops_text, make_plan, print_plan
 from cdpo.kernels.fuse import fuse
-from diffusers import UNet2DConditionModel
+from diffusers import QwenImage21Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import constants
 from launching import PAIRS_REPEAT, World, told_of_repeats
 from refusals import refused
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[4]
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -65,6 +69,32 @@ def emoji(kind: str, *overrides: str) -> Plan:
 
 def device_bytes(plan: Plan) -> dict[str, int]:
     return {row.name: row.device for row in plan.memory}
+
+
+def test_a_sequence_whose_layout_the_network_reads_is_counted_without_values(
+    tmp_path: Path,
+) -> None:
+    """Qwen-Image 2.1: as many operations as with values, forward and backward, with checkpoints
+    or without.
+    """
+    tiny.qwen_image21_pipeline().save_pretrained(tmp_path)
+    size = (128, 192)
+    spec = Model(backbone="qwen_image21", path=str(tmp_path), resolution=size)
+    model = read_meta_model(spec, torch.float32)
+    real = QwenImage21Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    ask, told = family_of(spec).ask, Conditioning(torch.ones(1, 512, 24))
+    latents, times = torch.ones(1, *model.latent_shape(size)), torch.ones(1)
+
+    def counted() -> int:
+        with sdpa_kernel(SDPBackend.MATH):  # as on the meta device: others have no count on a CPU
+            return count_flops(lambda: ask(real, latents, times, told).sum().backward())
+
+    policy = model.denoiser.requires_grad_(True)
+    assert training_flops(model, policy, size) == counted()
+    assert activation_bytes(model, policy, 2, size, checkpointing=False) > 0
+    real.enable_gradient_checkpointing()
+    policy.enable_gradient_checkpointing()
+    assert training_flops(model, policy, size) == counted()
 
 
 def test_full_fine_tuning_has_a_second_copy_of_the_weights() -> None:
