@@ -9,21 +9,37 @@ import sys
 
 import pytest
 import torch
-from cdpo.kernels import dispatch, geglu, group_norm_silu
+from cdpo.kernels import (
+    ConsistencyScales,
+    SchedulePoint,
+    consistency_solver_step,
+    consistency_targets,
+    dispatch,
+    geglu,
+    group_norm_silu,
+    paired_add_noise,
+    paired_dpo_loss,
+    philox_normal,
+)
 from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED, NO_FUSION, launch
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
     pytest.mark.skipif(INTERPRETED, reason="compiles kernels, of which this process has none"),
 ]
-group_norm_op = importlib.import_module("cdpo.kernels.group_norm_silu.op")
-geglu_op = importlib.import_module("cdpo.kernels.geglu")
+group_norm_op, geglu_op, *_ = LAUNCHERS = [
+    importlib.import_module(f"cdpo.kernels.{name}")
+    for name in (
+        *("group_norm_silu.op", "geglu", "philox"),
+        *("paired_add_noise", "paired_dpo_loss.op", "consistency_step.op"),
+    )
+]
 
 
 @pytest.fixture
 def runs(machine_code, monkeypatch):
     monkeypatch.setattr(dispatch, "_compiled", {})
-    for module in (group_norm_op, geglu_op):
+    for module in LAUNCHERS:
         monkeypatch.setattr(module, "takes_triton", lambda *_: True)
     with machine_code.stand_in_driver() as runs:
         yield runs
@@ -36,6 +52,13 @@ def shifted(elements):
 
 def plain(elements, dtype=torch.bfloat16):
     return torch.zeros(elements, dtype=dtype)
+
+
+def same(own, theirs):
+    """Whether two launches are one."""
+    arguments = zip(own.arguments, theirs.arguments, strict=True)
+    one = own.binary is theirs.binary and own.grid == theirs.grid
+    return one and all(a is b or a == b for a, b in arguments)
 
 
 @pytest.mark.timeout(300)
@@ -54,11 +77,37 @@ def test_what_is_launched_is_what_triton_would_launch(runs):
         kernel[(grid,)](*pair, width, **constants)
     ours, tritons = runs[::2], runs[1::2]
     assert len(ours) == len(calls)
-    for own, theirs in zip(ours, tritons, strict=True):
-        assert own.binary is theirs.binary
-        assert own.grid == theirs.grid
-        assert all(a is b or a == b for a, b in zip(own.arguments, theirs.arguments, strict=True))
+    assert all(map(same, ours, tritons))
     assert len(dispatch._compiled) == len(calls) // 2 < len(runs)  # grids share what is compiled
+
+
+@pytest.mark.timeout(300)
+def test_every_kernel_is_launched_again_as_triton_would(runs, monkeypatch):
+    """With the constants of each in its own order, after arguments of which some are None."""
+    launched = set()
+
+    def compared(kernel, *arguments, **constants):
+        launch(kernel, *arguments, **constants)
+        launch(kernel, *arguments, **constants)
+        kernel[arguments[0]](*arguments[1:], **constants)
+        assert same(runs[-2], runs[-1])
+        launched.add(kernel.fn)
+
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "launch", compared)
+    pairs, weight = torch.ones(4, 32, 4, 4), torch.ones(32)
+    recorded, numbers = pairs.clone().requires_grad_(), torch.ones(2)
+    keys = torch.ones(2, 4, dtype=torch.int64)
+    point = SchedulePoint(torch.ones(2, dtype=torch.int64), numbers, numbers)
+    scales = ConsistencyScales(numbers, numbers)
+    group_norm_silu(recorded, 4, weight, weight).sum().backward()
+    geglu(recorded).sum().backward()
+    paired_dpo_loss(recorded, pairs, pairs, 1.0, weights=numbers).loss.backward()
+    paired_add_noise(pairs, keys, numbers, numbers)
+    philox_normal(keys, (4, 4))
+    consistency_solver_step(torch.cat([pairs, pairs]), pairs, numbers, point, point)
+    consistency_targets(pairs, pairs, pairs, scales, scales)
+    assert len(launched) == 4 + 2 + 2 + 1 + 1 + 2
 
 
 def test_a_float_is_no_constant(runs):
