@@ -207,9 +207,9 @@ def describe(
     those of Stability's ModelSpec 1.0.1.
     """
     in_v = prediction_type == "v_prediction"
-    code = "diffusers"
+    code, module = "diffusers", "networks.lora"
     if is_flux(unet):
-        version, family, code = _flux_version(unet)
+        module, version, family, code = _flux_version(unet)
     elif is_xl(unet):
         version, family = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
         code = "https://github.com/Stability-AI/generative-models"
@@ -219,7 +219,7 @@ def describe(
         version, family = "sd_v1", "stable-diffusion-v1"
     height, width = resolution
     return {
-        "ss_network_module": "networks.lora_flux" if is_flux(unet) else "networks.lora",
+        "ss_network_module": module,
         "ss_base_model_version": version,
         "ss_v2": str(version == "sd_v2"),
         "ss_output_name": title,
@@ -232,11 +232,15 @@ def describe(
     }
 
 
-def _flux_version(transformer: Mapping[str, Any]) -> tuple[str, str, str]:
-    """As sd-scripts calls it, its architecture and the original code; of FLUX.2 as musubi-tuner."""
+def _flux_version(transformer: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Module and model as sd-scripts calls them, its architecture and the original code; of FLUX.2
+    as musubi-tuner.
+    """
     code = "https://github.com/black-forest-labs/flux"
     if "pooled_projection_dim" in transformer:
-        return "flux1", f"flux-1-{'dev' if transformer['guidance_embeds'] else 'schnell'}", code
+        size = "dev" if transformer["guidance_embeds"] else "schnell"
+        return "networks.lora_flux", "flux1", f"flux-1-{size}", code
     sizes = {15360: "dev", 7680: "klein-4b", 12288: "klein-9b"}  # by the width of their text
     size = sizes.get(transformer["joint_attention_dim"], "dev")
-    return "flux2", f"Flux.2-{size}", f"{code}2"
+    version = f"flux_2_{size.replace('-', '_')}"
+    return "networks.lora_flux_2", version, f"Flux.2-{size}", f"{code}2"

@@ -160,6 +160,33 @@ def test_stock_diffusers_reads_kohyas_names_of_flux(tmp_path, name, pipeline, ta
     assert bool(found) == (name == "flux" and targets == "attention")
 
 
+def test_a_file_of_flux_says_what_it_fits_as_kohyas_trainers_say_it() -> None:
+    """sd-scripts of FLUX.1, musubi-tuner of FLUX.2, whose sizes differ in their text's width."""
+    configs = (
+        {"pooled_projection_dim": 768, "guidance_embeds": True},
+        {"pooled_projection_dim": 768, "guidance_embeds": False},
+        *({"joint_attention_dim": 3 * width} for width in (5120, 2560, 4096)),
+    )
+    told = [
+        [
+            about["modelspec.architecture"],
+            about["ss_network_module"],
+            about["ss_base_model_version"],
+        ]
+        for about in (
+            describe({"num_single_layers": 1, **config}, "flow", (512, 512), "a run")
+            for config in configs
+        )
+    ]
+    assert told == [
+        ["flux-1-dev/lora", "networks.lora_flux", "flux1"],
+        ["flux-1-schnell/lora", "networks.lora_flux", "flux1"],
+        ["Flux.2-dev/lora", "networks.lora_flux_2", "flux_2_dev"],
+        ["Flux.2-klein-4b/lora", "networks.lora_flux_2", "flux_2_klein_4b"],
+        ["Flux.2-klein-9b/lora", "networks.lora_flux_2", "flux_2_klein_9b"],
+    ]
+
+
 @pytest.mark.parametrize("name", ["flux", "flux2"])
 def test_every_layer_of_flux_has_a_name_of_the_original_code(name) -> None:
     """Scale and shift of the last norm stand the other way there."""
