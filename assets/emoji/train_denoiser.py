@@ -101,7 +101,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """About 4.1 M parameters; every latent is a token, beside 24 of text."""
+    """About 4.1 M parameters; 2x2 latents are a token, 16 an image, beside 24 of text."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
