@@ -28,7 +28,7 @@ from ...basics.shipped import shipped
 from ...models import Conditioning, family_of
 from ...models.autoencoder import vae_sizes
 from ...models.pipelines import TEXT_ENCODERS, refuse_other_family
-from ...models.pretrained import denoiser_in, reading
+from ...models.pretrained import config_of, denoiser_in, reading
 from ...recipe import Model
 
 META = torch.device("meta")
@@ -102,12 +102,12 @@ def read_meta_model(spec: Model, dtype: torch.dtype) -> MetaModel:
     if spec.vae is not None:
         places[spec.vae] = _config_place(spec.vae, "config.json")
         with reading(f"model.vae={spec.vae}", "VAE", places[spec.vae]) as place:
-            vae = _from_config(vae_class, vae_class.load_config(place), torch.float32)
+            vae = _from_config(vae_class, config_of(vae_class, place), torch.float32)
     if spec.unet is not None:
         places[spec.unet] = _config_place(spec.unet, "config.json")
         with reading(f"model.unet={spec.unet}", "denoiser", places[spec.unet]) as place:
             network = type(denoiser)
-            denoiser = _from_config(network, network.load_config(place), dtype)
+            denoiser = _from_config(network, config_of(network, place), dtype)
     family_of(spec).check(spec, denoiser.config, vae.config)
     ours = tuple(name for name, place in places.items() if place != name)
     return MetaModel(spec, denoiser, vae, encoders, index, ours)

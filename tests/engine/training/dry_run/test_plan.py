@@ -115,6 +115,16 @@ def test_an_lcm_of_lora_weights_has_a_teacher_of_the_same_size() -> None:
     assert device_bytes(plan)["teacher"] == 2 * EMOJI
 
 
+def test_parts_of_their_own_are_read_and_refused_as_in_training() -> None:
+    """A denoiser also from a whole pipeline; one of another class is named."""
+    whole = emoji("emoji_cdpo", "model.unet=assets/emoji/sd", "model.vae=assets/emoji/sd/vae")
+    assert whole.networks == emoji("emoji_cdpo").networks
+    for key, other in (("model.unet", "sd3/transformer"), ("model.vae", "sd/unet")):
+        with refused(OutsideError, "unreadable", key) as told:
+            emoji("emoji_cdpo", f"{key}=assets/emoji/{other}")
+        assert "it holds a " in str(told.value)
+
+
 def test_a_consistency_baseline_takes_the_winner_through_three_networks() -> None:
     baseline = ("objective.type=consistency_sft", "objective.loser_safeguard=null")
     unet = "model.unet=assets/emoji/lcm"
