@@ -87,6 +87,7 @@ def test_the_dry_run_counts_the_rows_of_an_evaluation(evaluation, tiny_backbone)
         net.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     evaluation.run(policy, 4)
     assert sum(rows) == evaluation_units(evaluation.recipe) == 3 * 2 * (2 * 2 + 2 * 4)
+    assert evaluation_units(evaluation.recipe, embeds_guidance=True) == 3 * 2 * (2 + 2 * 4)
 
 
 def test_ranks_share_the_prompts_evenly(evaluation):
