@@ -4,7 +4,8 @@ The file of a family has the name that recipes know it by (`recipe/family.py` is
 four functions:
 
 =====================  ========================================================================
-``load``               reads the recipe's model: (spec, device, dtype) -> :class:`Backbone`
+``load``               reads the recipe's model: (spec, device, dtype) -> :class:`Backbone`;
+                       with ``reads_text=False`` its text encoders have no values
 ``check``              refuses what does not fit, before weights are read: (spec, config of the
                        denoiser, of the VAE)
 ``ask``                calls the denoiser: (network, noisy, timesteps, conditioning) -> prediction
@@ -20,11 +21,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
+from ..basics.errors import DataError
 from ..recipe import Model
 from .fingerprint_store import model_files
-from .fingerprints import fingerprint, quantized_parts
-from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess
+from .fingerprints import PARTS, fingerprint, fingerprint_of_text, quantized_parts, told_of
+from .pipelines import text_encoders_here
+from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess, StoredPrompts
 from .quantization import refuse_missing_library
 
 __all__ = [
@@ -43,15 +47,54 @@ __all__ = [
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_backbone(spec: Model, device: torch.device, precision: str = "fp32") -> Backbone:
-    """The backbone a recipe names."""
+def load_backbone(
+    spec: Model,
+    device: torch.device,
+    precision: str = "fp32",
+    stored: StoredPrompts | None = None,
+) -> Backbone:
+    """The backbone a recipe names, with ``stored`` prompts in place of its text encoders if given:
+    DataError where those are found to be others than the model's own.
+    """
     if spec.quantization is not None:
         refuse_missing_library(spec.quantization)
-    files = model_files(spec, DTYPES[precision])  # as they are before they are read
-    backbone: Backbone = family_of(spec).load(spec, device, DTYPES[precision])
+    dtype = DTYPES[precision]
+    # As they are before they are read.
+    files = model_files(spec, dtype, stored.fingerprint if stored else None)
+    known = model_files(spec, dtype).read() if stored else None
+    if stored and known:
+        _refuse_other_text(spec, known["text"], stored)
+    backbone: Backbone = family_of(spec).load(spec, device, dtype, reads_text=stored is None)
+    if stored:
+        if not known and not files.read():
+            _refuse_other_text(spec, text_here(spec, dtype, backbone.pipeline), stored)
+        backbone.take_prompts(stored)
     backbone.files = files
     backbone.place(spec.quantization)
     return backbone
+
+
+def _refuse_other_text(spec: Model, own: str | None, stored: StoredPrompts) -> None:
+    """Where the model's own is not known, as its text encoders are not here, nothing is wrong."""
+    if own not in (None, stored.fingerprint):
+        raise DataError(
+            f"data.text=stored: the prompts in {stored.location} were embedded with another "
+            f"{PARTS['text']} than that of model.path={spec.path}: run prepare again with this "
+            "model, or use data.text=live",
+            "data.text",
+            "mismatch",
+        )
+
+
+def text_here(spec: Model, dtype: torch.dtype, pipeline: DiffusionPipeline) -> str | None:
+    """The fingerprint of a model's text encoders and of the tokenizers of its pipeline; None where
+    their weights are not on this machine.
+    """
+    try:
+        encoders = {name: told_of(part) for name, part in text_encoders_here(spec, dtype)}
+    except FileNotFoundError:
+        return None
+    return fingerprint_of_text(pipeline, encoders)
 
 
 def family_of(spec: Model) -> Any:

@@ -101,9 +101,12 @@ def _files(name: str, revision: str | None) -> list[Path]:
     return [found for found in inner if found.is_file()]
 
 
-def model_files(spec: Model, dtype: torch.dtype) -> Kept:
-    """The fingerprints of a recipe's model, all but its teacher's, with its networks in a dtype."""
+def model_files(spec: Model, dtype: torch.dtype, text: str | None = None) -> Kept:
+    """The fingerprints of a recipe's model, all but its teacher's, with its networks in a dtype;
+    that of its ``text`` if it stands in for text encoders, which may not be among the files.
+    """
     replaced = {key: getattr(spec, key) for key in ("vae", "unet", "lcm_lora")}
     given = {key: path for key, path in replaced.items() if path is not None}
     places = [(spec.path, spec.revision), *((path, None) for path in given.values())]
-    return Kept(["model", spec.backbone, spec.variant, str(dtype), list(given)], places)
+    what = ["model", spec.backbone, spec.variant, str(dtype), list(given)]
+    return Kept(what if text is None else [*what, text], places)

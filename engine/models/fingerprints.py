@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS
+from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS, TEXT_ENCODERS
 from .pretrained import denoiser_in
 
 PARTS = {
@@ -76,12 +76,6 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     """Of all parts of a pipeline that decide what it draws and how it is trained; see `PARTS`."""
     parts = pipeline.components
     scheduler = parts["scheduler"]
-    text = {
-        name: [fingerprint(part), settings_of(part) if isinstance(part, nn.Module) else None]
-        for name, part in parts.items()
-        if name.startswith(("text_encoder", "tokenizer")) and part is not None
-    }
-    empty = pipeline.config.get("force_zeros_for_empty_prompt")
     denoiser = parts[denoiser_in(parts)]
     noise: tuple[str, ...] = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
     if scheduler.config.get("use_flow_sigmas"):
@@ -92,10 +86,31 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         "model_config": fingerprint(settings_of(denoiser)),
         "vae": fingerprint(parts["vae"]),
         "vae_config": fingerprint(settings_of(parts["vae"])),
-        "text": fingerprint([text, empty]),
+        "text": fingerprint_of_text(
+            pipeline,
+            {name: told_of(parts[name]) for name in TEXT_ENCODERS if parts.get(name) is not None},
+        ),
         "noise": fingerprint({key: scheduler.config.get(key) for key in noise}),
         "sampler": fingerprint([type(scheduler).__name__, sampler]),
     }
+
+
+def fingerprint_of_text(pipeline: DiffusionPipeline, encoders: Mapping[str, list[Any]]) -> str:
+    """Of what decides embeddings of prompts: the pipeline's tokenizers, and text encoders by their
+    names, as :func:`told_of` tells of them.
+    """
+    readers = {
+        name: told_of(part)
+        for name, part in pipeline.components.items()
+        if name.startswith("tokenizer") and part is not None
+    }
+    empty = pipeline.config.get("force_zeros_for_empty_prompt")
+    return fingerprint([{**encoders, **readers}, empty])
+
+
+def told_of(part: object) -> list[Any]:
+    """Fingerprint of a text encoder or tokenizer, and the settings of the former."""
+    return [fingerprint(part), settings_of(part) if isinstance(part, nn.Module) else None]
 
 
 def quantized_parts(quantization: str | None) -> dict[str, str]:

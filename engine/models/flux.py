@@ -28,9 +28,11 @@ from .protocol import Conditioning, Framing
 from .text import Encoders, T5Text, Told
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     side = 2 * pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     text = FluxText(pipeline, spec.embedded_guidance)

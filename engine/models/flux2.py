@@ -37,9 +37,11 @@ TOKENS = 512  # of a prompt in its template, as the stock pipelines have them
 LAYERS = 3  # of the text encoder, side by side
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     check_statistics(spec, pipeline.vae)
     side = 2 * pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)

@@ -24,8 +24,9 @@ from .autoencoder import Autoencoder
 from .fingerprint_store import Kept
 from .fingerprints import fingerprints_of, quantized_parts
 from .masking import PromptMask
+from .pipelines import TEXT_ENCODERS
 from .pretrained import denoiser_in
-from .protocol import Conditioning, Framing, NoiseProcess
+from .protocol import Conditioning, Framing, NoiseProcess, StoredPrompts
 from .quantization import Kind, Quantized, quantize
 from .text import TextConditioner
 
@@ -102,6 +103,16 @@ class LatentDiffusion:
             **quantized_parts(self.quantized.kind if self.quantized else None),
             **self._teacher_parts,
         }
+
+    def take_prompts(self, stored: StoredPrompts) -> None:
+        for name in TEXT_ENCODERS:
+            if name in self.pipeline.components:
+                self.pipeline.register_modules(**{name: None})
+        self._own_parts["text"] = stored.fingerprint
+        self._text.cache.read_from(stored, self.device)
+
+    def embedded(self, prompts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+        return self._text.cache.rows_of(prompts)
 
     def place(self, quantization: Kind | None = None) -> None:
         if quantization is not None:

@@ -53,7 +53,9 @@ SAMPLED_BY = {
 }
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folders."""
     with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
         index = pipeline_index(place, spec)
@@ -68,6 +70,7 @@ def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusi
     pipeline = load_pipeline(
         spec,
         dtype,
+        reads_text=reads_text,
         pipeline_class=SAMPLED_BY[found],
         scheduler_class=LCMScheduler,
         **options,

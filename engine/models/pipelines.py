@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -17,6 +17,7 @@ from .checks import Config, check_flow_schedule, check_schedule
 from .pretrained import (
     config_of,
     denoiser_in,
+    has_weights_of,
     read_network,
     read_text_encoder,
     reading,
@@ -61,6 +62,7 @@ def load_pipeline(
     spec: Model,
     dtype: torch.dtype,
     *,
+    reads_text: bool = True,
     check: Check | None = None,
     check_text: CheckText | None = None,
     pipeline_class: type[DiffusionPipeline] | None = None,
@@ -72,6 +74,8 @@ def load_pipeline(
     Args:
         spec: path, revision, variant and replacements; its family says what the folder must hold.
         dtype: of every network but the VAE, which is float32.
+        reads_text: whether text encoders are read; else they are there as their configs have them,
+            without values (on the meta device).
         check: is asked before weights are read.
         check_text: likewise.
         pipeline_class: that of the folder, where the family's would not do.
@@ -109,7 +113,7 @@ def load_pipeline(
             texts = _text_configs(place, index, spec)
         check_text(spec, configs[own], texts)
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
-        encoders = _text_encoders(place, index, spec, dtype)
+        encoders = _text_encoders(place, index, spec, dtype if reads_text else None)
     replaced = {
         name: read_network(network, path, dtype, key=key, kind=_told(name), variant=spec.variant)
         for name, (network, key, path, dtype) in reversed(chosen.items())
@@ -219,16 +223,41 @@ def _text_configs(place: str, index: dict[str, Any], spec: Model) -> dict[str, A
 
 
 def _text_encoders(
-    place: str, index: dict[str, Any], spec: Model, dtype: torch.dtype
+    place: str, index: dict[str, Any], spec: Model, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Those of transformers, by their names in the pipeline, and what text part it lacks."""
-    found = {
-        name: read_text_encoder(encoder, place, spec, name, dtype)
-        for name, encoder in _text_classes(index).items()
-    }
+    """Those of transformers, by their names in the pipeline, and what text part it lacks; without
+    values where there is no ``dtype``.
+    """
+    classes = _text_classes(index)
+    if dtype is None:
+        with torch.device("meta"):
+            configs = _text_configs(place, index, spec)
+            found: dict[str, Any] = {name: classes[name](own) for name, own in configs.items()}
+    else:
+        found = {
+            name: read_text_encoder(encoder, place, spec, name, dtype)
+            for name, encoder in classes.items()
+        }
     # What is null there, as the T5 of Stable Diffusion 3 may be, is null if it is said once more.
     absent = [name for name, entry in index.items() if entry == [None, None]]
     return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
+
+
+def text_encoders_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """The text encoders of a recipe's model by their names, one after another in host memory.
+
+    Raises FileNotFoundError for weights that are not on this machine, and OutsideError for those
+    that cannot be read.
+    """
+    with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
+        classes = _text_classes(pipeline_index(place, spec))
+    for name, encoder in classes.items():
+        if not has_weights_of(place, name, spec.revision):
+            raise FileNotFoundError(name)
+        with reading(f"model.path={spec.path}", spec.family.title, spec.path):
+            read = read_text_encoder(encoder, place, spec, name, dtype)
+        yield name, read
+        del read
 
 
 def denoiser_and_index(spec: Model) -> tuple[Config, Config]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -232,6 +232,19 @@ def read_text_encoder(
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         )
     return loaded
+
+
+def has_weights_of(place: str, name: str, revision: str | None) -> bool:
+    """Whether weights of the part ``name`` are on this machine: in the folder ``place``, or in the
+    hub's cache of that id.
+    """
+    if not os.path.exists(place):
+        try:
+            place = snapshot_download(place, revision=revision, local_files_only=True)
+        except (OSError, ValueError):
+            return False
+    endings = ("*.safetensors", "*.bin")
+    return any(next(Path(place, name).glob(ending), None) for ending in endings)
 
 
 def refuse_missing_weights(module: nn.Module, name: str) -> None:

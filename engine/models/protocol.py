@@ -161,6 +161,19 @@ class NoiseProcess(Protocol):
         ...
 
 
+class StoredPrompts(Protocol):
+    """Embeddings of prompts that were made before, in place of text encoders."""
+
+    location: str
+    """As messages name it."""
+    fingerprint: str
+    """Of the text encoders and tokenizers that made them, as `fingerprints.PARTS` has it."""
+
+    def row(self, prompt: str) -> tuple[Tensor, ...]:
+        """What `text.PromptCache` holds of a prompt, in host memory; DataError if it is missing."""
+        ...
+
+
 class Backbone(Protocol):
     """A family of text-to-image models."""
 
@@ -189,6 +202,16 @@ class Backbone(Protocol):
         """Content hashes of all parts as they were loaded, by the names of `fingerprints.PARTS`:
         to be asked before anything is trained or tuned. The teacher is there once it is loaded.
         """
+        ...
+
+    def take_prompts(self, stored: StoredPrompts) -> None:
+        """Let go of the text encoders, which need not have values, for what they have made before:
+        once, and before anything is asked of the networks.
+        """
+        ...
+
+    def embedded(self, prompts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+        """What the text encoders make of each of N prompts, on :attr:`device`: to be stored."""
         ...
 
     def place(self, quantization: Kind | None = None) -> None:

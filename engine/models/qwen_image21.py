@@ -36,9 +36,11 @@ TOKENS = 512  # that a dry run counts with: the stock pipeline reads prompts of 
 SLOT = 4  # tokens of an image, 2 x 2, that count as one when its place is told
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     side = pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, QwenImage21Text(pipeline), noise, device, ask, draw)

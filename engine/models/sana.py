@@ -36,9 +36,11 @@ MASK = "encoder_attention_mask"  # the extra that is 1 at tokens and 0 at paddin
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     side = pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"]
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, SanaText(pipeline), noise, device, ask, draw)

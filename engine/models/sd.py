@@ -20,9 +20,13 @@ from .protocol import Conditioning, Framing
 from .text import CachedText, Encoders, Told
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, safety_checker=None, requires_safety_checker=False)
+    pipeline = load_pipeline(
+        spec, dtype, reads_text=reads_text, safety_checker=None, requires_safety_checker=False
+    )
     check_diffusion_unet(spec, pipeline.unet)
     check_parts(spec, pipeline, pipeline.text_encoder.config.hidden_size)
     noise = DiscreteDDPM(pipeline.scheduler, device)

@@ -28,9 +28,11 @@ from .text import Encoders, T5Text, Told
 T5_TOKENS = 256  # that the stock pipeline lets its T5 see
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     side = pipeline.vae_scale_factor * pipeline.patch_size
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, StableDiffusion3Text(pipeline), noise, device, ask)

@@ -34,9 +34,11 @@ from .text import Encoders, PooledText, Told
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text)
     check_diffusion_unet(spec, pipeline.unet)
     check_xl(spec, pipeline)
     noise = DiscreteDDPM(pipeline.scheduler, device)

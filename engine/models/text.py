@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .protocol import Backbone, Conditioning, Framing
+from .protocol import Backbone, Conditioning, Framing, StoredPrompts
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes; SDXL's prompts take 0.3 MB each in half precision
 Encoders = Mapping[str, Any]
@@ -191,6 +191,15 @@ class PromptCache:
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """The tensors of ``embed`` for these prompts, which may repeat."""
         return tuple(torch.stack(column) for column in zip(*self.rows_of(prompts), strict=True))
+
+    def read_from(self, stored: StoredPrompts, device: torch.device) -> None:
+        """Ask no encoder from now on, but what is stored of each prompt."""
+
+        def read(prompts: list[str]) -> Embedded:
+            [prompt] = prompts
+            return tuple(value[None].to(device) for value in stored.row(prompt))
+
+        self._embed, self.rows = read, 1
 
     @torch.no_grad()
     def rows_of(self, prompts: Sequence[str]) -> list[tuple[Tensor, ...]]:

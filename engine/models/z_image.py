@@ -29,9 +29,11 @@ from .text import Encoders, LimitedText, Told
 PATCH = 2  # the pipeline's, of those that the transformer may have
 
 
-def load(spec: Model, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+def load(
+    spec: Model, device: torch.device, dtype: torch.dtype, *, reads_text: bool = True
+) -> LatentDiffusion:
     """The model a recipe names; OutsideError tells what is wrong with its folder."""
-    pipeline = load_pipeline(spec, dtype, check=check, check_text=check_text)
+    pipeline = load_pipeline(spec, dtype, reads_text=reads_text, check=check, check_text=check_text)
     side = PATCH * pipeline.vae_scale_factor
     noise = FlowMatching(pipeline.scheduler, device, spec.resolution, side, spec.sigmas)
     return LatentDiffusion(pipeline, ZImageText(pipeline), noise, device, ask, draw)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..basics.errors import DataError
 from ..curriculum.labelled import without_equal
@@ -32,25 +33,32 @@ from ..ranks.launch import run_lock
 from ..recipe import Generate, Masked, Recipe
 from ..recipe.identity import MODEL_FILES, save_resolved
 from ..shards.contents import contents_of
-from ..shards.manifest import Manifest, ShardEntry, Statistics, save_manifest
+from ..shards.manifest import Manifest, ShardEntry, Statistics, StoredText, save_manifest
+from ..shards.prompts import PromptFiles, write_prompts
 from ..shards.sample import PairMeta
+from ..shards.store import LocalStore
 from ..sources.left_out import NAME, LeftOut, naming
 from ..sources.pictures import Tolerance
+from ..sources.prompts import evaluation_prompts, sample_prompts
 from .imported import ImportedPairs, listed
 from .latents import Latents, Pixels
 from .parts import Outcome, PairSource, Ranked
 from .sampled import SampledPairs
 from .shard_set import (
     PAIR_KEYS,
+    PROMPTS,
     SHARD_KEYS,
     TierShards,
     fill_tiers,
     folder_of_set,
     manifest_of,
     refuse_to_replace,
+    remove_prompts,
     set_in,
     write_tiers,
 )
+
+EMBEDDED = 64  # prompts at once that are asked for, which the encoders see in smaller parts
 
 
 class Preparation:
@@ -67,7 +75,9 @@ class Preparation:
         self.source: PairSource = kind(ranks, recipe, terminal)
         self.describe = self.source.describe
         self.inputs = self._inputs_hash()
-        self.is_finished = ranks.on_first(self._already_done)
+        self.manifest: Manifest | None = ranks.on_first(self._shards_done)
+        """Of the shards, if they are there."""
+        self.is_finished = self.manifest is not None and ranks.on_first(self._prompts_done)
 
     def _inputs_hash(self, *, by_name: bool = False) -> str:
         """Of every choice the shards are a function of; another hash means other shards. Which
@@ -87,16 +97,41 @@ class Preparation:
                 inputs["reward"] = recipe.reward.knobs()
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def _already_done(self) -> bool:
+    def _shards_done(self) -> Manifest | None:
         manifest = set_in(self.shards_dir, self.terminal)
         if manifest is None:
-            return False
+            return None
         if others := self._made_with_others(manifest):
             refuse_to_replace(manifest, self.recipe, others)
             self.terminal.warn(
                 f"the shards in {self.shards_dir} are written again: they were made with {others}"
             )
-        return not others
+        return None if others else manifest
+
+    def _prompts_done(self) -> bool:
+        """Whether every prompt is stored that a run of the recipe asks for, if they are to be."""
+        assert self.manifest is not None
+        recipe, stored = self.recipe, self.manifest.text
+        if recipe.data.text == "live":
+            return True
+        if stored is None or stored.precision != recipe.train.precision:
+            return False
+        known = known_fingerprints(recipe.model, recipe.train.precision)
+        if stored.fingerprint != (known or self._load_embedder().fingerprints())["text"]:
+            return False
+        try:
+            found = PromptFiles(LocalStore(self.shards_dir), stored)
+        except DataError as error:
+            self.terminal.warn(f"prompts are embedded again: {error}")
+            return False
+        return all(prompt in found for prompt in self._prompts())
+
+    def _prompts(self) -> list[str]:
+        """All that a run of the recipe asks for: of pairs, of pictures while it trains, and the
+        empty one, which guides and stands for dropped captions.
+        """
+        drawn = [*sample_prompts(self.recipe), *evaluation_prompts(self.recipe)]
+        return list(dict.fromkeys(["", *self.source.prompts_used(), *drawn]))
 
     def _made_with_others(self, manifest: Manifest) -> str:
         """What made the set and is another now; empty if the set is the one that is wanted.
@@ -136,6 +171,11 @@ class Preparation:
         check_guidance(recipe)
         return load_backbone(recipe.model, self.ranks.device, recipe.prepare.precision)
 
+    def _load_embedder(self) -> Backbone:
+        """With text encoders as training would have them."""
+        recipe = self.recipe
+        return load_backbone(recipe.model, self.ranks.device, recipe.train.precision)
+
     def run(self) -> None:
         """Do what is not done yet. DataError if no shards can be made of these images; RecipeError
         while another process prepares the same set.
@@ -146,6 +186,20 @@ class Preparation:
     def _run(self) -> None:
         if self.ranks.is_first:
             save_resolved(self.recipe, self.run_dir / "recipe.yaml")
+        manifest, backbone = self.manifest, None
+        if manifest is None:
+            manifest, backbone = self._make_shards()
+        if self.recipe.data.text == "stored":
+            if self.recipe.train.precision != self.recipe.prepare.precision:
+                backbone = None  # its memory, before another is loaded
+            if backbone is None:
+                backbone = self._load_embedder()
+                backbone.fingerprints()  # as it was loaded
+                tune_for_sampling(self.recipe.speed, backbone)
+            self._store_prompts(manifest, backbone)
+
+    def _make_shards(self) -> tuple[Manifest, Backbone]:
+        """The manifest of all shards, and the backbone that made them."""
         ranked_by = self.source.ranked_by()  # what is wrong with a reward is said before all else
         backbone = self._load_backbone()
         made_by = backbone.fingerprints()
@@ -181,6 +235,7 @@ class Preparation:
             shards,
         )
         self.ranks.on_first(lambda: self._finish(manifest, ranked, pairs, fills))
+        return manifest, backbone
 
     # Phases
 
@@ -291,6 +346,29 @@ class Preparation:
         shape = backbone.latent_shape(resolution)
         contents = contents_of(self.recipe.data.format, shape, resolution)
         return write_tiers(self.shards_dir, fills, sample, contents, self.ranks)
+
+    def _store_prompts(self, manifest: Manifest, backbone: Backbone) -> None:
+        """Embed all prompts and write that beside the shards, each rank a share."""
+        ranks, folder, precision = self.ranks, self.shards_dir, self.recipe.train.precision
+        fingerprint = backbone.fingerprints()["text"]
+        ranks.on_first(lambda: remove_prompts(folder, manifest))
+        prompts = self._prompts()
+
+        def rows() -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+            with self.terminal.progress("embed", len(prompts), 0, "prompts") as progress:
+                for start in ranks.until_stopped(ranks.share(range(0, len(prompts), EMBEDDED))):
+                    some = prompts[start : start + EMBEDDED]
+                    yield from zip(some, backbone.embedded(some), strict=True)
+                    left = len(prompts) - progress.done
+                    progress.advance(min(len(some) * ranks.world_size, left))
+
+        own = ranks.together(lambda: write_prompts(folder, f"{PROMPTS}-{ranks.rank:05d}", rows()))
+        ranks.meet()
+        files = tuple(file for part in ranks.gather(own) for file in part)
+        text = StoredText(fingerprint=fingerprint, precision=precision, files=files)
+        ranks.on_first(lambda: save_manifest(folder, manifest.model_copy(update={"text": text})))
+        size = sum(file.bytes for file in files) / 2**20
+        self.terminal.line(f"prompts: {len(prompts)} are stored, {size:,.1f} MiB in {precision}")
 
     def _finish(
         self, manifest: Manifest, ranked: Ranked, pairs: np.ndarray, fills: list[TierShards]

@@ -28,6 +28,7 @@ from ..shards.manifest import (
     VaeSource,
     load_manifest,
     manifest_hash,
+    save_manifest,
 )
 from ..shards.reader import ShardReaders
 from ..shards.remote.fetch import is_remote
@@ -38,6 +39,7 @@ PAIR_KEYS = {"tiers", "difficulty", "binning", "min_score_gap", "pairs_per_promp
 """Keys of a recipe's curriculum that decide the pairs; the others order them."""
 SHARD_KEYS = {"lanes", "pairs_per_shard", "format"}
 """Keys of a recipe's data that decide the shards of given pairs."""
+PROMPTS = "prompts"  # begins the names of files of stored prompts
 
 
 @dataclass(frozen=True)
@@ -178,5 +180,16 @@ def _clear(folder: Path) -> None:
     """Remove the manifest and the shards of other inputs, manifest first: it would name them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    for old in folder.glob("tier-*.tar*"):  # ours only: data.path may name any folder
+    _remove(folder, "tier-*.tar*")
+    _remove(folder, f"{PROMPTS}-*.safetensors*")
+
+
+def remove_prompts(folder: Path, manifest: Manifest) -> None:
+    """Remove stored prompts, after what names them."""
+    save_manifest(folder, manifest.model_copy(update={"text": None}))
+    _remove(folder, f"{PROMPTS}-*.safetensors*")
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for old in folder.glob(pattern):  # ours only: data.path may name any folder
         old.unlink()

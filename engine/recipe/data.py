@@ -52,6 +52,9 @@ class Data(Section):
     posterior: Literal["mean", "sampled"] = "mean"
     """`sampled`: every visit of a pair draws its latents from the VAE's posterior, by key (not with
     `format: latents`, which holds means)."""
+    text: Literal["live", "stored"] = "live"
+    """`stored`: `prepare` writes what text encoders make of all prompts, in `train.precision`,
+    beside the shards, and `train` reads that and loads none: the same numbers in less memory."""
     shuffle_shards: PositiveInt = 8
     """Shards of a lane whose pairs are mixed; more mixes better and reads less in order."""
     workers: NonNegativeInt = 1

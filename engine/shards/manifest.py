@@ -37,14 +37,36 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ShardEntry(Record):
+class FileEntry(Record):
+    """A file of the set."""
+
+    name: str
+    bytes: Annotated[int, Field(ge=1, lt=2**48)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ShardEntry(FileEntry):
     """One tar: ``count`` samples of one tier."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}\.tar$")]
     tier: PositiveInt
     count: Annotated[int, Field(ge=1, lt=2**31)]
-    bytes: Annotated[int, Field(ge=1, lt=2**48)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PromptFile(FileEntry):
+    """Embeddings of some prompts: see :mod:`.prompts`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}\.safetensors$")]
+
+
+class StoredText(Record):
+    """The embeddings of prompts that go with the shards, and what made them."""
+
+    fingerprint: str
+    """Of text encoders and tokenizers, as the part `text` of models/fingerprints.py."""
+    precision: str
+    """Of the text encoders, as `train.precision` says it."""
+    files: Annotated[tuple[PromptFile, ...], Field(min_length=1)]
 
 
 class ModelSource(Record):
@@ -115,6 +137,9 @@ class Manifest(Record):
     parts: dict[str, str] | None = None
     """Content hashes of all that made the set, by the names of `PARTS` in models/fingerprints.py.
     Sets made before there were any are known by those of `model`, `vae` and `reward` alone."""
+    text: StoredText | None = None
+    """The embeddings of prompts that go with the set (`data.text: stored`); None if there are none.
+    They are no part of its identity: runs with and without them are the same."""
     statistics: Statistics = Statistics()
     shards: tuple[ShardEntry, ...]
 
@@ -217,8 +242,9 @@ def save_manifest(folder: str | Path, manifest: Manifest) -> Path:
 
 def manifest_hash(manifest: Manifest) -> str:
     """sha256 of the content, whatever the layout of the file: what checkpoints remember. Where the
-    set says which parts made it, the folders they lay in do not count.
+    set says which parts made it, the folders they lay in do not count; stored prompts never do.
     """
+    manifest = manifest.model_copy(update={"text": None})
     if manifest.parts is None:
         return hashlib.sha256(_canonical(manifest)).hexdigest()
     sources = ("model", "vae", "reward")

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..basics.errors import ShardError, told_by
 from ..basics.files import LFS_REMEDY, is_lfs_pointer
-from .manifest import Manifest, ShardEntry, load_manifest
+from .manifest import FileEntry, Manifest, load_manifest
 
 
 class ShardStore(Protocol):
@@ -22,19 +22,19 @@ class ShardStore(Protocol):
     def manifest(self) -> Manifest:
         """The table of contents; DataError in one line where it is absent or wrong."""
 
-    def name_of(self, entry: ShardEntry) -> str:
+    def name_of(self, entry: FileEntry) -> str:
         """A shard as messages name it, without credentials."""
 
-    def open(self, entry: ShardEntry) -> int:
+    def open(self, entry: FileEntry) -> int:
         """A descriptor for reading, the caller's to close. While it is open the file stays.
 
         Raises ShardError where the shard is missing, OutsideError where a service is at fault.
         """
 
-    def discard(self, entry: ShardEntry) -> bool:
+    def discard(self, entry: FileEntry) -> bool:
         """Give up a copy that proved bad; whether opening it again may bring a good one."""
 
-    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+    def check_present(self, entries: Iterable[FileEntry]) -> None:
         """Raise ShardError for the first shard that is absent or of the wrong size, as far as that
         is cheap: it runs before a model is loaded.
         """
@@ -57,19 +57,19 @@ class LocalStore:
     def manifest(self) -> Manifest:
         return load_manifest(self.folder, self._manifest_sha256)
 
-    def name_of(self, entry: ShardEntry) -> str:
+    def name_of(self, entry: FileEntry) -> str:
         return str(self.folder / entry.name)
 
-    def open(self, entry: ShardEntry) -> int:
+    def open(self, entry: FileEntry) -> int:
         try:
             return os.open(self.folder / entry.name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._cannot_open(entry, error) from None
 
-    def discard(self, entry: ShardEntry) -> bool:
+    def discard(self, entry: FileEntry) -> bool:
         return False  # it is the user's own, and there is no other
 
-    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+    def check_present(self, entries: Iterable[FileEntry]) -> None:
         for entry in entries:
             try:
                 size = (self.folder / entry.name).stat().st_size
@@ -77,7 +77,7 @@ class LocalStore:
                 raise self._cannot_open(entry, error) from None
             check_against(entry, self.name_of(entry), size)
 
-    def _cannot_open(self, entry: ShardEntry, error: OSError) -> ShardError:
+    def _cannot_open(self, entry: FileEntry, error: OSError) -> ShardError:
         if isinstance(error, FileNotFoundError):
             reason = "missing; copy it here or run prepare again"
             return ShardError(self.name_of(entry), reason, kind="missing")
@@ -86,7 +86,7 @@ class LocalStore:
 
 
 def check_against(
-    entry: ShardEntry,
+    entry: FileEntry,
     shard: str,
     size: int,
     sha256: str | None = None,

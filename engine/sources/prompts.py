@@ -18,7 +18,7 @@ from ..basics.errors import DataError
 from ..basics.keyed import Stream, content_id
 from ..basics.prompt_identity import identity_of
 from ..basics.shipped import locate
-from ..recipe import Prompts, Split, Templates
+from ..recipe import Prompts, Recipe, Split, Templates
 from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, template_parts
 from .cells import ImageCells
 from .files import Kind, SourceFiles, kind_of, refuse_url
@@ -149,6 +149,21 @@ def read_prompts(spec: Prompts, seed: int, left_out: LeftOut | None = None) -> P
     sets = {side: prompts[: spec.limit] for side, prompts in sets.items()}
     _refuse_shared(spec, sets)
     return PromptSets(**sets)
+
+
+def sample_prompts(recipe: Recipe) -> list[str]:
+    """Those that training draws pictures of: of training prompts, then of held-out ones."""
+    if not recipe.train.sample_every:
+        return []
+    sets, count = read_prompts(recipe.prompts, recipe.seed), recipe.train.sample_prompts
+    return [*sets.train[:count], *sets.heldout[:count]]
+
+
+def evaluation_prompts(recipe: Recipe) -> list[str]:
+    """Those that training is validated on."""
+    if not recipe.evaluate.every:
+        return []
+    return read_prompts(recipe.prompts, recipe.seed).validation[: recipe.evaluate.prompts]
 
 
 def _refuse_shared(spec: Prompts, sets: dict[str, list[str]]) -> None:

@@ -28,9 +28,12 @@ from ..shards.batch import PairBatch
 from ..shards.contents import Kind
 from ..shards.lanes import LanePlan
 from ..shards.manifest import Manifest, shards_by_tier
+from ..shards.prompts import PromptFiles, stored_in
 from ..shards.reader import ShardReaders
+from ..shards.remote.store import open_store
 from ..shards.store import ShardStore
 from ..shards.stream import BATCH_TIMEOUT, PairStream
+from ..sources.prompts import evaluation_prompts, sample_prompts
 from .frozen.cache import FrozenCache
 
 
@@ -151,6 +154,22 @@ def open_stream(
     )
     ranks.together(stream.check_present)  # a shard may be missing for one rank alone
     return stream
+
+
+def open_stored_prompts(recipe: Recipe, ranks: Ranks) -> PromptFiles | None:
+    """What stands in for text encoders, if the recipe says so. DataError on all ranks where it is
+    missing, damaged or of another precision, or lacks prompts that are drawn in training.
+    """
+    if recipe.data.text == "live":
+        return None
+    store = open_store(recipe.shards_at, recipe.data, ranks.local_size)
+    manifest = ranks.on_first(store.manifest)
+    stored = stored_in(manifest, store, recipe.train.precision)
+    share = ranks.local_rank, ranks.local_size
+    found = ranks.together(lambda: PromptFiles(store, stored, *share))
+    for prompt in ("", *sample_prompts(recipe), *evaluation_prompts(recipe)):
+        found.row(prompt)
+    return found
 
 
 def trained_parts(backbone: Backbone) -> dict[str, str]:

@@ -31,7 +31,7 @@ from ..models.divergence import Divergence
 from ..ranks import Ranks
 from ..recipe import Recipe
 from ..rewards import RewardModel, known_identity, load_reward, score_together
-from ..sources.prompts import read_prompts
+from ..sources.prompts import evaluation_prompts
 from .log import MetricsFile
 
 FILE = "evaluations.jsonl"
@@ -65,10 +65,7 @@ class Evaluation:
         """Those made so far, by step; the same on every rank."""
         self.is_over = False
         """Whether the score has been clearly below the best for `evaluate.stop` evaluations."""
-        self.prompts: list[str] = []
-        if self.spec.every:
-            sets = read_prompts(recipe.prompts, recipe.seed)
-            self.prompts = sets.validation[: self.spec.prompts]
+        self.prompts = evaluation_prompts(recipe)
         self._file = MetricsFile(Path(recipe.run_dir) / FILE)
 
     def describe(self) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from ..display.grids import image_grid
 from ..models import Backbone
 from ..ranks import Ranks
 from ..recipe import Recipe
-from ..sources.prompts import read_prompts
+from ..sources.prompts import sample_prompts
 
 
 class TrainingSamples:
@@ -29,11 +29,7 @@ class TrainingSamples:
         self.recipe = recipe
         self.backbone = backbone
         self.ranks = ranks
-        self.prompts: list[str] = []
-        if self.every:
-            train, heldout, _ = read_prompts(recipe.prompts, recipe.seed)
-            count = recipe.train.sample_prompts
-            self.prompts = [*train[:count], *heldout[:count]]
+        self.prompts = sample_prompts(recipe)
 
     def is_due(self, step: int) -> bool:
         """At the start, every N steps and at the end; a picture that exists is not drawn again."""

@@ -44,6 +44,7 @@ from .batch import (
     describe_moving,
     describe_pairs,
     describe_stages,
+    open_stored_prompts,
     open_stream,
     ranked_candidates,
     refuse_foreign_shards,
@@ -129,6 +130,7 @@ class Trainer:
         if has_steps_left:  # absent shards are found early
             self._open_shards()
         started = started_parts(recipe.adapter)
+        prompts = open_stored_prompts(recipe, ranks)
 
         recipe, self.note = settle_micro_batch(
             recipe, ranks, self.checkpoints.last_batches(), trains=has_steps_left
@@ -139,7 +141,8 @@ class Trainer:
 
         failpoint("train.start")
         check_guidance(recipe)
-        self.backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
+        precision = recipe.train.precision
+        self.backbone = load_backbone(recipe.model, ranks.device, precision, prompts)
         self.backbone.fingerprints()  # as it was loaded: a policy is made of it next
         if has_steps_left:
             self._match_shards()

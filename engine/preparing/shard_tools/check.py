@@ -14,6 +14,7 @@ import numpy as np
 
 from ...basics.errors import ShardError
 from ...shards.manifest import Manifest, ShardEntry
+from ...shards.prompts import PromptFiles
 from ...shards.reader import ShardReaders
 from ...shards.repeats import PairsMet
 from ...shards.store import LocalStore
@@ -61,7 +62,8 @@ def check_set(
     workers: int = WORKERS,
     on_shard: Callable[[int], None] | None = None,
 ) -> CheckReport:
-    """Read every sample of the set in ``folder`` as training would, and hold it to its manifest.
+    """Read every sample of the set in ``folder`` as training would, and hold it to its manifest;
+    of stored prompts the first file that is wrong is told.
 
     A shard whose checksum is wrong is read all the same, to find which of its samples are damaged.
     ``on_shard`` is told the pairs of each shard when it is done. Memory: twelve bytes a pair, for
@@ -79,6 +81,11 @@ def check_set(
             report.add(str(error))
         if on_shard is not None:
             on_shard(entry.count)
+    if manifest.text is not None:
+        try:
+            PromptFiles(LocalStore(folder), manifest.text)
+        except ShardError as error:
+            report.add(str(error))
     return report
 
 

@@ -128,6 +128,7 @@ def merge_sets(
                 "fingerprint": inputs,
                 "seed": seed,
                 "parts": _parts_of(sets),
+                "text": None,
                 "statistics": sum_statistics([s.manifest.statistics for s in sets], plans),
                 "shards": tuple(entries),
             }

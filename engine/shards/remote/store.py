@@ -15,7 +15,7 @@ from ...basics.errors import RecipeError, ShardError
 from ...basics.failpoints import failpoint
 from ...basics.files import LFS_POINTER, LFS_REMEDY, lfs_pointer, user_cache
 from ...recipe import Data
-from ..manifest import FILE_NAME, MAX_BYTES, Manifest, ShardEntry, parse_manifest
+from ..manifest import FILE_NAME, MAX_BYTES, FileEntry, Manifest, parse_manifest
 from ..store import LocalStore, ShardStore, check_against
 from .cache import CacheFull, ShardCache
 from .fetch import Arrival, RemoteFolder, bring_text, is_remote
@@ -59,24 +59,24 @@ class RemoteStore:
         text = bring_text(self._folder, FILE_NAME, MAX_BYTES)
         return parse_manifest(text, self._folder.name_of(FILE_NAME), self._manifest_sha256)
 
-    def name_of(self, entry: ShardEntry) -> str:
+    def name_of(self, entry: FileEntry) -> str:
         return self._folder.name_of(entry.name)
 
-    def open(self, entry: ShardEntry) -> int:
+    def open(self, entry: FileEntry) -> int:
         return self._get(entry, force=True)
 
-    def fetch_ahead(self, entry: ShardEntry) -> None:
+    def fetch_ahead(self, entry: FileEntry) -> None:
         """Bring a shard into the cache; CacheFull if that takes evicting what is being read."""
         os.close(self._get(entry, force=False))
 
-    def discard(self, entry: ShardEntry) -> bool:
+    def discard(self, entry: FileEntry) -> bool:
         self.cache.discard(entry.sha256)
         return True
 
-    def check_present(self, entries: Iterable[ShardEntry]) -> None:
+    def check_present(self, entries: Iterable[FileEntry]) -> None:
         """Nothing: one question a shard would cost minutes. They are fetched ahead and checked."""
 
-    def check_room(self, entries: Sequence[ShardEntry], num_shards: int) -> int:
+    def check_room(self, entries: Sequence[FileEntry], num_shards: int) -> int:
         """Bytes of the cache that are left for fetching ahead when each process reads
         ``num_shards`` of these shards in turns; RecipeError if it cannot even hold those.
         """
@@ -98,7 +98,7 @@ class RemoteStore:
         """End what is on its way."""
         self._folder.stop()
 
-    def _get(self, entry: ShardEntry, *, force: bool) -> int:
+    def _get(self, entry: FileEntry, *, force: bool) -> int:
         """One thread brings a shard; others that want it share what comes of it."""
         own: Future[None] = Future()
         with self._lock:
@@ -119,7 +119,7 @@ class RemoteStore:
             if not own.done():
                 own.set_result(None)
 
-    def _bring(self, entry: ShardEntry, descriptor: int) -> None:
+    def _bring(self, entry: FileEntry, descriptor: int) -> None:
         """Write the shard to ``descriptor`` and check it; a damaged one is fetched once more."""
         name = self.name_of(entry)
         remedy = f", each of the {ARRIVALS} times it arrived; copy it there again"

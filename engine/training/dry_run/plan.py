@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
     stage = int(config["zero_optimization"]["stage"])
     tuning = choose_tuning(recipe.speed, model.denoiser, device, training=True)
 
-    parts = {"denoiser": model.denoiser, "VAE": model.vae, **model.text_encoders}
+    parts = {"denoiser": model.denoiser, "VAE": model.vae, **_text_encoders(recipe, model)}
     networks = {name: (count_parameters(part), 0) for name, part in parts.items()}
     unit = forward_flops(model, model.denoiser, resolution)
     frozen, quantized = _frozen_parameters(recipe, model), _quantized(recipe, model)
@@ -183,7 +183,7 @@ def footprint_of(
         trained=trained,
         frozen={**frozen, "reference": frozen["reference"] + moving},
         bytes_per_weight=DTYPES[recipe.train.precision].itemsize,
-        text_encoders=sum(bytes_of(encoder) for encoder in model.text_encoders.values()),
+        text_encoders=sum(map(bytes_of, _text_encoders(recipe, model).values())),
         vae=bytes_of(model.vae),
         activations=activation_bytes(
             model,
@@ -226,6 +226,11 @@ def _build_policy(recipe: Recipe, model: MetaModel) -> ModelMixin:
     if recipe.speed.activation_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy.train()
+
+
+def _text_encoders(recipe: Recipe, model: MetaModel) -> Mapping[str, nn.Module]:
+    """Those that are loaded."""
+    return model.text_encoders if recipe.data.text == "live" else {}
 
 
 def _frozen_parameters(recipe: Recipe, model: MetaModel) -> dict[str, int]:

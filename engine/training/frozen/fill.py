@@ -13,7 +13,13 @@ from ...objectives import build_objective
 from ...ranks import Ranks
 from ...recipe import Recipe
 from ...shards.remote.store import open_store
-from ..batch import BatchMaker, open_stream, ranked_candidates, refuse_foreign_shards
+from ..batch import (
+    BatchMaker,
+    open_stored_prompts,
+    open_stream,
+    ranked_candidates,
+    refuse_foreign_shards,
+)
 from ..checkpoint.store import CheckpointStore
 from ..deepspeed_config import build_deepspeed_config, plan_batches
 from ..micro_batch import settle_micro_batch
@@ -44,7 +50,8 @@ def fill(ranks: Ranks, recipe: Recipe, terminal: Terminal) -> None:
     pacing = Pacing(recipe.curriculum, recipe.train.steps)
     stream = open_stream(recipe, ranks, shards, manifest, pacing)
 
-    backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision)
+    prompts = open_stored_prompts(recipe, ranks)
+    backbone = load_backbone(recipe.model, ranks.device, recipe.train.precision, prompts)
     backbone.fingerprints()  # as it was loaded
     refuse_foreign_shards(recipe, manifest, backbone)
     networks = build_networks(recipe, backbone, build_objective(recipe.objective))

@@ -1,16 +1,21 @@
 """The cache of prompt embeddings: once each, rows in the order asked for, within its budget."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from cdpo.engine.basics.errors import DataError
+from cdpo.engine.models import fingerprint_store, load_backbone, sd
 from cdpo.engine.models.sd import StableDiffusionText
 from cdpo.engine.models.sd3 import StableDiffusion3Text
 from cdpo.engine.models.sdxl import StableDiffusionXLText
 from cdpo.engine.models.text import ROWS, PromptCache, told_of_long
+from refusals import refused
 from torch import Tensor
 
+CPU = torch.device("cpu")
 ROW_BYTES = 4 + 8  # of what the embedder below gives for a prompt
 
 
@@ -125,3 +130,37 @@ def test_the_pooled_embedding_of_xl_does_not_depend_on_its_company():
         one = alone.encode([prompts[index]], None)
         assert torch.equal(one.text[0], together.text[index])
         assert torch.equal(one.extras["text_embeds"][0], together.extras["text_embeds"][index])
+
+
+class Stored:
+    """Prompts that another text encoder made."""
+
+    location, fingerprint = "sets/other", "f" * 64
+
+    def row(self, prompt: str) -> tuple[torch.Tensor, ...]:
+        return (torch.full((77, 16), float(len(prompt))),)
+
+
+def test_stored_prompts_of_another_encoder_are_refused_before_weights_are_read(
+    tiny_recipe, monkeypatch
+):
+    monkeypatch.setattr(fingerprint_store, "SETTLED", 0.0)
+    model = tiny_recipe().model
+    with refused(DataError, "mismatch", "data.text"):  # nothing is known yet: it is read
+        load_backbone(model, CPU, "fp32", Stored())
+    load_backbone(model, CPU).fingerprints()
+    monkeypatch.delattr(sd, "load")
+    with refused(DataError, "mismatch", "data.text"):
+        load_backbone(model, CPU, "fp32", Stored())
+
+
+def test_stored_prompts_are_taken_for_encoders_whose_weights_are_not_here(
+    tiny_recipe, tiny_world, tmp_path
+):
+    shutil.copytree(tiny_world / "sd", tmp_path / "sd")
+    (tmp_path / "sd" / "text_encoder" / "model.safetensors").unlink()
+    model = tiny_recipe(f"model.path={tmp_path / 'sd'}").model
+    backbone = load_backbone(model, CPU, "fp32", Stored())
+    assert backbone.pipeline.text_encoder is None
+    assert backbone.fingerprints()["text"] == Stored.fingerprint
+    assert backbone.encode_prompts(["four", "a", "four"]).text[:, 0, 0].tolist() == [4, 1, 4]

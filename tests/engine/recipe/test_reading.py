@@ -513,6 +513,7 @@ RUNTIME = {
     *(f"data.fetch.{key}" for key in ("threads", "retries", "backoff", "stall", "budget")),
     "data.pairs_per_shard",
     "data.format",
+    "data.text",
     "data.workers",
 }
 

@@ -249,3 +249,10 @@ def test_the_verb_prints_the_plan_and_leaves_nothing_behind(world: World, tmp_pa
     assert "memory of each rank" in outcome.text and "ranks  2" in outcome.text
     told_of_repeats(outcome)
     assert not run.exists()
+
+
+def test_text_encoders_that_are_not_loaded_are_not_counted() -> None:
+    plan, stored = emoji("emoji_cdpo"), emoji("emoji_cdpo", "data.text=stored")
+    without = [row for row in plan.memory if row.name != "text encoders"]
+    assert stored.memory == without and len(without) == len(plan.memory) - 1
+    assert plan.networks.keys() - stored.networks.keys() == {"text_encoder"}

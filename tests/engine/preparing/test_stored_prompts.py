@@ -1,0 +1,38 @@
+"""Prompts that are stored beside shards: those of every pair, from every kind of source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cdpo.engine.models import load_backbone
+from cdpo.engine.ranks import Ranks
+from cdpo.engine.recipe import Recipe
+from cdpo.engine.shards.manifest import load_manifest
+from cdpo.engine.shards.prompts import PromptFiles
+from cdpo.engine.shards.store import LocalStore
+from prepared import is_finished, pairs_of, prepare
+
+KINDS = ["paired", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sampled", "masked"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_prompt_of_a_pair_is_stored_as_the_encoders_make_it(
+    load: Callable[..., Recipe], tmp_path: Path, ranks: Ranks, kind: str
+) -> None:
+    recipe = load(kind, tmp_path, "data.text=stored", "train.precision=bf16")
+    shards = prepare(recipe, ranks)
+    stored = load_manifest(shards).text
+    assert stored is not None and stored.precision == "bf16" != recipe.prepare.precision
+    found = PromptFiles(LocalStore(shards), stored)
+    backbone = load_backbone(recipe.model, ranks.device, "bf16")
+    assert backbone.fingerprints()["text"] == stored.fingerprint
+    prompts = sorted({"", *(meta.prompt for meta, _ in pairs_of(shards))})
+    for prompt, row in zip(prompts, backbone.embedded(prompts), strict=True):
+        assert all(map(torch.equal, found.row(prompt), row))
+
+    assert is_finished(recipe, ranks)
+    for asked, finished in (("data.text=live", True), ("train.precision=fp32", False)):
+        assert is_finished(load(kind, tmp_path, "data.text=stored", asked), ranks) is finished
