@@ -138,7 +138,7 @@ def executed(call):
     return count
 
 
-# A tenth above what they take. It was 2,600, 3,000, 3,100 and 1,100, 1,300, 1,600 when layers went
+# A tenth above what they take. It was 2,600, 3,000, 3,000 and 1,100, 1,300, 1,500 when layers went
 # through the dispatcher and Triton's launcher, in twice the time.
 BUDGET = {"group norm": (1570, 1740, 1900), "geglu": (600, 700, 990)}
 
