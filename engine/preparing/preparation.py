@@ -92,7 +92,9 @@ class Preparation:
             **self.source.inputs(),
         }
         if not by_name:
-            inputs["model"] = {k: v for k, v in inputs["model"].items() if k not in MODEL_FILES}
+            # What is not given counts no more than a key that came after the set was made.
+            given = {k: v for k, v in inputs["model"].items() if v is not None}
+            inputs["model"] = {k: v for k, v in given.items() if k not in MODEL_FILES}
             if inputs.get("reward"):
                 inputs["reward"] = recipe.reward.knobs()
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import tiny
 from cdpo.engine.preparing import candidates, latents, scores, shard_set
 from cdpo.engine.preparing.imported import SourceParts
 from cdpo.engine.preparing.sampled import CandidateParts
+from cdpo.engine.recipe import Model
 from prepared import DECIDED, contents, is_finished, prepare
 
 # Records that are loaded once to be scored, unless masks rank them, and once to be encoded.
@@ -59,6 +60,19 @@ def test_only_what_decides_the_shards_makes_them_stale(
     assert is_finished(load(kind, run_dir, override), ranks) == finished
     for name, data in before.items():
         (run_dir / "source" / name).write_bytes(data)
+
+
+class LaterModel(Model):
+    """With a key that came after the set was made."""
+
+    came_later: str | None = None
+
+
+@pytest.mark.parametrize(("value", "finished"), [(None, True), ("given", False)])
+def test_a_key_that_came_later_is_not_another_recipe(made, load, ranks, value, finished):
+    recipe = load("sampled", made("sampled"))
+    later = LaterModel(**recipe.model.model_dump(), came_later=value)
+    assert is_finished(recipe.model_copy(update={"model": later}), ranks) == finished
 
 
 @pytest.mark.parametrize(
