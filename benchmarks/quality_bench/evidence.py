@@ -147,7 +147,7 @@ ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
     ),
     "lcm": (
         (Arm("published target", PUBLISHED, _LCM), None),
-        (Arm("mixed target", {}, _LCM), None),
+        (Arm("mixed target", {}, (*_LCM, 200, 400)), None),
         (Arm("mixed target SFT", RANDOM | FINE_TUNING["lcm"], _LCM), (0,)),
         (Arm("mixed target no order", RANDOM, _LCM), (0,)),
     ),
