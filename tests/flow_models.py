@@ -1,18 +1,35 @@
 """What the tests of each family of flow models do alike."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from batches import corrupted
+from cdpo.engine.models import load_backbone
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.objectives import build_objective
-from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe import Model, Recipe
 from cdpo.engine.training.networks import build_networks
+from diffusers import DiffusionPipeline
 from pictures import pixels
 from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def load_tiny(folder: Path, **given: Any) -> LatentDiffusion:
+    """What a recipe loads that names the folder, on the CPU in float32."""
+    return load_backbone(Model(path=str(folder), **given), CPU)
+
+
+def as_users_load(folder: Path) -> DiffusionPipeline:
+    """The stock pipeline in a folder, without its bars."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def guided(

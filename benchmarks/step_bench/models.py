@@ -103,13 +103,6 @@ FAMILIES = {
         lambda scheduler, device, _: DiscreteDDPM(scheduler, device),
         options={"requires_safety_checker": False},
     ),
-    "sdxl": StepFamily(
-        DIFFUSION_DPO,
-        partial(DDIMScheduler, **SCHEDULE),
-        StableDiffusionXLText,
-        lambda scheduler, device, _: DiscreteDDPM(scheduler, device),
-        options={"add_watermarker": False},
-    ),
     "sd3": StepFamily(
         FLOW_DPO,
         partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
@@ -134,6 +127,9 @@ FAMILIES = {
         _flow(32),
     ),
 }
+FAMILIES["sdxl"] = replace(
+    FAMILIES["sd"], text=StableDiffusionXLText, options={"add_watermarker": False}
+)
 FAMILIES["lcm"] = replace(
     FAMILIES["sd"],
     objective={"type": "consistency_dpo", "beta": 200.0, "distance": "pseudo_huber"},

@@ -71,7 +71,7 @@ class Quantized:
         )
 
     def __str__(self) -> str:
-        """As a line for people: `nf4: 11,890 M weights in 6.2 GiB, whole they would take 22.1`."""
+        """For people: kind, weights, and the memory that they take now and took before."""
         unit, size = ("GiB", 1 << 30) if self.whole_bytes >= 1 << 30 else ("MiB", 1 << 20)
         return (
             f"{self.kind}: {self.weights / 1e6:,.0f} M weights of linear layers, "

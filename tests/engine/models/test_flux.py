@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,12 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.basics.errors import OutsideError, RecipeError
-from cdpo.engine.models import load_backbone
 from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from flow_models import assert_fresh_and_learns
+from flow_models import assert_fresh_and_learns, load_tiny
 from pictures import noise, pixels
 from refusals import refused
 
@@ -34,9 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, **changes: object) -> LatentDiffusion:
-    given = {"backbone": "flux", "path": str(folder), "resolution": (16, 16)}
-    return load_backbone(Model(**given | changes), CPU)
+load = partial(load_tiny, backbone="flux", resolution=(16, 16))
 
 
 def stepped(backbone: LatentDiffusion, start: torch.Tensor, steps: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import tiny
 import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError, RecipeError
-from cdpo.engine.models import family_of, load_backbone
+from cdpo.engine.models import family_of
 from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from flow_models import assert_fresh_and_learns
+from flow_models import assert_fresh_and_learns, load_tiny
 from pictures import noise, pixels
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -45,9 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, **changes: object) -> LatentDiffusion:
-    given = {"backbone": "flux2", "path": str(folder), "resolution": SIZE}
-    return load_backbone(Model(**given | changes), CPU)
+load = partial(load_tiny, backbone="flux2", resolution=SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import tiny
 import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.models import Conditioning, family_of, load_backbone
+from cdpo.engine.models import Conditioning, family_of
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from flow_models import assert_fresh_and_learns
+from flow_models import as_users_load, assert_fresh_and_learns, load_tiny
 from pictures import noise, pixels
 from refusals import refused
 from torch import Tensor
@@ -43,8 +43,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **changes: object) -> LatentDiffusion:
-    given = {"backbone": folder.name, "path": str(folder), "resolution": SIZE}
-    return load_backbone(Model(**given | changes), CPU)
+    return load_tiny(folder, **{"backbone": folder.name, "resolution": SIZE, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,7 @@ def shared(folder: Path) -> LatentDiffusion:
 @pytest.fixture(scope="module")
 def stock(folder: Path) -> DiffusionPipeline:
     """The same model as a user loads it."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return as_users_load(folder)
 
 
 def drawn(stock: DiffusionPipeline, name: str, start: Tensor, guidance: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import tiny
 import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.models import family_of, load_backbone
+from cdpo.engine.models import family_of
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from flow_models import assert_fresh_and_learns
+from flow_models import as_users_load, assert_fresh_and_learns, load_tiny
 from pictures import noise, pixels
 from refusals import refused
 from stock import levels_apart
@@ -39,9 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, **changes: object) -> LatentDiffusion:
-    given = {"backbone": "qwen_image21", "path": str(folder), "resolution": SIZE}
-    return load_backbone(Model(**given | changes), CPU)
+load = partial(load_tiny, backbone="qwen_image21", resolution=SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,7 @@ def shared(folder: Path) -> LatentDiffusion:
 @pytest.fixture(scope="module")
 def stock(folder: Path) -> DiffusionPipeline:
     """The same model as a user loads it."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return as_users_load(folder)
 
 
 def each(draw: Callable[[str, Tensor], Any]) -> np.ndarray:

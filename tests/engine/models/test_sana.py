@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ import tiny
 import torch
 from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
-from cdpo.engine.models import fingerprint, load_backbone
+from cdpo.engine.models import fingerprint
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.preparing.shard_tools.sheet import load_vae
-from cdpo.engine.recipe import Model, Recipe
+from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.manifest import VaeSource
 from diffusers import SanaPipeline
-from flow_models import assert_fresh_and_learns, guided
+from flow_models import assert_fresh_and_learns, guided, load_tiny
 from pictures import noise, pixels
 from refusals import refused
 
@@ -35,9 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, **changes: object) -> LatentDiffusion:
-    given = {"backbone": "sana", "path": str(folder), "resolution": SIZE}
-    return load_backbone(Model(**given | changes), CPU)
+load = partial(load_tiny, backbone="sana", resolution=SIZE)
 
 
 @pytest.fixture(scope="module")
