@@ -221,6 +221,8 @@ def test_a_quantised_base_fits_a_card_at_1024_pixels(
         ("z_image", 6_154_908_736, 4_022_468_096, 34 * 32 * (11 * 3840 + 3 * 10240)),
         # those of image and text in 60 blocks, and two layers of each one's feed-forward
         ("qwen_image", 20_430_401_088, 8_292_166_656, 60 * 64 * (8 * 2 + 4 * 5) * 3072),
+        # q, k, v, out and three layers to and from 12,288, in 32 blocks
+        ("qwen_image21", 7_115_124_736, 8_767_123_696, 32 * 32 * (8 * 4096 + 3 * 4 * 4096)),
         # klein base: 5 blocks with those and a gated feed-forward of each, to 6 and from 3 widths;
         # 20 with a projection to 9 widths and one from 4
         ("flux2", 3_875_544_576, 4_022_468_096, 32 * 3072 * (5 * (16 + 2 * 11) + 20 * 15)),
