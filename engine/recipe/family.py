@@ -29,7 +29,7 @@ class Family:
     """Whether guidance takes a second pass, without the prompt, unless its denoiser embeds it."""
 
     kohya: bool = True
-    """Whether sd-scripts or musubi-tuner have names for its LoRAs that diffusers reads as well."""
+    """Whether its LoRAs have names in kohya's files that ComfyUI and diffusers both read."""
 
     @property
     def part(self) -> str:
@@ -87,7 +87,6 @@ FAMILIES = {
         "QwenImageTransformer2DModel",
         "AutoencoderKLQwenImage",
         sampler="Euler",
-        kohya=False,
     ),
     "qwen_image21": Family(
         "Qwen-Image 2.1 model",
@@ -102,7 +101,6 @@ FAMILIES = {
         ("ZImagePipeline",),
         "ZImageTransformer2DModel",
         sampler="Euler",
-        kohya=False,
     ),
 }
 

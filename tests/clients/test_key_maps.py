@@ -6,7 +6,8 @@ The facts are those of
 - https://github.com/CompVis/stable-diffusion (ldm/modules/diffusionmodules/openaimodel.py) and
   https://github.com/Stability-AI/generative-models: layers of the original UNets;
 - https://github.com/comfyanonymous/ComfyUI (comfy/lora.py, comfy/utils.py): original names, and all
-  of diffusers' that it lists;
+  of diffusers' that it lists; of Z-Image and Qwen-Image those of its own modules alone, which are
+  diffusers' of Qwen-Image, and of Z-Image what z_image_to_diffusers is made from;
 - https://github.com/AUTOMATIC1111/stable-diffusion-webui (extensions-builtin/Lora/networks.py):
   diffusers' names of Stable Diffusion 1 by pattern; what is not found so, by its original name;
 - https://github.com/kohya-ss/sd-scripts (networks/lora.py, library/original_unet.py and
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from cdpo.engine.models.adapters import PRESETS, add_lora
@@ -249,6 +251,49 @@ def test_each_program_finds_every_tensor(name: str, targets: str | tuple[str, ..
     outside = re.compile(r"lora_unet_(time_embed|label_emb|conv_in|conv_out|input_blocks_0_|out_2)")
     assert unknown == [key for key in keys if outside.match(key)]
     assert not unknown or targets == "all-linear" or "conv_in" in targets
+
+
+def layers_of_z_image(width: int = 3840, text: int = 2560, depth: int = 30) -> Layers:
+    """Every linear layer of Z-Image in ComfyUI, with the shape of its weights; `told` is the width
+    of the timestep.
+    """
+    told, hidden = 256, 10240
+    found: Layers = {"x_embedder": (width, 64), "cap_embedder.1": (width, text)}
+    found |= {"t_embedder.mlp.0": (1024, told), "t_embedder.mlp.2": (told, 1024)}
+    found |= {"final_layer.linear": (64, width), "final_layer.adaLN_modulation.1": (width, told)}
+    for blocks, number in (("layers", depth), ("noise_refiner", 2), ("context_refiner", 2)):
+        for at in (f"{blocks}.{index}" for index in range(number)):
+            found[f"{at}.attention.qkv"] = (3 * width, width)
+            found[f"{at}.attention.out"] = (width, width)
+            found |= {f"{at}.feed_forward.w{side}": (hidden, width) for side in (1, 3)}
+            found[f"{at}.feed_forward.w2"] = (width, hidden)
+            if blocks != "context_refiner":
+                found[f"{at}.adaLN_modulation.0"] = (4 * width, told)
+    return found
+
+
+@pytest.mark.parametrize("name", ["Tongyi-MAI--Z-Image", "Qwen--Qwen-Image"])
+def test_comfyui_finds_every_tensor_of_a_transformer(name: str) -> None:
+    config = json.loads((CONFIGS / name / "transformer" / "config.json").read_text())
+    spec = Adapter(rank=RANK, targets="all-linear")
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+        shapes = {
+            key: tuple(layer.weight.shape)
+            for key, layer in network.named_modules()
+            if isinstance(layer, torch.nn.Linear)
+        }
+        add_lora(network, spec, seed=0)
+        tensors = kohya_tensors(
+            trained_lora(get_peft_model_state_dict(network), spec), network.config
+        )
+    if "Z-Image" in name:
+        shapes = layers_of_z_image()
+    found = {
+        key: (len(tensors[f"{key}.lora_up.weight"]), tensors[f"{key}.lora_down.weight"].shape[1])
+        for key in {key.partition(".")[0] for key in tensors}
+    }
+    assert found == {f"lora_unet_{key.replace('.', '_')}": shape for key, shape in shapes.items()}
 
 
 def test_why_layers_of_xl_bear_their_original_names() -> None:

@@ -21,8 +21,12 @@ from diffusers import (
     FluxTransformer2DModel,
     ModelMixin,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -31,6 +35,8 @@ from safetensors.torch import load_file
 from stock import levels_apart, picture, stock_pipeline
 from torch import Tensor
 
+A, B = ".lora_A.weight", ".lora_B.weight"
+MERGED = ("to_q", "to_k", "to_v", "proj_mlp")  # layers that are one in some original code
 # One alpha above the rank, one below, neither equal to it.
 SPECS = {
     "lora": Adapter(rank=2, alpha=7.0, targets="lcm"),
@@ -129,16 +135,20 @@ def test_stock_diffusers_loads_adapters_of_xl(tmp_path: Path, targets: str) -> N
         assert scales == {1.0}
 
 
-def flux_lora(name: str, targets: str) -> tuple[ModelMixin, Lora]:
+def lora_of(name: str, targets: str | tuple[str, ...]) -> tuple[ModelMixin, Lora]:
     """A transformer of a block of each kind on the meta device, and an adapter of it; of FLUX.1 as
     wide as it is, which diffusers takes for granted.
     """
+    made = {
+        "flux": lambda: FluxTransformer2DModel(
+            num_layers=1, num_single_layers=1, guidance_embeds=True
+        ),
+        "flux2": lambda: tiny.flux2_transformer(16),
+        "qwen_image": lambda: QwenImageTransformer2DModel(num_layers=1),
+        "z_image": lambda: ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1),
+    }
     with torch.device("meta"):
-        network = tiny.flux2_transformer(16)
-        if name == "flux":
-            network = FluxTransformer2DModel(
-                num_layers=1, num_single_layers=1, guidance_embeds=True
-            )
+        network = made[name]()
         add_lora(network, Adapter(rank=2, alpha=2.0, targets=targets), seed=0)
     shapes = get_peft_model_state_dict(network)
     generator = torch.Generator().manual_seed(0)
@@ -146,26 +156,49 @@ def flux_lora(name: str, targets: str) -> tuple[ModelMixin, Lora]:
     return network, Lora(values, 2)
 
 
-@pytest.mark.parametrize("targets", ["attention", "attention+ff"])
-@pytest.mark.parametrize(("name", "pipeline"), [("flux", FluxPipeline), ("flux2", Flux2Pipeline)])
-def test_stock_diffusers_reads_kohyas_names_of_flux(tmp_path, name, pipeline, targets) -> None:
-    """To the bit, also where the original code has one layer for several."""
-    network, lora = flux_lora(name, targets)
+def changes_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By layer, a few rows of what an adapter of rank 2 adds, in float64: exact but for one sum."""
+    ups = {key.removesuffix(B): value for key, value in values.items() if key.endswith(B)}
+    return {key: up[::97].double() @ values[key + A].double() for key, up in ups.items()}
+
+
+STOCK = {
+    "flux": FluxPipeline,
+    "flux2": Flux2Pipeline,
+    "qwen_image": QwenImagePipeline,
+    "z_image": ZImagePipeline,
+}
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+ff", ("to_q",)], ids=str)
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_diffusers_reads_kohyas_names_of_transformers(tmp_path, name, targets) -> None:
+    """To the bit, also where the original code has one layer for several: what is not adapted of
+    those is zero.
+    """
+    network, lora = lora_of(name, targets)
     about = describe(network.config, "flow", (512, 512), "a run")
     save_for_kohya(lora, network.config, about, tmp_path / "lora.safetensors")
-    found = pipeline.lora_state_dict(tmp_path / "lora.safetensors")
-    for key, value in lora.values.items():
-        assert torch.equal(found.pop(f"transformer.{key}"), value)
-    assert all("proj_mlp" in key and not value.any() for key, value in found.items())
-    assert bool(found) == (name == "flux" and targets == "attention")
+    found = STOCK[name].lora_state_dict(tmp_path / "lora.safetensors")
+    found = changes_of({key.removeprefix("transformer."): value for key, value in found.items()})
+    for layer, change in changes_of(lora.values).items():
+        assert torch.equal(found.pop(layer), change)
+    assert all(layer.endswith(MERGED) and not change.any() for layer, change in found.items())
+    assert bool(found) == (
+        (name == "flux" and targets == "attention")
+        or (name in {"flux", "flux2", "z_image"} and targets == ("to_q",))
+    )
 
 
-def test_a_file_of_flux_says_what_it_fits_as_kohyas_trainers_say_it() -> None:
-    """sd-scripts of FLUX.1, musubi-tuner of FLUX.2, whose sizes differ in their text's width."""
+def test_a_file_of_a_transformer_says_what_it_fits_as_kohyas_trainers_say_it() -> None:
+    """sd-scripts of FLUX.1, musubi-tuner of others; FLUX.2's sizes differ in their text's width."""
+    flux = {"num_single_layers": 1}
     configs = (
-        {"pooled_projection_dim": 768, "guidance_embeds": True},
-        {"pooled_projection_dim": 768, "guidance_embeds": False},
-        *({"joint_attention_dim": 3 * width} for width in (5120, 2560, 4096)),
+        flux | {"pooled_projection_dim": 768, "guidance_embeds": True},
+        flux | {"pooled_projection_dim": 768, "guidance_embeds": False},
+        *(flux | {"joint_attention_dim": 3 * width} for width in (5120, 2560, 4096)),
+        {"joint_attention_dim": 3584, "guidance_embeds": False},
+        {"cap_feat_dim": 2560},
     )
     told = [
         [
@@ -173,10 +206,7 @@ def test_a_file_of_flux_says_what_it_fits_as_kohyas_trainers_say_it() -> None:
             about["ss_network_module"],
             about["ss_base_model_version"],
         ]
-        for about in (
-            describe({"num_single_layers": 1, **config}, "flow", (512, 512), "a run")
-            for config in configs
-        )
+        for about in (describe(config, "flow", (512, 512), "a run") for config in configs)
     ]
     assert told == [
         ["flux-1-dev/lora", "networks.lora_flux", "flux1"],
@@ -184,13 +214,15 @@ def test_a_file_of_flux_says_what_it_fits_as_kohyas_trainers_say_it() -> None:
         ["Flux.2-dev/lora", "networks.lora_flux_2", "flux_2_dev"],
         ["Flux.2-klein-4b/lora", "networks.lora_flux_2", "flux_2_klein_4b"],
         ["Flux.2-klein-9b/lora", "networks.lora_flux_2", "flux_2_klein_9b"],
+        ["Qwen-Image/lora", "networks.lora_qwen_image", "qwen_image"],
+        ["Z-Image/lora", "networks.lora_zimage", "z_image"],
     ]
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2"])
 def test_every_layer_of_flux_has_a_name_of_the_original_code(name) -> None:
     """Scale and shift of the last norm stand the other way there."""
-    network, lora = flux_lora(name, "all-linear")
+    network, lora = lora_of(name, "all-linear")
     found = kohya_tensors(lora, network.config)
     kinds = {key.rsplit(".", 2)[0] for key in found if key.endswith("lora_up.weight")}
     outside = {key for key in kinds if "_blocks_" not in key}
