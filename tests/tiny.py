@@ -511,8 +511,8 @@ def flux2_vae(**changes: Any) -> AutoencoderKLFlux2:
 def flux2_pipeline(
     seed: int = 0, *, dev: bool = True, distilled: bool = False, **changes: Any
 ) -> Flux2Pipeline | Flux2KleinPipeline:
-    """A FLUX.2 of that size, dev or klein. dev's processor would need torchvision: the tokenizer of
-    another model stands for it.
+    """A FLUX.2 of that size, dev or klein. dev's processor would need torchvision: that of another
+    model stands for it.
     """
     torch.manual_seed(seed)
     tokens = qwen_tokenizer()
@@ -527,7 +527,10 @@ def flux2_pipeline(
         text = Qwen3Config(**qwen_config(tokens) | width | {"num_hidden_layers": 28})
         parts["text_encoder"] = Qwen3ForCausalLM(text)
         return Flux2KleinPipeline(**parts | changes, is_distilled=distilled)
-    tokens.chat_template = tokens.chat_template.replace("turn.content", "turn.content[0].text")
+    parts["tokenizer"] = LlavaProcessor(CLIPImageProcessorPil(), tokens, patch_size=14)
+    parts["tokenizer"].chat_template = tokens.chat_template.replace(
+        "turn.content", "turn.content[0].text"
+    )
     seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     text = Mistral3Config(
         text_config={**qwen_config(tokens), **width, "num_hidden_layers": 31},

@@ -153,7 +153,7 @@ class Flux2Text(CachedText):
 
     def _in_template(self, prompt: str, **how: bool) -> Any:
         """What the encoder reads, as text or as tokens."""
-        template = self._pipeline.tokenizer.apply_chat_template  # dev's may be of a processor
+        template = self._pipeline.tokenizer.apply_chat_template
         if self._is_klein:
             turns = [{"role": "user", "content": prompt}]
             (found,) = template([turns], add_generation_prompt=True, enable_thinking=False, **how)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.schedulers import SchedulerMixin
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..recipe import Model
 from ..recipe.family import family_that_reads
@@ -93,7 +94,8 @@ def load_pipeline(
     with reading(f"model.path={spec.path}", kind, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
-        _refuse_absent_libraries(index)
+        tokenizers = _tokenizers_of_processors(place, index, spec)
+        _refuse_absent_libraries({name: of for name, of in index.items() if name not in tokenizers})
         own = denoiser_in(index)
         scheduler = _scheduler(place, index, spec)
     (check_flow_schedule if spec.is_flow else check_schedule)(spec, scheduler)
@@ -126,10 +128,12 @@ def load_pipeline(
             revision=spec.revision,
             variant=spec.variant,
             scheduler=scheduler,
+            **dict.fromkeys(tokenizers),  # diffusers would take none but the processor
             **encoders,
             **replaced,
             **options,
         )
+        pipeline.register_modules(**tokenizers)
         for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
     if not spec.is_flow:
@@ -175,6 +179,19 @@ def refuse_other_family(index: dict[str, Any], spec: Model) -> None:
             f"it holds a {found}, which is not supported: model.backbone={spec.backbone} reads "
             f"{' and '.join(spec.family.pipelines)}"
         )
+
+
+def _tokenizers_of_processors(
+    place: str, index: dict[str, Any], spec: Model
+) -> dict[str, PreTrainedTokenizerBase]:
+    """What stands for a ``tokenizer`` that is a processor, as FLUX.2 dev's: of texts alone it makes
+    the same, and it needs no library for pictures.
+    """
+    return {
+        name: PreTrainedTokenizerFast.from_pretrained(place, subfolder=name, revision=spec.revision)
+        for name, entry in index.items()
+        if name.startswith("tokenizer") and str(entry[1]).endswith("Processor")
+    }
 
 
 def _refuse_absent_libraries(index: dict[str, Any]) -> None:
