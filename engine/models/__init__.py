@@ -27,7 +27,7 @@ from ..basics.errors import DataError
 from ..recipe import Model
 from .fingerprint_store import model_files
 from .fingerprints import PARTS, fingerprint, fingerprint_of_text, quantized_parts, told_of
-from .pipelines import text_encoders_here
+from .pipelines import TEXT_ENCODERS, text_encoders_here
 from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess, StoredPrompts
 from .quantization import refuse_missing_library
 
@@ -54,7 +54,7 @@ def load_backbone(
     stored: StoredPrompts | None = None,
 ) -> Backbone:
     """The backbone a recipe names, with ``stored`` prompts in place of its text encoders if given:
-    DataError where those are found to be others than the model's own.
+    DataError where those are found to be others than the model's own, or no such embeddings.
     """
     if spec.quantization is not None:
         refuse_missing_library(spec.quantization)
@@ -64,11 +64,14 @@ def load_backbone(
     known = model_files(spec, dtype).read() if stored else None
     if stored and known:
         _refuse_other_text(spec, known["text"], stored)
-    backbone: Backbone = family_of(spec).load(spec, device, dtype, reads_text=stored is None)
+    family = family_of(spec)
+    backbone: Backbone = family.load(spec, device, dtype, reads_text=stored is None)
     if stored:
         if not known and not files.read():
             _refuse_other_text(spec, text_here(spec, dtype, backbone.pipeline), stored)
-        backbone.take_prompts(stored)
+        parts = backbone.pipeline.components
+        encoders = {name: parts[name] for name in TEXT_ENCODERS if parts.get(name) is not None}
+        backbone.take_prompts(stored, family.told(backbone.denoiser.config, encoders))
     backbone.files = files
     backbone.place(spec.quantization)
     return backbone

@@ -104,7 +104,8 @@ class LatentDiffusion:
             **self._teacher_parts,
         }
 
-    def take_prompts(self, stored: StoredPrompts) -> None:
+    def take_prompts(self, stored: StoredPrompts, told: Mapping[str, tuple[int, ...]]) -> None:
+        stored.hold_to(self._text.sizes(told))
         for name in TEXT_ENCODERS:
             if name in self.pipeline.components:
                 self.pipeline.register_modules(**{name: None})

@@ -6,7 +6,7 @@ latent channels, height and width; T text tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -173,6 +173,10 @@ class StoredPrompts(Protocol):
         """What `text.PromptCache` holds of a prompt, in host memory; DataError if it is missing."""
         ...
 
+    def hold_to(self, columns: Sequence[tuple[int | None, ...]]) -> None:
+        """DataError unless rows are tensors of these sizes, None being any from 1 on."""
+        ...
+
 
 class Backbone(Protocol):
     """A family of text-to-image models."""
@@ -204,9 +208,10 @@ class Backbone(Protocol):
         """
         ...
 
-    def take_prompts(self, stored: StoredPrompts) -> None:
+    def take_prompts(self, stored: StoredPrompts, told: Mapping[str, tuple[int, ...]]) -> None:
         """Let go of the text encoders, which need not have values, for what they have made before:
-        once, and before anything is asked of the networks.
+        once, and before anything is asked of the networks. DataError unless it is of the sizes that
+        the family's ``told`` gives.
         """
         ...
 

@@ -102,6 +102,8 @@ def draw(pipeline: Any, noise: Tensor, guidance: float, **given: Any) -> Tensor:
 class SanaText(CachedText):
     """Token embeddings (N, 300, D), and their mask (N, 300) in the same dtype."""
 
+    columns = ("text", MASK)
+
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         text, mask = self.cache(prompts)
         return Conditioning(text, {MASK: mask})

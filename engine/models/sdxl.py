@@ -100,7 +100,7 @@ class StableDiffusionXLText(PooledText):
     `force_zeros_for_empty_prompt`, as the base model's does.
     """
 
-    pooled = "text_embeds"
+    columns = ("text", "text_embeds")
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Without framing the time ids are left out: the stock pipeline makes its own."""

@@ -47,6 +47,10 @@ class TextConditioner(Protocol):
 
     cache: PromptCache
 
+    def sizes(self, told: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int | None, ...]]:
+        """Of what the cache holds of a prompt, by the family's ``told``; None is any from 1 on."""
+        ...
+
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """What the denoiser is told of N images, framed as given if the family is told that."""
         ...
@@ -65,9 +69,15 @@ class TextConditioner(Protocol):
 class CachedText:
     """What all have that embed a prompt with the encoders of a stock pipeline, once."""
 
+    columns: tuple[str, ...] = ("text",)
+    """What the cache holds of a prompt, by the names of :data:`Told`."""
+
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline: Any = pipeline
         self.cache = PromptCache(self._embed_anew)
+
+    def sizes(self, told: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int | None, ...]]:
+        return [told[name] for name in self.columns]
 
     def seen_tokens(self, prompt: str) -> int | None:
         for tokenizer, most in self._readers():
@@ -94,14 +104,14 @@ class CachedText:
 class PooledText(CachedText):
     """Token embeddings (N, T, D) and pooled ones (N, P), as a stock pipeline makes them.
 
-    The pooled ones are told to the denoiser under the name :attr:`pooled`; framing is nothing.
+    The pooled ones are told to the denoiser under the second name; framing is nothing.
     """
 
-    pooled = "pooled_projections"
+    columns = ("text", "pooled_projections")
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         text, pooled = self.cache(prompts)
-        return Conditioning(text, {self.pooled: pooled})
+        return Conditioning(text, {self.columns[1]: pooled})
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text, pooled = self.cache(prompts)
@@ -135,6 +145,9 @@ class OwnLengthText(CachedText):
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         super().__init__(pipeline)
         self.cache.rows = 1
+
+    def sizes(self, told: Mapping[str, tuple[int, ...]]) -> Sequence[tuple[int | None, ...]]:
+        return [(None, *told["text"][1:])]
 
     def encode(self, prompts: Sequence[str], framing: Framing | None) -> Conditioning:
         """Framing is nothing that these families are told of."""

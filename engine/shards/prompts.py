@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,6 +24,10 @@ from .store import ShardStore, check_against
 
 FILE_BYTES = 2**29  # of tensors, which are in memory twice while they are written
 Row = tuple[Tensor, ...]
+Sizes = tuple[int | None, ...]
+"""Of a tensor; None is any size from 1 on."""
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # of precisions, as safetensors says them
+REMEDY = "remove the file and run prepare again, or use data.text=live"
 
 
 def key_of(prompt: str) -> str:
@@ -58,11 +63,17 @@ def _parts(rows: Iterable[tuple[str, Row]]) -> Iterator[dict[str, Tensor]]:
         yield tensors
 
 
+class _File(NamedTuple):
+    path: str
+    tensors: Any
+
+
 class PromptFiles:
     """The stored prompts of a set, mapped into memory: what is read of them is what is asked for.
 
     Every file is checked against the manifest that should be by this process, which is number
-    ``share`` of ``shares`` that open the set: DataError names the first that is missing or damaged.
+    ``share`` of ``shares`` that open the set: DataError names the first that is missing or damaged,
+    or holds other numbers than finite ones of the set's precision.
     """
 
     def __init__(
@@ -71,10 +82,13 @@ class PromptFiles:
         self.location = store.location
         self.fingerprint = stored.fingerprint
         store.check_present(stored.files)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _File] = {}
         for number, entry in enumerate(stored.files):
-            file = _open(store, entry, verified=number % shares == share)
-            self._files |= dict.fromkeys(file.keys(), file)
+            verified = number % shares == share
+            file = _File(store.name_of(entry), _open(store, entry, verified=verified))
+            if verified:
+                _refuse_other_numbers(file, stored.precision)
+            self._files |= dict.fromkeys(file.tensors.keys(), file)
 
     def __contains__(self, prompt: str) -> bool:
         return f"{key_of(prompt)}.0" in self._files
@@ -88,10 +102,64 @@ class PromptFiles:
                 "data.text",
                 "missing",
             )
-        key, row = key_of(prompt), list[Tensor]()
-        while file := self._files.get(name := f"{key}.{len(row)}"):
-            row.append(file.get_tensor(name))
-        return tuple(row)
+        return tuple(file.tensors.get_tensor(name) for name, file in self._columns(key_of(prompt)))
+
+    def hold_to(self, columns: Sequence[Sizes]) -> None:
+        """DataError, which names the file, unless every prompt has a tensor of each of these sizes,
+        and no more.
+        """
+        for name, file in self._files.items():
+            key, _, column = name.rpartition(".")
+            if column != "0":
+                continue
+            row = self._columns(key)
+            found = [tuple(file.tensors.get_slice(name).get_shape()) for name, file in row]
+            if len(found) != len(columns) or not all(map(_fits, found, columns)):
+                raise DataError(
+                    f"{file.path}: of the prompt whose sha256 is {key[:12]}… it holds "
+                    f"{_told(found)}, where the model's text encoders make {_told(columns)}: "
+                    f"{REMEDY}",
+                    file.path,
+                    "mismatch",
+                )
+
+    def _columns(self, key: str) -> Iterator[tuple[str, _File]]:
+        for column in count():
+            name = f"{key}.{column}"
+            if name not in self._files:
+                return
+            yield name, self._files[name]
+
+
+def _fits(found: tuple[int, ...], sizes: Sizes) -> bool:
+    return len(found) == len(sizes) and all(
+        there >= 1 if size is None else there == size
+        for there, size in zip(found, sizes, strict=True)
+    )
+
+
+def _told(shapes: Sequence[Sizes]) -> str:
+    of = (", ".join("n" if size is None else str(size) for size in sizes) for sizes in shapes)
+    return f"tensors of {' and '.join(f'[{sizes}]' for sizes in of)}"
+
+
+def _refuse_other_numbers(file: _File, precision: str) -> None:
+    for name in file.tensors.keys():  # noqa: SIM118  (it is no dictionary)
+        dtype = file.tensors.get_slice(name).get_dtype()
+        if dtype != DTYPES.get(precision):
+            raise DataError(
+                f"{file.path}: {name} is {dtype}, where the manifest says that the prompts were "
+                f"embedded in {precision}: {REMEDY}",
+                file.path,
+                "mismatch",
+            )
+        if not file.tensors.get_tensor(name).isfinite().all():
+            raise DataError(
+                f"{file.path}: {name} holds NaN or infinity: {REMEDY}, and where the text encoders "
+                f"overflow in {precision} another train.precision",
+                file.path,
+                "non-finite",
+            )
 
 
 def stored_in(manifest: Manifest, store: ShardStore, precision: str) -> StoredText:

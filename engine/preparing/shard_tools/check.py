@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...basics.errors import ShardError
+from ...basics.errors import DataError, ShardError
 from ...shards.manifest import Manifest, ShardEntry
 from ...shards.prompts import PromptFiles
 from ...shards.reader import ShardReaders
@@ -84,7 +84,7 @@ def check_set(
     if manifest.text is not None:
         try:
             PromptFiles(LocalStore(folder), manifest.text)
-        except ShardError as error:
+        except DataError as error:
             report.add(str(error))
     return report
 

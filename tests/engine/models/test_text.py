@@ -1,6 +1,7 @@
 """The cache of prompt embeddings: once each, rows in the order asked for, within its budget."""
 
 import shutil
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,9 @@ class Stored:
     def row(self, prompt: str) -> tuple[torch.Tensor, ...]:
         return (torch.full((77, 16), float(len(prompt))),)
 
+    def hold_to(self, columns: Sequence[tuple[int | None, ...]]) -> None:
+        self.held_to = columns
+
 
 def test_stored_prompts_of_another_encoder_are_refused_before_weights_are_read(
     tiny_recipe, monkeypatch
@@ -164,3 +168,20 @@ def test_stored_prompts_are_taken_for_encoders_whose_weights_are_not_here(
     assert backbone.pipeline.text_encoder is None
     assert backbone.fingerprints()["text"] == Stored.fingerprint
     assert backbone.encode_prompts(["four", "a", "four"]).text[:, 0, 0].tolist() == [4, 1, 4]
+
+
+@pytest.mark.parametrize("family", tiny.PIPELINES)
+def test_stored_prompts_are_held_to_the_sizes_that_the_encoders_make(recipe_of, family):
+    model, stored = recipe_of(family).model, Stored()
+    backbone = load_backbone(model, CPU, "bf16")
+    rows = backbone.embedded(["", "a red fox"])
+    stored.fingerprint = backbone.fingerprints()["text"]
+    load_backbone(model, CPU, "bf16", stored)
+    for row in rows:
+        assert {value.dtype for value in row} == {torch.bfloat16}  # as their files must say
+        sizes = [value.shape for value in row]
+        assert len(stored.held_to) == len(sizes)
+        for asked, size in zip(stored.held_to, sizes, strict=True):
+            assert [a or s for a, s in zip(asked, size, strict=True)] == list(size)
+    own_lengths = len({row[0].shape for row in rows}) > 1
+    assert own_lengths == (None in stored.held_to[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 
 # Texts of lengths of their own, and pooled ones; a prompt may be anything.
 ROWS: dict[str, Row] = {
-    prompt: (torch.randn(1 + len(prompt), 3).bfloat16(), torch.randn(2))
+    prompt: (torch.randn(1 + len(prompt), 3).bfloat16(), torch.randn(2).bfloat16())
     for prompt in ("", "a fox", "a" * 5000, "ein Füchslein 🦊\n")
 }
+SIZES = [(None, 3), (2,)]
 
 
 @pytest.fixture
@@ -34,6 +36,7 @@ def folder(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     manifest = load_manifest(tmp_path)
     save_manifest(tmp_path, manifest.model_copy(update={"text": text}))
     assert manifest_hash(load_manifest(tmp_path)) == manifest_hash(manifest)
+    opened(tmp_path).hold_to(SIZES)
     return tmp_path
 
 
@@ -82,3 +85,44 @@ def test_a_file_that_is_wrong_is_named(folder: Path, kind: str) -> None:
     assert str(path) in str(told.value)
     report = check_set(folder, load_manifest(folder))
     assert len(report.problems) == 1 and str(path) in report.problems[0]
+
+
+Change = Callable[[Row], Row]
+# What right sums may hold, the kind it is refused with, and whether the sizes alone tell.
+WRONG: dict[str, tuple[Change, str, bool]] = {
+    "rank": (lambda row: (row[0][0], row[1]), "mismatch", True),
+    "width": (lambda row: (row[0][:, :2], row[1]), "mismatch", True),
+    "no tokens": (lambda row: (row[0][:0], row[1]), "mismatch", True),
+    "pooled width": (lambda row: (row[0], row[1][:1]), "mismatch", True),
+    "a tensor less": (lambda row: row[:1], "mismatch", True),
+    "a tensor more": (lambda row: (*row, row[1].clone()), "mismatch", True),
+    "float32": (lambda row: (row[0].float(), row[1]), "mismatch", False),
+    "integers": (lambda row: (row[0].to(torch.int64), row[1]), "mismatch", False),
+    "NaN": (lambda row: (row[0], row[1] * torch.nan), "non-finite", False),
+    "infinity": (lambda row: (row[0].fill_(torch.inf), row[1]), "non-finite", False),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_no_encoder_made_is_named_whatever_its_sum(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one prompt among others that are right."""
+    monkeypatch.setattr(module, "FILE_BYTES", 1)  # a file for each
+    change, kind, by_size = WRONG[name]
+    rows = {prompt: tuple(map(torch.clone, row)) for prompt, row in ROWS.items()}
+    rows["a fox"] = change(rows["a fox"])
+    files = write_prompts(folder, "prompts-00001", rows.items())
+    manifest = load_manifest(folder)
+    text = StoredText(fingerprint="f" * 64, precision="bf16", files=tuple(files))
+    save_manifest(folder, manifest.model_copy(update={"text": text}))
+    path = str(folder / files[1].name)
+    with refused(DataError, kind, path):
+        opened(folder).hold_to(SIZES)
+    problems = check_set(folder, load_manifest(folder)).problems
+    assert [path in problem for problem in problems] == ([] if by_size else [True])
+
+
+def test_texts_of_one_length_have_it(folder: Path) -> None:
+    with refused(DataError, "mismatch"):
+        opened(folder).hold_to([(6, 3), (2,)])

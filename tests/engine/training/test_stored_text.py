@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdpo.engine.shards.manifest import load_manifest, save_manifest
+from cdpo.engine.shards.manifest import PromptFile, load_manifest, save_manifest
 from launching import ForkServer, World, losses, make_world, metrics
 from part_changes import CHANGES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from shard_server import serving
 
 STORED = "data.text=stored"
@@ -103,7 +104,7 @@ def test_what_does_not_fit_is_refused(world_of: Callable[[str], World], tmp_path
     shards = tmp_path / "shards"
     shutil.copytree(world.shards, shards)
     there = f"data.path={shards}"
-    [path] = shards.glob("*.safetensors")
+    [path], [whole] = (folder.glob("*.safetensors") for folder in (shards, world.shards))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -111,6 +112,14 @@ def test_what_does_not_fit_is_refused(world_of: Callable[[str], World], tmp_path
     path.unlink()
     world.train(run, STORED, *ASKED, there).refused(3, path.name, "missing")
     manifest = load_manifest(shards)
+    assert manifest.text is not None
+    narrow = {name: x[..., 1:].contiguous() for name, x in load_file(whole).items()}
+    path.write_bytes(save(narrow))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    entry = PromptFile(name=path.name, bytes=path.stat().st_size, sha256=digest)
+    text = manifest.text.model_copy(update={"files": (entry,)})
+    save_manifest(shards, manifest.model_copy(update={"text": text}))
+    world.train(run, STORED, *ASKED, there).refused(3, path.name, "remove the file")
     save_manifest(shards, manifest.model_copy(update={"text": None}))
     world.train(run, STORED, *ASKED, there).refused(3, "no prompts are stored", str(shards))
 
