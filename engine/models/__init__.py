@@ -21,13 +21,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..basics.errors import DataError
 from ..recipe import Model
 from .fingerprint_store import model_files
 from .fingerprints import PARTS, fingerprint, fingerprint_of_text, quantized_parts, told_of
-from .pipelines import TEXT_ENCODERS, text_encoders_here
+from .pipelines import TEXT_ENCODERS, pipeline_config, text_parts_here
 from .protocol import Backbone, Conditioning, Draw, Framing, NoiseProcess, StoredPrompts
 from .quantization import refuse_missing_library
 
@@ -61,14 +60,12 @@ def load_backbone(
     dtype = DTYPES[precision]
     # As they are before they are read.
     files = model_files(spec, dtype, stored.fingerprint if stored else None)
-    known = model_files(spec, dtype).read() if stored else None
-    if stored and known:
-        _refuse_other_text(spec, known["text"], stored)
+    if stored:
+        known = model_files(spec, dtype).read() or files.read()
+        _refuse_other_text(spec, known["text"] if known else text_here(spec, dtype), stored)
     family = family_of(spec)
     backbone: Backbone = family.load(spec, device, dtype, reads_text=stored is None)
     if stored:
-        if not known and not files.read():
-            _refuse_other_text(spec, text_here(spec, dtype, backbone.pipeline), stored)
         parts = backbone.pipeline.components
         encoders = {name: parts[name] for name in TEXT_ENCODERS if parts.get(name) is not None}
         backbone.take_prompts(stored, family.told(backbone.denoiser.config, encoders))
@@ -89,15 +86,15 @@ def _refuse_other_text(spec: Model, own: str | None, stored: StoredPrompts) -> N
         )
 
 
-def text_here(spec: Model, dtype: torch.dtype, pipeline: DiffusionPipeline) -> str | None:
-    """The fingerprint of a model's text encoders and of the tokenizers of its pipeline; None where
-    their weights are not on this machine.
+def text_here(spec: Model, dtype: torch.dtype) -> str | None:
+    """The fingerprint of a model's text encoders and tokenizers; None where not all weights are on
+    this machine.
     """
     try:
-        encoders = {name: told_of(part) for name, part in text_encoders_here(spec, dtype)}
+        told = {name: told_of(part) for name, part in text_parts_here(spec, dtype)}
     except FileNotFoundError:
         return None
-    return fingerprint_of_text(pipeline, encoders)
+    return fingerprint_of_text(told, pipeline_config(spec))
 
 
 def family_of(spec: Model) -> Any:

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS, TEXT_ENCODERS
+from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS, TEXT_PARTS
 from .pretrained import denoiser_in
 
 PARTS = {
@@ -87,25 +87,23 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         "vae": fingerprint(parts["vae"]),
         "vae_config": fingerprint(settings_of(parts["vae"])),
         "text": fingerprint_of_text(
-            pipeline,
-            {name: told_of(parts[name]) for name in TEXT_ENCODERS if parts.get(name) is not None},
+            {
+                name: told_of(part)
+                for name, part in parts.items()
+                if name.startswith(TEXT_PARTS) and part is not None
+            },
+            pipeline.config,
         ),
         "noise": fingerprint({key: scheduler.config.get(key) for key in noise}),
         "sampler": fingerprint([type(scheduler).__name__, sampler]),
     }
 
 
-def fingerprint_of_text(pipeline: DiffusionPipeline, encoders: Mapping[str, list[Any]]) -> str:
-    """Of what decides embeddings of prompts: the pipeline's tokenizers, and text encoders by their
-    names, as :func:`told_of` tells of them.
+def fingerprint_of_text(told: Mapping[str, list[Any]], pipeline: Mapping[str, Any]) -> str:
+    """Of what decides embeddings of prompts: text encoders and tokenizers by their names, as
+    :func:`told_of` tells of them, and the config of their pipeline.
     """
-    readers = {
-        name: told_of(part)
-        for name, part in pipeline.components.items()
-        if name.startswith("tokenizer") and part is not None
-    }
-    empty = pipeline.config.get("force_zeros_for_empty_prompt")
-    return fingerprint([{**encoders, **readers}, empty])
+    return fingerprint([told, pipeline.get("force_zeros_for_empty_prompt")])
 
 
 def told_of(part: object) -> list[Any]:

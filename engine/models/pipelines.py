@@ -23,9 +23,11 @@ from .pretrained import (
     read_text_encoder,
     reading,
     refuse_missing_weights,
+    with_defaults,
 )
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_PARTS = ("text_encoder", "tokenizer")  # what names of parts begin with that make embeddings
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
 NOISE_KEYS = (
     "num_train_timesteps",
@@ -99,10 +101,7 @@ def load_pipeline(
         own = denoiser_in(index)
         scheduler = _scheduler(place, index, spec)
     (check_flow_schedule if spec.is_flow else check_schedule)(spec, scheduler)
-    if pipeline_class is None:
-        found = index.get("_class_name")
-        known = found if found in family.pipelines else family.pipelines[0]
-        pipeline_class = getattr(diffusers, known)
+    pipeline_class = pipeline_class or _pipeline_class(index, spec)
     chosen = {
         own: (denoiser, "model.unet", spec.unet, dtype),
         "vae": (vae, "model.vae", spec.vae, torch.float32),
@@ -257,18 +256,43 @@ def _text_encoders(
         }
     # What is null there, as the T5 of Stable Diffusion 3 may be, is null if it is said once more.
     absent = [name for name, entry in index.items() if entry == [None, None]]
-    return found | {name: None for name in absent if name.startswith(("text_enc", "tokenizer"))}
+    return found | {name: None for name in absent if name.startswith(TEXT_PARTS)}
 
 
-def text_encoders_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """The text encoders of a recipe's model by their names, one after another in host memory.
+def _pipeline_class(index: dict[str, Any], spec: Model) -> Any:
+    own, known = index.get("_class_name"), spec.family.pipelines
+    return getattr(diffusers, own if own in known else known[0])
+
+
+def pipeline_config(spec: Model) -> dict[str, Any]:
+    """That of the pipeline of a recipe's model. OutsideError if it is of another family."""
+    with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
+        index = pipeline_index(place, spec)
+        refuse_other_family(index, spec)
+        return with_defaults(_pipeline_class(index, spec), index)
+
+
+def text_parts_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """The tokenizers of a recipe's model by their names, then its text encoders, one after another
+    in host memory.
 
     Raises FileNotFoundError for weights that are not on this machine, and OutsideError for those
     that cannot be read.
     """
     with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
-        classes = _text_classes(pipeline_index(place, spec))
-    for name, encoder in classes.items():
+        index = pipeline_index(place, spec)
+        refuse_other_family(index, spec)
+        _refuse_absent_libraries(index)
+        entries = {name: index[name] for name in index if name.startswith("tokenizer")}
+        tokenizers = {
+            name: getattr(transformers, class_name).from_pretrained(
+                place, subfolder=name, revision=spec.revision
+            )
+            for name, (library, class_name) in entries.items()
+            if library is not None
+        }
+    yield from tokenizers.items()
+    for name, encoder in _text_classes(index).items():
         if not has_weights_of(place, name, spec.revision):
             raise FileNotFoundError(name)
         with reading(f"model.path={spec.path}", spec.family.title, spec.path):

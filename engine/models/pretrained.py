@@ -181,9 +181,9 @@ def config_of(
     return with_defaults(network, config)
 
 
-def with_defaults(network: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
-    """A config as a network of this class takes it: files of older versions lack newer options."""
-    options = inspect.signature(network.__init__).parameters.values()
+def with_defaults(made: type[Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A config as what is made of it takes it: files of older versions lack newer options."""
+    options = inspect.signature(made.__init__).parameters.values()
     given = {o.name: o.default for o in options if o.default is not inspect.Parameter.empty}
     return given | config
 

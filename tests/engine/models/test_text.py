@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from cdpo.engine.basics.errors import DataError
-from cdpo.engine.models import fingerprint_store, load_backbone, sd
+from cdpo.engine.models import fingerprint_store, load_backbone, pipelines, sd, text_here
 from cdpo.engine.models.sd import StableDiffusionText
 from cdpo.engine.models.sd3 import StableDiffusion3Text
 from cdpo.engine.models.sdxl import StableDiffusionXLText
@@ -150,10 +150,13 @@ def test_stored_prompts_of_another_encoder_are_refused_before_weights_are_read(
 ):
     monkeypatch.setattr(fingerprint_store, "SETTLED", 0.0)
     model = tiny_recipe().model
-    with refused(DataError, "mismatch", "data.text"):  # nothing is known yet: it is read
-        load_backbone(model, CPU, "fp32", Stored())
+    with monkeypatch.context() as patch:
+        patch.delattr(sd, "load")
+        with refused(DataError, "mismatch", "data.text"):  # nothing is known yet: text is read
+            load_backbone(model, CPU, "fp32", Stored())
     load_backbone(model, CPU).fingerprints()
     monkeypatch.delattr(sd, "load")
+    monkeypatch.delattr(pipelines, "read_text_encoder")
     with refused(DataError, "mismatch", "data.text"):
         load_backbone(model, CPU, "fp32", Stored())
 
@@ -183,5 +186,6 @@ def test_stored_prompts_are_held_to_the_sizes_that_the_encoders_make(recipe_of, 
         assert len(stored.held_to) == len(sizes)
         for asked, size in zip(stored.held_to, sizes, strict=True):
             assert [a or s for a, s in zip(asked, size, strict=True)] == list(size)
+    assert text_here(model, torch.bfloat16) == stored.fingerprint
     own_lengths = len({row[0].shape for row in rows}) > 1
     assert own_lengths == (None in stored.held_to[0])
