@@ -16,6 +16,7 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from ..recipe import Model
+from .pipelines import TEXT_ENCODERS
 from .pretrained import denoiser_in, reading
 
 INDEX = "model_index.json"
@@ -75,6 +76,14 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
     if changed:
         text = json.dumps(index | changed, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def holds_text(spec: Model) -> bool:
+    """Whether weights of all text encoders are among the files that :func:`copy_base` finds."""
+    root = _folder_of(spec.path, spec.revision, "model.path")
+    index: dict[str, Any] = json.loads((root / INDEX).read_text(encoding="utf-8"))
+    text = [name for name in TEXT_ENCODERS if _is_part(index.get(name))]
+    return all(weights_files(root / name, spec.variant) for name in text)
 
 
 def _folder_of(path: str, revision: str | None, key: str) -> Path:

@@ -26,8 +26,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ..basics.files import sync_path
-from ..models import Backbone, load_backbone
-from ..models.base_files import copy_base
+from ..models import Backbone, family_of
+from ..models.base_files import copy_base, holds_text
 from ..models.lcm import lcm_lora_layers
 from ..models.pretrained import denoiser_in
 from ..recipe import Model, Recipe
@@ -152,8 +152,11 @@ def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
 def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> None:
     """A copy of the base, into whose denoiser the adapter in ``lora`` is merged, in float32: the
     weights are those of its files, whatever the adapter was trained on.
+
+    Text encoders are copied without being read, unless some are not on this machine.
     """
-    backbone = load_backbone(model.whole, CPU)
+    reads_text = not holds_text(model)
+    backbone = family_of(model).load(model.whole, CPU, torch.float32, reads_text=reads_text)
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()

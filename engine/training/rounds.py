@@ -23,10 +23,12 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
-from ..models import Backbone, load_backbone
+from ..models import Backbone, family_of
 from ..ranks import Ranks
 from ..recipe import Model, Prompts, Recipe
 from ..recipe.identity import save_resolved
@@ -275,7 +277,9 @@ class Sums:
 
     @cached_property
     def _base(self) -> Backbone:
-        return load_backbone(self.recipe.model.whole, CPU)
+        model = self.recipe.model.whole  # of which no prompt is asked
+        backbone: Backbone = family_of(model).load(model, CPU, torch.float32, reads_text=False)
+        return backbone
 
     def _stamp(self, rounds: Sequence[Round], recipe: Recipe) -> dict[str, Any]:
         """What `compare` asks of a run, and what made this one."""

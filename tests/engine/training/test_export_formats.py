@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from cdpo.engine.models import sd, sdxl
+from cdpo.engine.basics.errors import OutsideError
+from cdpo.engine.models import load_backbone, pipelines, sd, sdxl
 from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.recipe import Adapter, Model
+from cdpo.engine.recipe import Adapter, Model, Recipe
 from cdpo.engine.training.export_formats import save_for_all, save_merged
 from cdpo.engine.training.kohya_format import describe, kohya_tensors, save_for_kohya
 from cdpo.engine.training.lora import Lora, trained_lora
@@ -28,8 +30,10 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from flow_models import as_users_load
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stock import levels_apart, picture, stock_pipeline
@@ -45,6 +49,8 @@ SPECS = {
     "dora": Adapter(rank=2, alpha=3.0, targets="lcm", dora=True),
     "dropout": Adapter(rank=2, alpha=3.0, dropout=0.5),
 }
+LONG = pytest.mark.long
+OTHERS = ("sd", "sdxl", "flux2", "sana", "qwen_image", "qwen_image21", "z_image")
 
 
 @torch.no_grad()
@@ -71,7 +77,8 @@ def exported(backbone: LatentDiffusion, spec: Adapter, folder: Path) -> tuple[Mo
     """A tuned policy, and its adapter as it was written to `folder/lora`."""
     policy = tune(backbone, spec)
     lora = trained_lora(get_peft_model_state_dict(policy), spec)
-    about = describe(policy.config, "epsilon", (512, 512), "a run")
+    is_unet = backbone.denoiser_name == "unet"
+    about = describe(policy.config, "epsilon", (512, 512), "a run") if is_unet else {}
     save_for_all(lora, backbone.pipeline, about, folder / "lora")
     return policy, lora
 
@@ -109,6 +116,41 @@ def test_merged_draws_what_the_adapter_draws_on_the_base(
     assert {type(pipeline.scheduler) for pipeline in stock} == {PNDMScheduler}
     on_base, merged = map(picture, stock)
     assert levels_apart(on_base, merged) <= 1
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", *(pytest.param(f, marks=LONG) for f in OTHERS)])
+def test_merging_reads_no_text_encoder_and_copies_it(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch, family: str
+) -> None:
+    model = recipe_of(family).model
+    base = Path(model.path)
+    backbone = load_backbone(model, torch.device("cpu"))
+    untuned = picture(as_users_load(base))
+    exported(backbone, SPECS["lora"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delattr(pipelines, "read_text_encoder")
+        save_merged(model, tmp_path / "lora", tmp_path / "merged", 10**9)
+    own = {path.relative_to(base): path for path in base.rglob("*") if path.is_file()}
+    copied = {path: tmp_path / "merged" / path for path in own}
+    assert all(path.is_file() for path in copied.values())
+    changed = {str(p) for p in own if own[p].read_bytes() != copied[p].read_bytes()}
+    assert changed == {f"{backbone.denoiser_name}/diffusion_pytorch_model.safetensors"}
+    stock = [stock_pipeline(base, tmp_path, form) for form in ("lora", "merged")]
+    on_base, merged = map(picture, stock)
+    assert levels_apart(on_base, merged) <= 1 < levels_apart(on_base, untuned)
+
+
+def test_merging_without_the_weights_of_a_text_encoder_is_refused(
+    tiny_backbone: LatentDiffusion, tiny_recipe, tiny_world: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_world / "sd", base)
+    (base / "text_encoder" / "model.safetensors").unlink()
+    exported(tiny_backbone, SPECS["attention"], tmp_path)
+    model = tiny_recipe(f"model.path={base}").model
+    with refused(OutsideError, "unreadable", "model.path"):
+        save_merged(model, tmp_path / "lora", tmp_path / "merged", 10**9)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("targets", ["lcm", "all-linear"])
