@@ -43,25 +43,12 @@ class Autoencoder:
         config: Any = vae.config
         self.channels, self.scale_factor = vae_sizes(config)
         self._makes_videos = is_of_videos(config)
-        self._alpha = int(config.get("in_channels") == 4)
-        self.scaling_factor = float(config.get("scaling_factor") or 1.0)
-        self._shift: float | Tensor = float(config.get("shift_factor") or 0.0)
-        self._scale: float | Tensor = self.scaling_factor
+        self._alpha = int(has_alpha(config))
         self._patch = patch_of(config)
-        self._scaled: Arithmetic = torch.mul
-        self._unscaled: Arithmetic = torch.div
-        if self._patch > 1 or self._alpha:
-            # A divisor, as in the stock pipelines of these: a factor rounds otherwise.
-            self._scaled, self._unscaled = torch.div, torch.mul
-        if self._makes_videos:
-            statistics = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
-            mean, std = (of.view(-1, 1, 1) for of in statistics)
-            # Of a factor the quotient first, as the stock pipeline rounds.
-            self._shift, self._scale = mean, std if self._alpha else 1.0 / std
-        if self._patch > 1:
-            norm = (self.vae.bn.running_mean, self.vae.bn.running_var)
-            mean, variance = (of.cpu().view(-1, 1, 1) for of in norm)
-            self._shift, self._scale = mean, (variance + config["batch_norm_eps"]).sqrt()
+        self.scaling_factor = float(config.get("scaling_factor") or 1.0)
+        self._shift, self._scale, divides = normalisation_of(vae)
+        self._scaled: Arithmetic = torch.div if divides else torch.mul
+        self._unscaled: Arithmetic = torch.mul if divides else torch.div
         self._processor = VaeImageProcessor(vae_scale_factor=self.scale_factor)
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
@@ -156,6 +143,28 @@ def vae_sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
     patch = patch_of(vae)
     return int(vae["latent_channels"]) * patch**2, int(2 ** (len(blocks) - 1)) * patch
+
+
+def normalisation_of(vae: Any) -> tuple[float | Tensor, float | Tensor, bool]:
+    """What is taken from a VAE's latents, what they are scaled by, each a number or (C, 1, 1), and
+    whether that is a divisor: as the stock pipelines have it, for a factor rounds otherwise.
+    """
+    config = vae.config
+    if patch_of(config) > 1:
+        norm = (vae.bn.running_mean, vae.bn.running_var)
+        mean, variance = (of.cpu().view(-1, 1, 1) for of in norm)
+        return mean, (variance + config["batch_norm_eps"]).sqrt(), True
+    if is_of_videos(config):
+        statistics = (config["latents_mean"], config["latents_std"])
+        mean, std = (torch.tensor(of).view(-1, 1, 1) for of in statistics)
+        return (mean, std, True) if has_alpha(config) else (mean, 1.0 / std, False)
+    shift, scale = config.get("shift_factor"), config.get("scaling_factor")
+    return float(shift or 0.0), float(scale or 1.0), False
+
+
+def has_alpha(vae: Mapping[str, Any]) -> bool:
+    """Whether a VAE of this config is given images with an alpha channel."""
+    return vae.get("in_channels") == 4
 
 
 def is_of_videos(vae: Mapping[str, Any]) -> bool:
