@@ -350,7 +350,7 @@ def build(model: StepModel, device: torch.device, dtype: torch.dtype) -> Network
             made = _changed(part, changes)
         return nn.Module.to(made, dtype).requires_grad_(False).eval()
 
-    name = public.spec.family.part
+    name = denoiser_in(public.index)
     small = model.changes.get(name, {})
     teacher = built(public.denoiser, **small) if model.target == "teacher" else None
     parts: dict[str, Any] = {

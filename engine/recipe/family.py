@@ -32,11 +32,6 @@ class Family:
     """Whether its LoRAs have names in kohya's files that ComfyUI and diffusers both read."""
 
     @property
-    def part(self) -> str:
-        """What its pipelines, and the folders they are saved in, call the denoiser."""
-        return "transformer" if self.is_flow else "unet"
-
-    @property
     def is_flow(self) -> bool:
         """Whether it is a flow-matching transformer."""
         return self.denoiser != UNET

@@ -29,6 +29,7 @@ from ..basics.errors import DataError, RecipeError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone, family_of
+from ..models.pretrained import denoiser_in
 from ..ranks import Ranks
 from ..recipe import Model, Prompts, Recipe
 from ..recipe.identity import save_resolved
@@ -189,8 +190,8 @@ class Series:
         if model.lcm_lora is not None:
             return model.model_copy(update={"lcm_lora": str(latest / WITH_LCM)})
         merged = latest / FOLDERS["merged"]
-        own = merged / self.recipe.model.family.part
-        return model.model_copy(update={"unet": str(own)})
+        own = denoiser_in(path.name for path in merged.glob("*"))
+        return model.model_copy(update={"unet": str(merged / own)})
 
     def judge(self) -> Round:
         """Whether the round that has followed is kept; written down in the run folder."""
