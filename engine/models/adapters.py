@@ -25,6 +25,9 @@ from .low_rank import add_in_one_product
 # image attend to each other: as diffusers' train_dreambooth_lora_sd3 and _flux, SimpleTuner (`all`,
 # `all+ffs`) and ai-toolkit train them. FLUX.1's blocks of one stream have a projection out of
 # attention and feed-forward together, which `all+ffs` and ai-toolkit count to the second.
+# In the last block of Stable Diffusion 3 and of Qwen-Image what is made of text is not used: there
+# adapters of it have no gradient, and their B stays zero, as in those trainers' files. Without them
+# those that follow would be drawn otherwise, and checkpoints from before would not fit.
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from batches import corrupted
 from cdpo.engine.basics.errors import RecipeError
-from cdpo.engine.models import sd
-from cdpo.engine.models.adapters import add_lora, twin_of
+from cdpo.engine.models import load_backbone, sd
+from cdpo.engine.models.adapters import PRESETS, add_lora, twin_of
 from cdpo.engine.recipe import Adapter
+from cdpo.engine.recipe.family import FAMILIES
 from refusals import refused
 from torch import Tensor, nn
 
@@ -157,3 +159,38 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(tiny_backbone
     known = (*ATTENTION, "proj", "net.2", "time_emb_proj", "conv1", "conv_in", "all-linear", "lcm")
     assert all(name in str(told.value) for name in (targets[-1], *known))
     assert not any("lora" in name for name, _ in tiny_backbone.denoiser.named_parameters())
+
+
+# Of tiny models, whose last blocks these are: what is made of text there is not used.
+UNUSED = {
+    "sd3": {"transformer_blocks.1.attn.add_q_proj"},
+    "qwen_image": {
+        *(f"transformer_blocks.0.attn.{name}" for name in ("add_q_proj", "to_add_out")),
+        *(f"transformer_blocks.0.txt_mlp.net.{name}" for name in ("0.proj", "2")),
+    },
+}
+FLOW = [name for name, family in FAMILIES.items() if family.is_flow]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        pytest.param(family, targets, marks=[] if targets == "lcm" else pytest.mark.long)
+        for family in FLOW
+        for targets in [*PRESETS, "all-linear"]
+    ],
+)
+def test_every_adapter_of_what_is_used_has_a_gradient(recipe_of, family, targets):
+    backbone = load_backbone(recipe_of(family).model, torch.device("cpu"))
+    policy = add_lora(backbone.denoiser, Adapter(rank=2, alpha=2.0, targets=targets), seed=0)
+    batch = corrupted(backbone, ["red apple", "a house by the sea"])
+    times = batch.draw.timesteps.repeat(2)
+    backbone.predict(policy, batch.noisy, times, batch.conditioning).square().mean().backward()
+    gradients = {
+        name.partition(".lora_B")[0]: p.grad
+        for name, p in policy.named_parameters()
+        if "lora_B" in name
+    }
+    still = {name for name, grad in gradients.items() if grad is None or not grad.any()}
+    assert still == UNUSED.get(family, set()) & set(gradients)
+    assert len(gradients) > len(still)
