@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..basics.errors import DataError
+from ..basics.errors import DataError, NumericsError
 from ..curriculum.labelled import without_equal
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
@@ -360,7 +360,9 @@ class Preparation:
             with self.terminal.progress("embed", len(prompts), 0, "prompts") as progress:
                 for start in ranks.until_stopped(ranks.share(range(0, len(prompts), EMBEDDED))):
                     some = prompts[start : start + EMBEDDED]
-                    yield from zip(some, backbone.embedded(some), strict=True)
+                    for prompt, row in zip(some, backbone.embedded(some), strict=True):
+                        _refuse_non_finite(prompt, row, precision)
+                        yield prompt, row
                     left = len(prompts) - progress.done
                     progress.advance(min(len(some) * ranks.world_size, left))
 
@@ -434,3 +436,13 @@ def _statistics(
         dropped_remainder_by_tier=tuple(fill.plan.dropped for fill in fills),
         imported=None if rows is None else {"rows": rows} | left_out,
     )
+
+
+def _refuse_non_finite(prompt: str, row: tuple[Tensor, ...], precision: str) -> None:
+    if not all(bool(part.isfinite().all()) for part in row):
+        raise NumericsError(
+            f"the text encoders make NaN or infinity of {prompt[:200]!r}: they overflow at "
+            f"train.precision={precision}, take bf16 or fp32, or their weights are broken",
+            "train.precision",
+            "non-finite",
+        )

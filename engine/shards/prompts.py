@@ -155,8 +155,7 @@ def _refuse_other_numbers(file: _File, precision: str) -> None:
             )
         if not file.tensors.get_tensor(name).isfinite().all():
             raise DataError(
-                f"{file.path}: {name} holds NaN or infinity: {REMEDY}, and where the text encoders "
-                f"overflow in {precision} another train.precision",
+                f"{file.path}: {name} holds NaN or infinity: {REMEDY}",
                 file.path,
                 "non-finite",
             )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cdpo.engine.basics.errors import NumericsError
 from cdpo.engine.models import load_backbone
 from cdpo.engine.ranks import Ranks
 from cdpo.engine.recipe import Recipe
@@ -14,6 +16,8 @@ from cdpo.engine.shards.manifest import load_manifest
 from cdpo.engine.shards.prompts import PromptFiles
 from cdpo.engine.shards.store import LocalStore
 from prepared import is_finished, pairs_of, prepare
+from refusals import refused
+from safetensors.torch import load_file, save_file
 
 KINDS = ["paired", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sampled", "masked"))]
 
@@ -36,3 +40,19 @@ def test_every_prompt_of_a_pair_is_stored_as_the_encoders_make_it(
     assert is_finished(recipe, ranks)
     for asked, finished in (("data.text=live", True), ("train.precision=fp32", False)):
         assert is_finished(load(kind, tmp_path, "data.text=stored", asked), ranks) is finished
+
+
+def test_embeddings_that_overflow_are_not_stored(
+    load: Callable[..., Recipe], tmp_path: Path, tiny_world: Path, ranks: Ranks
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_world / "sd", model)
+    weights = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["final_layer_norm.weight"][0] = torch.inf
+    save_file(tensors, weights, {"format": "pt"})
+    recipe = load("paired", tmp_path / "run", "data.text=stored", f"model.path={model}")
+    with refused(NumericsError, "non-finite", "train.precision"):
+        prepare(recipe, ranks)
+    shards = tmp_path / "run" / "shards"
+    assert load_manifest(shards).text is None and not [*shards.glob("prompts-*")]
