@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..basics.errors import DataError, NumericsError
+from ..basics.numbers import is_finite
 from ..curriculum.labelled import without_equal
 from ..display.contact_sheet import ContactPair, ContactRow, draw_contact_sheet
 from ..display.terminal import Terminal
@@ -439,7 +440,7 @@ def _statistics(
 
 
 def _refuse_non_finite(prompt: str, row: tuple[Tensor, ...], precision: str) -> None:
-    if not all(bool(part.isfinite().all()) for part in row):
+    if not all(map(is_finite, row)):
         raise NumericsError(
             f"the text encoders make NaN or infinity of {prompt[:200]!r}: they overflow at "
             f"train.precision={precision}, take bf16 or fp32, or their weights are broken",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..basics.errors import DataError, ShardError, told_by
 from ..basics.files import replacing
+from ..basics.numbers import is_finite
 from .manifest import FileEntry, Manifest, PromptFile, StoredText
 from .store import ShardStore, check_against
 
@@ -153,7 +154,7 @@ def _refuse_other_numbers(file: _File, precision: str) -> None:
                 file.path,
                 "mismatch",
             )
-        if not file.tensors.get_tensor(name).isfinite().all():
+        if not is_finite(file.tensors.get_tensor(name)):
             raise DataError(
                 f"{file.path}: {name} holds NaN or infinity: {REMEDY}",
                 file.path,

@@ -14,10 +14,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..basics.numbers import is_finite
 from ..recipe import Recipe
 from ..recipe.identity import allowing
 from .checkpoint.layout import load_layout
@@ -59,16 +59,6 @@ def check_finite(path: Path) -> None:
         bad = (~tensor.isfinite()).flatten().nonzero()[0]
         value = float(tensor.flatten()[bad])
         raise NotFiniteError(f"{_name(path, keys, int(bad))} is not finite ({value:g})")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity among the numbers.
-
-    The extremes tell: NaN is passed on. That is one pass, without a mask beside the tensor.
-    """
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def advice(recipe: Recipe) -> str:
