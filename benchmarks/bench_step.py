@@ -195,6 +195,7 @@ def halvings(count: int) -> Iterator[int]:
 def compare(name: str, model: StepModel, options: argparse.Namespace, device: torch.device) -> Row:
     """A model's row, at the largest number of pairs that both steps have the memory for."""
     knobs = Knobs.for_device(device, model)
+    knobs = replace(knobs, free_rounding=options.rounding == "free")
     both_s, knob_s = TINY_BUDGET_S if options.tiny else BUDGET_S
     for count in halvings(options.pairs or model.pairs):
         try:
@@ -222,6 +223,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Row:
         "benchmark": "step",
         **provenance(device),
         "tiny": options.tiny,
+        "rounding": options.rounding,
         "note": NOTES[device.type],
         "models": [compare(name, models[name], options, device) for name in options.models],
     }
@@ -264,6 +266,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=torch.cuda.is_available(),
         help="the step under torch.compile as well, minutes more; by default on a GPU",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=("fixed", "free"),
+        default="fixed",
+        # No knob beside the others: cuDNN keeps to what a process has chosen, timed or not.
+        help="speed.rounding of all that is measured here",
     )
     parser.add_argument("--out", type=Path, help="JSON; benchmarks/results/step_<device>.json")
     parser.add_argument("--history", type=Path, help="JSON lines that the figures are added to")

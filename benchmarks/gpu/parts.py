@@ -27,6 +27,9 @@ KNOBS = {
     "graph": ("CUDA graphs", "CUDA graphs"),
     "compiled": ("compiled", "compiled"),
 }
+# Stable Diffusion under `speed.rounding: free`, in a process of its own: cuDNN keeps to the
+# convolutions that a process has met. An LCM's are those of its base.
+ROUNDED = ("sd15", "sdxl")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
 
 Command = tuple[str, ...]
@@ -103,6 +106,7 @@ PARTS = (
     *(_kernel_times(model, pairs) for model in KERNEL_MODELS for pairs in KERNEL_BATCHES),
     *(_step(model, "", "--no-knobs") for model in MODELS),
     *(_step(model, kind, "--knob", knob) for kind, (knob, _) in KNOBS.items() for model in MODELS),
+    *(_step(model, "rounding", "--no-knobs", "--rounding", "free") for model in ROUNDED),
     _profile(),
     _kernel_tests("kernel_tests_long", "long and not slow"),
 )

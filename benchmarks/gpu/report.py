@@ -19,6 +19,7 @@ NONE = "–"
 STEPS = (
     *("model", "pairs a step", "ours, pairs/s", "of peak", "peak GiB", "straightforward, pairs/s"),
     *(head for _, head in KNOBS.values()),
+    "rounding free",
 )
 KERNELS = (
     *("kernel", "model", "pairs", "ms", "of a copy's bandwidth", "eager ÷ ours"),
@@ -66,6 +67,7 @@ def _step_cells(model: str, results: Path | None) -> list[str]:
         NONE if ours.get("peak_gib") is None else f"{ours['peak_gib']:.1f}",
         _rate(other),
         *(", ".join(map(_time, found.values())) or NONE for found in knobs),
+        _slowed(ours, _model_row(results, f"step_{model}_rounding")),
     ]
 
 
@@ -95,6 +97,14 @@ def _kernel_cells(results: Path | None) -> Iterator[list[str]]:
 
 def _rate(step: Row) -> str:
     return f"{step['pairs_per_s']['median']:.1f}" if "pairs_per_s" in step else NONE
+
+
+def _slowed(ours: Row, row: Row) -> str:
+    """By how much our step of another part takes longer a pair."""
+    changed = row.get("steps", {}).get("ours", {})
+    if not ("pairs_per_s" in ours and "pairs_per_s" in changed):
+        return NONE
+    return f"{ours['pairs_per_s']['median'] / changed['pairs_per_s']['median']:.2f}"
 
 
 def _time(knob: Row) -> str:

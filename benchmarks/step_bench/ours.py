@@ -7,18 +7,18 @@ losers ride in one call, and the loss and what surrounds it are our kernels.
 """
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import Conditioning, Framing, family_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
-from cdpo.engine.models.tuning import order_weights
+from cdpo.engine.models.tuning import order_weights, rounding
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
 from cdpo.engine.shards.batch import PairBatch
@@ -69,6 +69,8 @@ class Knobs:
     """Draws of a pair whose frozen passes are kept; 0 asks the frozen networks in every step."""
     captured: bool = False
     """Networks and gradients are replayed as CUDA graphs."""
+    free_rounding: bool = False
+    """cuDNN's convolutions are those that were fastest when first met, float32 products TF32."""
     attention: str = "sdpa"
     """As in the straightforward step."""
     latents_dtype: torch.dtype = torch.float16
@@ -183,8 +185,12 @@ class OurStep:
             crops=torch.zeros(2 * count, 2, dtype=torch.int64),
         )
 
-    def _kernels(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.knobs.kernels == "auto" else use_kernels(self.knobs.kernels)
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        kernels = self.knobs.kernels
+        ours = nullcontext() if kernels == "auto" else use_kernels(kernels)
+        with ours, rounding(self.module.tuning):
+            yield
 
 
 class LiveText:
@@ -219,6 +225,7 @@ def _recipe(model: StepModel, knobs: Knobs) -> Recipe:
                 "compile": "regional" if knobs.compiled else "off",
                 "activation_checkpointing": knobs.checkpointing,
                 "frozen_cache": knobs.frozen_cache,
+                "rounding": "free" if knobs.free_rounding else "fixed",
             },
         }
     )

@@ -47,6 +47,7 @@ class Tuning:
     activation_checkpointing: bool
     offload_encoders: bool
     prompt_cache_mib: int
+    free_rounding: bool
     pieces: int = 0
     """Least number of graphs that compilation will make of the networks it was applied to."""
 
@@ -57,6 +58,7 @@ class Tuning:
             "fused kernels": self.fused_kernels,
             f"attention {self.attention}": True,
             f"compile {self.compile}": self.compile != "off",
+            "rounding free": self.free_rounding,
             "activation checkpointing": self.activation_checkpointing,
             "encoders offloaded": self.offload_encoders,
         }
@@ -78,7 +80,7 @@ def choose_tuning(
             decide which kernels take it.
         device: where it computes.
         training: where the network is only sampled from, what is for training alone is left out:
-            compilation and checkpointing.
+            compilation, checkpointing and free rounding.
 
     Raises:
         RecipeError: one line that names the knob, and what would work.
@@ -98,6 +100,8 @@ def choose_tuning(
         activation_checkpointing=training and spec.activation_checkpointing,
         offload_encoders=spec.encoders == "offload",
         prompt_cache_mib=spec.prompt_cache_mib,
+        # What is drawn and scored decides ranks: candidates of two sittings must be the same.
+        free_rounding=training and spec.rounding == "free",
     )
 
 
@@ -161,6 +165,26 @@ def tune_denoiser(spec: Speed, backbone: Backbone) -> Tuning:
     _tune(backbone.denoiser, tuning)
     order_weights(tuning, backbone.denoiser)
     return tuning
+
+
+@contextmanager
+def rounding(tuning: Tuning) -> Iterator[None]:
+    """Within, a process takes the convolutions that were fastest in a trial, and TF32 for matrix
+    products of float32, if that is tuned; afterwards what it took before.
+    """
+    if not tuning.free_rounding:
+        yield
+        return
+    # The older of PyTorch's two names: it keeps both in step. Once the newer,
+    # `matmul.fp32_precision`, has been set, whoever reads the older gets an error, inductor of some
+    # releases among them. `set_float32_matmul_precision` would set the CPU's as well.
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32
+    try:
+        cudnn.benchmark = matmul.allow_tf32 = True
+        yield
+    finally:
+        cudnn.benchmark, matmul.allow_tf32 = before
 
 
 @contextmanager

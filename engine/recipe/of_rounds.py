@@ -55,6 +55,13 @@ def check_rounds(recipe: Recipe) -> None:
             adapter.start,
             "the first round begins from the base: leave it out",
         )
+    if recipe.speed.rounding == "free":
+        raise _unfit(
+            "speed.rounding",
+            "free",
+            "the next round draws its candidates in the process that has trained, in which cuDNN "
+            "keeps to the convolutions that were timed: use fixed",
+        )
     if recipe.rounds.reference == "base":
         _check_base(recipe)
     for key in ("path", "manifest_sha256"):

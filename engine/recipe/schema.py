@@ -133,6 +133,7 @@ class Recipe(Section):
         stages = 1 if pacing.order == "random" else pacing.tiers
         check_growth(self.adapter, stages, self.train.optimizer.weight_decay)
         self._check_frozen_cache()
+        self._check_rounding()
         self._check_evaluation()
         own = not self.compare.runs
         if own and self.compare.weights == "ema" and self.adapter.ema is None:
@@ -193,6 +194,25 @@ class Recipe(Section):
             raise ValueError(
                 f"{given} does not go with objective.reference_ema: what a reference that moves "
                 "says of a draw is never the same again; use frozen_cache=0"
+            )
+
+    def _check_rounding(self) -> None:
+        """Where policy and reference would be rounded apart: a fresh policy must have no margin."""
+        if self.speed.rounding == "fixed":
+            return
+        if self.speed.frozen_cache:
+            raise ValueError(
+                "speed.rounding=free does not go with "
+                f"speed.frozen_cache={self.speed.frozen_cache}, which keeps what was rounded as at "
+                "another start: use rounding=fixed, or frozen_cache=0"
+            )
+        # cuDNN's convolutions are chosen by the alignment of weights, too: DeepSpeed lays those
+        # that train end to end, and those of a copy lie as they were loaded.
+        if self.adapter.type == "full" and not self.objective.type.endswith("sft"):
+            raise ValueError(
+                "speed.rounding=free does not go with adapter.type=full, whose reference is a copy "
+                "for which other convolutions may be the fastest: use rounding=fixed, or "
+                "adapter.type=lora"
             )
 
     def _check_evaluation(self) -> None:

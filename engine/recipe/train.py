@@ -203,6 +203,10 @@ class Speed(Section):
     """`auto`: capture the networks of a micro-batch and the gradients once and replay them, which
     takes the host two launches in place of thousands. With adapters on a GPU under ZeRO 1 or 2;
     where it does not go the head of the run says why. Not tried on a GPU yet."""
+    rounding: Literal["fixed", "free"] = "fixed"
+    """`fixed`: equal starts take equal kernels. `free`: in training, on a GPU, cuDNN times its
+    convolutions at each start and takes the fastest, and matrix products of float32 are TF32; a run
+    that is resumed rounds differently from there on. Not tried on a GPU yet."""
     activation_checkpointing: bool = False
     """Keep the inputs of the policy's blocks alone and compute the rest again in the backward pass:
     a quarter of the activations, for a third more operations with adapters, a quarter without."""

@@ -28,7 +28,10 @@ from ..display.terminal import Terminal
 from ..objectives import Loss, TrainingBatch
 from ..recipe import Recipe
 
-WARM_UPS = 3  # passes in which libraries choose kernels and allocate what they keep
+# Passes in which libraries choose kernels and allocate what they keep. Convolutions that are timed
+# (`speed.rounding: free`) are so there, for a capture may not wait: cuDNN's choices are kept by
+# thread, shape and alignment, which are those of the capture in either pass.
+WARM_UPS = 3
 MOST_CAPTURES = 4  # then whatever changes all the time is no reason to capture all the time
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from ..models import Backbone, load_backbone
 from ..models.compilation import compilation_told
 from ..models.few_steps import check_guidance, describe_few_steps
 from ..models.quantization import describe_quantized
-from ..models.tuning import order_weights, uncompiled
+from ..models.tuning import order_weights, rounding, uncompiled
 from ..objectives import Loss, build_objective
 from ..ranks import Ranks
 from ..ranks.launch import bound_waits
@@ -247,6 +247,7 @@ class Trainer:
             *describe_quantized(self.backbone.quantized),
             ("speed", str(self.engine.module.tuning)),
             *self._describe_capture(),
+            *self._describe_rounding(),
             *self.evaluation.describe(),
             *describe_few_steps(
                 recipe.model, self.backbone.denoiser.config, self.backbone.pipeline.config
@@ -270,6 +271,13 @@ class Trainer:
             return []
         graphs = "the networks of a micro-batch, and the gradients, are captured and replayed"
         return [("graph", f"none: {self.hindrance}" if self.captured is None else graphs)]
+
+    def _describe_rounding(self) -> list[tuple[str, str]]:
+        if self.recipe.speed.rounding == "fixed":
+            return []
+        free = "free: convolutions are timed at each start, products of float32 are TF32"
+        on_gpu = self.ranks.device.type == "cuda"
+        return [("rounding", free if on_gpu else "as ever: there is no CUDA device")]
 
     # The run
 
@@ -419,9 +427,10 @@ class Trainer:
         lr = self._set_learning_rate()
         self.starts.reached(f"step {self.cursor.step + 1}")
         failpoint("train.step")
-        for index, part in enumerate(pairs.split(self.batches.micro_batch)):
-            self._seed_dropout(index)
-            self._forward_backward(part)
+        with rounding(self.engine.module.tuning):
+            for index, part in enumerate(pairs.split(self.batches.micro_batch)):
+                self._seed_dropout(index)
+                self._forward_backward(part)
         if self.engine.optimizer.overflow:
             self._skip()
             return False

@@ -272,6 +272,15 @@ def test_a_captured_step_is_replayed_or_says_that_it_is_not(monkeypatch):
         OurStep(model, pairs, CPU, captured)()
 
 
+def test_a_step_of_free_rounding_is_so_within(monkeypatch):
+    model, seen = TINY["SD1.5@512"], []
+    step = OurStep(model, make_pairs(model, 1, CPU), CPU, replace(EXACT, free_rounding=True))
+    chosen = torch.backends.cudnn
+    monkeypatch.setattr(step, "batch", lambda: seen.append(chosen.benchmark) or OurStep.batch(step))
+    step()
+    assert seen == [True] and not chosen.benchmark
+
+
 def test_knobs_of_a_gpu_are_those_that_do_something_there():
     def on_cuda(name):
         knobs = Knobs.for_device(torch.device("cuda"), TINY[name])

@@ -249,9 +249,34 @@ def test_auto_is_off_on_a_cpu_and_the_line_says_what_is_on(tiny_backbone) -> Non
 
 
 def test_sampling_leaves_out_what_is_for_training(tiny_backbone) -> None:
-    spec = Speed(compile="full", activation_checkpointing=True)
+    spec = Speed(compile="full", activation_checkpointing=True, rounding="free")
     tuning = choose_tuning(spec, tiny_backbone.denoiser, CPU)
     assert (tuning.compile, tuning.activation_checkpointing) == ("off", False)
+    assert not tuning.free_rounding
+
+
+def test_rounding_that_is_free_is_free_within_alone_and_both_names_of_tf32_can_be_read(
+    tiny_backbone,
+) -> None:
+    """PyTorch raises where one of the names was set so that the other cannot say it."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def state() -> list[object]:
+        tf32 = matmul.fp32_precision == "tf32"
+        precision = torch.get_float32_matmul_precision()
+        return [cudnn.benchmark, matmul.allow_tf32, tf32, precision, cudnn.allow_tf32]
+
+    def of(spec: Speed) -> tuning.Tuning:
+        return choose_tuning(spec, tiny_backbone.denoiser, CPU, training=True)
+
+    free, fixed = of(Speed(rounding="free")), of(Speed())
+    before = state()
+    with pytest.raises(KeyError), tuning.rounding(free):
+        assert state() == [True, True, True, "high", before[-1]]
+        raise KeyError
+    assert state() == before
+    with tuning.rounding(fixed):
+        assert state() == before
 
 
 def test_sampling_draws_the_same_pictures_up_to_rounding(tiny_backbone) -> None:

@@ -32,6 +32,7 @@ VALIDATION = "prompts.validation={count: 2}"
         ("contradiction", "adapter.dora", "adapter.dora=true"),
         ("contradiction", "adapter.ema", "adapter.ema=0.9"),
         ("contradiction", "adapter.start", "adapter.start=lora"),
+        ("contradiction", "speed.rounding", "speed.rounding=free"),
         *(
             ("contradiction", "rounds.reference", f"rounds.reference=base {other}")
             for other in (

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.recipe import Recipe
 from cdpo.engine.training.trainer import SCALE_SEARCH
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from launching import CALM, ROOT, World, losses, metrics
+from launching import CALM, ROOT, Outcome, World, losses, metrics
 
 LOG_2 = math.log(2)
 CAPTURED = ROOT / "tests" / "workers" / "train_captured.py"
+WATCHED = ROOT / "tests" / "workers" / "train_and_watch_rounding.py"
 KNOBS = (
     "speed.channels_last=on",
     "speed.fused_kernels=on",
@@ -90,6 +95,57 @@ def test_all_is_compiled_in_the_first_step(
     captured = [int(line.split()[1]) for line in outcome.text.splitlines() if "captured " in line]
     assert len(captured) == 7 and 2 <= captured[0] <= most
     assert set(captured) == {captured[0]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def places(outcome: Outcome, chosen: str) -> set[str]:
+    """Where libraries were left that choice, by tests/workers/train_and_watch_rounding.py."""
+    return set(re.findall(rf"^rounding (\w+) {chosen}$", outcome.text, re.MULTILINE))
+
+
+FREE, FIXED = "True True", "False False"
+
+
+def test_rounding_is_free_within_steps_alone_and_a_resume_may_fix_it(
+    world: World, plain: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    mine = (*CALM, "train.steps=2", "train.sample_every=1")
+    outcome = world.train(run, *mine, "speed.rounding=free", script=WATCHED).succeeded()
+    assert places(outcome, FREE) == {"loss", "gradient"}
+    assert places(outcome, FIXED) == {"picture", "end"}
+    assert "as ever: there is no CUDA device" in outcome.text
+    [manifest] = run.glob("checkpoints/step-*/MANIFEST.json")
+    assert "rounding free" in json.loads(manifest.read_text())["speed"]
+    again = world.train(run, *CALM, "train.steps=3", script=WATCHED).succeeded()
+    assert places(again, FREE) == set() and "gradient" in places(again, FIXED)
+    assert losses(run) == plain[:3]  # on a CPU nothing is timed
+
+
+def test_rounding_is_as_before_when_a_step_fails(world: World, tmp_path: Path) -> None:
+    outcome = world.train(
+        tmp_path / "run", "speed.rounding=free", script=WATCHED, failpoint="train.loss:enospc"
+    )
+    assert set(outcome.codes) != {0}
+    assert (places(outcome, FREE), places(outcome, FIXED)) == ({"loss"}, {"end"})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("speed.frozen_cache=2",), ("adapter.type=full", "export.formats=[merged]")],
+    ids=["kept", "full"],
+)
+def test_rounding_that_would_part_policy_and_reference_is_refused(
+    tiny_recipe: Callable[..., Recipe], other: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError, match=r"speed\.rounding=free") as told:
+        tiny_recipe("speed.rounding=free", *other)
+    assert other[0] in str(told.value) and "\n" not in str(told.value)
+    if "adapter.type=full" in other:  # without a reference there is nothing to part
+        tiny_recipe("speed.rounding=free", *other, "objective.type=sft")
 
 
 # --------------------------------------------------------------------------------------------------
