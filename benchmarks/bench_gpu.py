@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKS = ROOT / "build" / "gpu_links"
 SHIPPED = ("engine", "kernels", "recipes", "ds_configs", "assets")
 NEEDED = ("torch", "triton", "diffusers", "transformers", "deepspeed", "pydantic", "pytest")
+NEEDED += ("pytest_timeout", "hypothesis")
 CUDA_TOOLS = "/usr/local/cuda/bin"  # where CUDA's toolkit has compute-sanitizer
 LONGEST_S = 600
 DONE, FAILED, USAGE, NO_GPU, TIME_IS_UP = 0, 1, 2, 3, 75

@@ -12,7 +12,6 @@ from ..recipe import Imported, Paired, Ranked
 from .cells import ImageCells
 from .files import SourceFiles, find_files
 from .folders import FolderReader
-from .parquet import ParquetReader
 from .rows import RowReader
 from .tars import TarReader
 from .text_tables import TextTable
@@ -33,6 +32,8 @@ def open_source(spec: Imported) -> RowReader:
     cells = image_columns(spec)
     files = find_files(spec.path, cells.names if isinstance(spec, Paired) else None)
     if files.kind == "parquet":
+        from .parquet import ParquetReader  # here: see prompts.py
+
         return ParquetReader(files, cells)
     if files.kind not in ("folder", "tar"):
         return TextTable(files, cells)

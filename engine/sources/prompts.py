@@ -23,8 +23,7 @@ from ..recipe.prompts import MAX_PROMPT_CHARACTERS, lone_surrogate, names_in, te
 from .cells import ImageCells
 from .files import Kind, SourceFiles, kind_of, refuse_url
 from .left_out import LeftOut
-from .parquet import ParquetReader
-from .rows import check_columns
+from .rows import RowReader, check_columns
 from .text_tables import TextTable, text_lines
 
 COLUMN = "prompts.column"
@@ -104,8 +103,11 @@ def _cells(
                 yield where, line
         return
     no_images = ImageCells(())
-    reader: ParquetReader | TextTable
+    reader: RowReader
     if kind == "parquet":
+        # Here: training loads no pyarrow, which is as large as all else that a GPU is brought.
+        from .parquet import ParquetReader
+
         reader = ParquetReader(files, no_images)
     else:
         reader = TextTable(files, no_images, plain=column)

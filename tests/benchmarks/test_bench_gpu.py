@@ -1,7 +1,10 @@
 """`make gpu`: its table, what is run again and what is not, and the tables made of its results."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -166,6 +169,20 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     assert "| geglu | SD1.5@512 | 64 | 0.500 | 60% | 1.25 | – |\n" in text
     assert text.count("geglu") == 1
     assert f"| SDXL@1024 |{10 * ' – |'}\n" in text
+
+
+@pytest.mark.long
+def test_what_is_brought_is_all_that_the_parts_load() -> None:
+    paths = [*(str(ROOT / name) for name in ("benchmarks", "tests")), *sys.path]
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "pytest_timeout"}
+    ended = subprocess.run(
+        [sys.executable, "tests/workers/as_on_a_gpu.py"],
+        cwd=ROOT,
+        env={**os.environ, **plugins, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
 @pytest.mark.slow
