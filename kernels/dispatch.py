@@ -170,7 +170,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Triton finds out at each launch what it has compiled, by strings of all arguments and options:
     half of a fused layer's cost on the host. What it specialises a kernel for is known without
     them: dtypes, whether addresses divide by 16, and values that are no floats; where these were
-    met before, what it compiled then is launched at once.
+    met before, what it compiled then is launched at once, with the hooks of profilers.
     """
     first = arguments[0]
     device = first.get_device()
@@ -182,8 +182,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         else value
         for value in arguments
     ]
+    # What profilers (Proton's instrumentation) and debuggers may change while a process runs.
+    compilation, runtime = triton.knobs.compilation, triton.knobs.runtime
+    met += [compilation.instrumentation_mode, runtime.debug]
     key = (kernel.fn, device, *met, *constants, *constants.values())
-    found = _compiled.get(key)
+    # Hooks of Triton's own launcher want to see each launch, or compile in a way of their own.
+    hooked = kernel.pre_run_hooks or runtime.add_stages_inspection_hook
+    found = None if hooked else _compiled.get(key)
     elsewhere = first.is_cuda and device != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         if found is None:
@@ -191,7 +196,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         else:
             compiled, last = found
             compiled[(*grid, 1, 1)](*arguments, *last)  # which takes three sizes of a grid
-    if found is None and compiled is not None:  # the interpreter compiles nothing
+    if compiled is not None and not (found or hooked):  # the interpreter compiles nothing
         names = kernel.arg_names[len(arguments) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)
 

@@ -54,6 +54,8 @@ class Run(NamedTuple):
     binary: bytes
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    told: tuple[Any, Any, Any]
+    """What is told of the launch, whom before it, and whom after it."""
 
 
 class _StandIn:
@@ -79,7 +81,7 @@ class _StandIn:
 
     def _run(self, x: int, y: int, z: int, stream: int, binary: bytes, *others: Any) -> None:
         arguments = others[4:]  # after metadata of the kernel and of the launch, two hooks
-        self.runs.append(Run(binary, (x, y, z), arguments))
+        self.runs.append(Run(binary, (x, y, z), arguments, others[1:4]))
 
     def get_current_device(self) -> int:
         return 0

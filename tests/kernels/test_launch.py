@@ -21,7 +21,7 @@ from cdpo.kernels import (
     paired_dpo_loss,
     philox_normal,
 )
-from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED, NO_FUSION, launch
+from cdpo.kernels.dispatch import HAS_TRITON, INTERPRETED, NO_FUSION, launch, triton
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
@@ -34,6 +34,9 @@ group_norm_op, geglu_op, *_ = LAUNCHERS = [
         *("paired_add_noise", "paired_dpo_loss.op", "consistency_step.op"),
     )
 ]
+
+
+FORWARD = {"BLOCK": 256, "num_warps": 1, **NO_FUSION}
 
 
 @pytest.fixture
@@ -71,10 +74,10 @@ def test_what_is_launched_is_what_triton_would_launch(runs):
         (plain(512, torch.float32), plain(256, torch.float32)),
     ]
     calls = [(pair, width, grid) for pair in tensors for width in (256, 255, 1) for grid in (1, 3)]
-    kernel, constants = geglu_op._forward_kernel, {"BLOCK": 256, "num_warps": 1, **NO_FUSION}
+    kernel = geglu_op._forward_kernel
     for pair, width, grid in calls:
-        launch(kernel, (grid,), *pair, width, **constants)
-        kernel[(grid,)](*pair, width, **constants)
+        launch(kernel, (grid,), *pair, width, **FORWARD)
+        kernel[(grid,)](*pair, width, **FORWARD)
     ours, tritons = runs[::2], runs[1::2]
     assert len(ours) == len(calls)
     assert all(map(same, ours, tritons))
@@ -117,6 +120,62 @@ def test_a_float_is_no_constant(runs):
         group_norm_op._forward_triton(x, None, None, 4, eps, True)
     assert len(dispatch._compiled) == 2
     assert [run.arguments[5] for run in runs[::2]] == [1e-5, 1e-6, 2e-6]
+
+
+@pytest.fixture
+def forward(runs):
+    """A kernel of which Triton has compiled nothing for another driver, and unloads nothing."""
+    kernel = triton.jit(geglu_op._forward_kernel.fn)
+    yield kernel
+    for compiled, *_ in kernel.device_caches.values():
+        for each in compiled.values():
+            each.module = None
+
+
+def test_launch_hooks_are_handed_on(runs, forward):
+    """Those of Proton and other profilers, which may begin and end at any time."""
+    knobs, names = triton.knobs.runtime, []
+    call = forward, (1,), plain(512), plain(256), 256
+    launch(*call, **FORWARD)
+    look = lambda told: names.append(told.get()["name"])  # noqa: E731
+    for hooks in (knobs.launch_enter_hook, knobs.launch_exit_hook):
+        hooks.add(look)
+        launch(*call, **FORWARD)
+        metadata, enter, leave = runs[-1].told
+        enter(metadata), leave(metadata)
+        hooks.remove(look)
+        enter(metadata), leave(metadata)
+    assert names == ["_forward_kernel"] * 2 and len(dispatch._compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "knob", "value"),
+    [("compilation", "instrumentation_mode", "a profiler's"), ("runtime", "debug", True)],
+)
+def test_what_a_profiler_or_a_debugger_changes_is_launched(
+    runs, forward, monkeypatch, section, knob, value
+):
+    call = (1,), plain(512), plain(256), 256
+    launch(forward, *call, **FORWARD)
+    with monkeypatch.context() as changed:
+        changed.setattr(getattr(triton.knobs, section), knob, value)
+        for _ in range(2):
+            launch(forward, *call, **FORWARD)
+        forward[call[0]](*call[1:], **FORWARD)
+    launch(forward, *call, **FORWARD)
+    plain_, *changed, tritons, again = runs
+    assert all(same(run, tritons) for run in changed) and same(again, plain_)
+    assert tritons.binary is not plain_.binary
+
+
+def test_hooks_of_tritons_launcher_see_each_launch(runs, forward):
+    seen, call = [], (forward, (1,), plain(512), plain(256), 256)
+    launch(*call, **FORWARD)
+    forward.add_pre_run_hook(lambda *given, **_: seen.append(given))
+    for _ in range(2):
+        launch(*call, **FORWARD)
+    assert [given[2] for given in seen] == [256, 256]
+    assert same(runs[0], runs[-1]) and len(dispatch._compiled) == 1
 
 
 def executed(call):
