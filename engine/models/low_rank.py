@@ -42,7 +42,10 @@ class _AdaptedLinear(Linear):
         # In rows, as the layers would lay it out themselves: their outputs are then no views, into
         # which nothing can be added without a copy of the gradient.
         rows = x.flatten(0, -2)
-        onto = self.base_layer(rows)
+        # DeepSpeed's linear layers under ZeRO-3 round batches of rows otherwise than rows (the bias
+        # on its own): the reference is asked in batches, and the first step would not be log 2.
+        partitioned = hasattr(self.base_layer.weight, "ds_id")
+        onto = self.base_layer(x).flatten(0, -2) if partitioned else self.base_layer(rows)
         hidden = self.lora_A[name](self.lora_dropout[name](rows))
         # As a call of the layer B, whose hooks gather its weight under ZeRO-3.
         added = self.lora_B[name](hidden, onto, self.scaling[name])

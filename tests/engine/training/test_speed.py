@@ -171,6 +171,13 @@ def test_fp16_finds_its_loss_scale_starts_at_log_2_and_trains(
     assert 0 < skipped[0] <= skipped[-1] < SCALE_SEARCH
 
 
+@pytest.mark.parametrize("zero", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+def test_bf16_starts_at_log_2(world: World, tmp_path: Path, zero: int) -> None:
+    """DeepSpeed's linear layers under ZeRO-3 round by the shape of what they are given."""
+    world.train(tmp_path / "run", "train.precision=bf16", "train.steps=1", zero=zero).succeeded()
+    assert losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-6)
+
+
 def test_each_overflow_halves_the_loss_scale(world: World, tmp_path: Path) -> None:
     """Three powers of two more at the start are three skipped batches more; from 2**8 none is."""
     skipped = {}
