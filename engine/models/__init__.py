@@ -91,7 +91,8 @@ def text_here(spec: Model, dtype: torch.dtype) -> str | None:
     this machine.
     """
     try:
-        told = {name: told_of(part) for name, part in text_parts_here(spec, dtype)}
+        chats = spec.family.chats
+        told = {name: told_of(part, chats=chats) for name, part in text_parts_here(spec, dtype)}
     except FileNotFoundError:
         return None
     return fingerprint_of_text(told, pipeline_config(spec))

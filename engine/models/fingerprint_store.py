@@ -20,7 +20,7 @@ from ..basics.shipped import locate
 from ..recipe import Model
 from .pretrained import HUB_ID
 
-FORMAT = 1  # raised when a fingerprint is made otherwise: what the store holds is then forgotten
+FORMAT = 2  # raised when a fingerprint is made otherwise: what the store holds is then forgotten
 SETTLED = 2.0  # seconds; a file that is younger may change again within one tick of its times
 
 

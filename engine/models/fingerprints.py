@@ -16,6 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..recipe.family import FAMILIES, family_that_reads
 from .pipelines import FLOW_KEYS, NOISE_KEYS, SOLVER_KEYS, TEXT_PARTS
 from .pretrained import denoiser_in
 
@@ -77,6 +78,7 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     parts = pipeline.components
     scheduler = parts["scheduler"]
     denoiser = parts[denoiser_in(parts)]
+    family = family_that_reads(type(pipeline).__name__)
     noise: tuple[str, ...] = FLOW_KEYS if "shift" in scheduler.config else NOISE_KEYS
     if scheduler.config.get("use_flow_sigmas"):
         noise = SOLVER_KEYS
@@ -88,7 +90,7 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
         "vae_config": fingerprint(settings_of(parts["vae"])),
         "text": fingerprint_of_text(
             {
-                name: told_of(part)
+                name: told_of(part, chats=family is not None and FAMILIES[family].chats)
                 for name, part in parts.items()
                 if name.startswith(TEXT_PARTS) and part is not None
             },
@@ -106,9 +108,16 @@ def fingerprint_of_text(told: Mapping[str, list[Any]], pipeline: Mapping[str, An
     return fingerprint([told, pipeline.get("force_zeros_for_empty_prompt")])
 
 
-def told_of(part: object) -> list[Any]:
-    """Fingerprint of a text encoder or tokenizer, and the settings of the former."""
-    return [fingerprint(part), settings_of(part) if isinstance(part, nn.Module) else None]
+def told_of(part: Any, *, chats: bool) -> list[Any]:
+    """Fingerprint of a text encoder, with its settings, or of a tokenizer, also of one in a
+    processor; where its family ``chats`` with the template of that, and where it pads.
+    """
+    if isinstance(part, nn.Module):
+        return [fingerprint(part), settings_of(part)]
+    reader = getattr(part, "tokenizer", part)
+    told = [fingerprint(reader), None]
+    sides = [reader.padding_side, reader.truncation_side]
+    return [*told, part.chat_template, sides] if chats else told
 
 
 def quantized_parts(quantization: str | None) -> dict[str, str]:

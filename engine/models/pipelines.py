@@ -27,7 +27,8 @@ from .pretrained import (
 )
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_PARTS = ("text_encoder", "tokenizer")  # what names of parts begin with that make embeddings
+# What names of parts begin with that make embeddings.
+TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
 NOISE_KEYS = (
     "num_train_timesteps",
@@ -282,16 +283,17 @@ def text_parts_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]
     with reading(f"model.path={spec.path}", spec.family.title, spec.path) as place:
         index = pipeline_index(place, spec)
         refuse_other_family(index, spec)
-        _refuse_absent_libraries(index)
-        entries = {name: index[name] for name in index if name.startswith("tokenizer")}
-        tokenizers = {
-            name: getattr(transformers, class_name).from_pretrained(
+        readers: dict[str, Any] = dict(_tokenizers_of_processors(place, index, spec))
+        entries = {name: of for name, of in index.items() if name not in readers}
+        _refuse_absent_libraries(entries)
+        readers |= {
+            name: getattr(transformers, of[1]).from_pretrained(
                 place, subfolder=name, revision=spec.revision
             )
-            for name, (library, class_name) in entries.items()
-            if library is not None
+            for name, of in entries.items()
+            if name.startswith(("tokenizer", "processor")) and of[0] is not None
         }
-    yield from tokenizers.items()
+    yield from readers.items()
     for name, encoder in _text_classes(index).items():
         if not has_weights_of(place, name, spec.revision):
             raise FileNotFoundError(name)

@@ -27,7 +27,10 @@ class Family:
     """Of a flow model: what its folder's may be."""
     guided_twice: bool = True
     """Whether guidance takes a second pass, without the prompt, unless its denoiser embeds it."""
-
+    chats: bool = False
+    """Whether its tokenizer's chat template decides what its text encoder reads, and padding what
+    its denoiser is told.
+    """
     kohya: bool = True
     """Whether its LoRAs have names in kohya's files that ComfyUI and diffusers both read."""
 
@@ -66,6 +69,7 @@ FAMILIES = {
         "Flux2Transformer2DModel",
         "AutoencoderKLFlux2",
         sampler="Euler",
+        chats=True,
     ),
     "sana": Family(
         "SANA model",
@@ -89,6 +93,7 @@ FAMILIES = {
         "QwenImage21Transformer2DModel",
         "AutoencoderKLQwenImage21",
         sampler="Euler",
+        chats=True,
         kohya=False,
     ),
     "z_image": Family(
@@ -96,6 +101,7 @@ FAMILIES = {
         ("ZImagePipeline",),
         "ZImageTransformer2DModel",
         sampler="Euler",
+        chats=True,
     ),
 }
 

@@ -4,6 +4,7 @@ have not changed without reading them.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cdpo.engine.models import (
     load_backbone,
 )
 from cdpo.engine.models.fingerprints import changed_parts
-from cdpo.engine.recipe import Model
+from cdpo.engine.recipe import Model, Recipe
 from part_changes import CHANGES
 
 CPU = torch.device("cpu")
@@ -138,3 +139,37 @@ def test_a_teacher_is_a_part_once_it_is_loaded(lcm: Path, monkeypatch) -> None:
     again = load()
     again.load_teacher()
     assert changed_parts(before, again.fingerprints()) == ["teacher"]
+
+
+TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "decides"),
+    [
+        ("flux2", f"tokenizer/{TEMPLATE}", True),
+        ("flux2", f"tokenizer/{SETTINGS}", True),  # padding is told as well
+        ("z_image", f"tokenizer/{TEMPLATE}", True),
+        ("qwen_image21", f"processor/{TEMPLATE}", True),  # tells where a prompt begins
+        ("qwen_image", f"tokenizer/{TEMPLATE}", False),  # whose pipeline has its own
+        ("sana", f"tokenizer/{TEMPLATE}", False),
+    ],
+)
+def test_a_chats_template_counts_where_it_decides_embeddings(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, family: str, file: str, decides: bool
+) -> None:
+    model = recipe_of(family).model
+    own = Path(shutil.copytree(model.path, tmp_path / "own"))
+    path = own / file
+    if path.name == TEMPLATE:
+        path.write_text("Hello! " + (path.read_text() if path.exists() else ""))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    before, now = (
+        load_backbone(model.model_copy(update={"path": str(place)}), CPU)
+        for place in (model.path, own)
+    )
+    one, other = (backbone.encode_prompts(["a red cube"]).text for backbone in (before, now))
+    assert torch.equal(one, other) is not decides
+    changed = changed_parts(before.fingerprints(), now.fingerprints())
+    assert changed == (["text"] if decides else [])
