@@ -18,6 +18,7 @@ from cdpo.engine.models import known_fingerprints, load_backbone
 from cdpo.engine.models.quantization import LIBRARIES, Quantized, QuantizedLinear, quantize
 from cdpo.engine.objectives import build_objective
 from cdpo.engine.recipe import Recipe
+from cdpo.engine.recipe.family import FAMILIES
 from cdpo.engine.training.networks import build_networks
 from diffusers import AutoModel
 from torch import nn
@@ -36,6 +37,7 @@ def here(kind: str) -> object:
 
 
 kinds = pytest.mark.parametrize("kind", [here(kind) for kind in LIBRARIES])
+FLOW = [name for name, family in FAMILIES.items() if family.is_flow]
 
 
 def made_whole(network: nn.Module) -> nn.Module:
@@ -51,7 +53,7 @@ def made_whole(network: nn.Module) -> nn.Module:
 
 
 @kinds
-@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.long), "sd3"])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.long), *FLOW])
 def test_policy_and_reference_share_one_base_and_begin_alike(
     recipe_of: Callable[..., Recipe], family: str, kind: str
 ) -> None:
@@ -79,7 +81,7 @@ def test_policy_and_reference_share_one_base_and_begin_alike(
 @pytest.mark.parametrize(
     ("family", "knob"),
     [
-        ("sd3", "adapter.dora=true"),
+        *((family, "adapter.dora=true") for family in FLOW),
         pytest.param("sd", "adapter.rslora=true", marks=pytest.mark.long),
     ],
 )
