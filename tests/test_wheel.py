@@ -38,10 +38,12 @@ SMALL = [
 
 
 def run(*command: str | Path, folder: Path, code: int = 0) -> str:
+    # What is installed is run, and not a tree that PYTHONPATH names.
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     outcome = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=own | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=240,
