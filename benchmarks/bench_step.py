@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from cdpo.engine.basics.errors import RecipeError
+from cdpo.engine.models.quantization import LIBRARIES
 from measuring.device_costs import peak_bytes
 from measuring.provenance import ROOT, provenance, slug
 from measuring.timing import StepClock, take_turns
@@ -99,6 +100,8 @@ def variants(model: StepModel, knobs: Knobs, on_gpu: bool, compiles: bool) -> di
         changed["captured as CUDA graphs"] = replace(knobs, captured=True)
         if not model.spec.is_flow:  # whose layers stay as diffusers has them
             changed["attention by the engine's rule"] = replace(knobs, attention="auto")
+    for kind in LIBRARIES if model.spec.is_flow else ():
+        changed[f"base in {kind}"] = replace(knobs, quantization=kind)
     if compiles:
         changed["blocks compiled"] = replace(knobs, compiled=True)
     return changed
@@ -158,6 +161,8 @@ class Comparison:
             return {"time": None, "failed": "does not compile here"}
         except NotCaptured:
             return {"time": None, "failed": "cannot be captured here"}
+        except ImportError as error:
+            return {"time": None, "failed": f"needs {error.name}"}
         return {
             "time": ratio(times["changed"].device, times["ours"].device),
             "peak_gib": other.peak_gib(),

@@ -105,6 +105,7 @@ PARTS = (
     *(_sanitized(tool) for tool in TOOLS),
     *(_kernel_times(model, pairs) for model in KERNEL_MODELS for pairs in KERNEL_BATCHES),
     *(_step(model, "", "--no-knobs") for model in MODELS),
+    _step("flux", "quantised", "--knob", "base in"),  # whose memory matters
     *(_step(model, kind, "--knob", knob) for kind, (knob, _) in KNOBS.items() for model in MODELS),
     *(_step(model, "rounding", "--no-knobs", "--rounding", "free") for model in ROUNDED),
     _profile(),

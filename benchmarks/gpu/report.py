@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cdpo.engine.models.quantization import LIBRARIES
 from gpu.parts import KERNEL_MODELS, KNOBS, MODELS
 from measuring.provenance import ROOT
 
@@ -25,6 +26,7 @@ KERNELS = (
     *("kernel", "model", "pairs", "ms", "of a copy's bandwidth", "eager ÷ ours"),
     "compiled ÷ ours",
 )
+BASES = (f"base of {MODELS['flux']}", "peak GiB, text encoders and VAE included", "time")
 
 Row = dict[str, Any]
 
@@ -34,7 +36,8 @@ def tables(results: Path | None) -> str:
     steps = _markdown(STEPS, (_step_cells(model, results) for model in MODELS))
     kernels = _markdown(KERNELS, _kernel_cells(results))
     caption = "Knobs: time ÷ time of our step; above 1 is slower.\n"
-    return f"{_where(results)}\n{steps}\n{caption}\n{kernels}"
+    bases = _markdown(BASES, _base_cells(results))
+    return f"{_where(results)}\n{steps}\n{caption}\n{bases}\n{kernels}"
 
 
 def write(results: Path | None, docs: Path = DOCS) -> None:
@@ -64,11 +67,21 @@ def _step_cells(model: str, results: Path | None) -> list[str]:
         str(row.get("pairs", NONE)),
         _rate(ours),
         NONE if ours.get("share_of_peak") is None else f"{ours['share_of_peak']:.0%}",
-        NONE if ours.get("peak_gib") is None else f"{ours['peak_gib']:.1f}",
+        _gib(ours),
         _rate(other),
         *(", ".join(map(_time, found.values())) or NONE for found in knobs),
         _slowed(ours, _model_row(results, f"step_{model}_rounding")),
     ]
+
+
+def _base_cells(results: Path | None) -> Iterator[list[str]]:
+    """What a base in fewer bits saves, and costs."""
+    row = _model_row(results, "step_flux_quantised")
+    whole = row.get("steps", {}).get("ours", {})
+    yield ["whole", _gib(whole), "1.00" if whole else NONE]
+    for kind in LIBRARIES:
+        knob = row.get("knobs", {}).get(f"base in {kind}")
+        yield [kind, _gib(knob or {}), _time(knob) if knob else NONE]
 
 
 def _kernel_cells(results: Path | None) -> Iterator[list[str]]:
@@ -105,6 +118,10 @@ def _slowed(ours: Row, row: Row) -> str:
     if not ("pairs_per_s" in ours and "pairs_per_s" in changed):
         return NONE
     return f"{ours['pairs_per_s']['median'] / changed['pairs_per_s']['median']:.2f}"
+
+
+def _gib(step: Row) -> str:
+    return NONE if step.get("peak_gib") is None else f"{step['peak_gib']:.1f}"
 
 
 def _time(knob: Row) -> str:

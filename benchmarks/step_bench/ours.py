@@ -18,6 +18,7 @@ import torch
 from cdpo.engine.display.terminal import Terminal
 from cdpo.engine.models import Conditioning, Framing, family_of
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
+from cdpo.engine.models.quantization import Kind, quantize
 from cdpo.engine.models.tuning import order_weights, rounding
 from cdpo.engine.objectives import TrainingBatch, build_objective
 from cdpo.engine.recipe import Recipe
@@ -71,6 +72,8 @@ class Knobs:
     """Networks and gradients are replayed as CUDA graphs."""
     free_rounding: bool = False
     """cuDNN's convolutions are those that were fastest when first met, float32 products TF32."""
+    quantization: Kind | None = None
+    """Bits of the base's linear layers."""
     attention: str = "sdpa"
     """As in the straightforward step."""
     latents_dtype: torch.dtype = torch.float16
@@ -107,6 +110,8 @@ class OurStep:
             family_of(model.spec).ask,
             load_teacher=None if built.teacher is None else lambda: (built.teacher, {}),
         )
+        if knobs.quantization:
+            quantize(self._backbone.denoiser, knobs.quantization, device)
         self._backbone.place()
         self.module = build_networks(recipe, self._backbone, build_objective(recipe.objective))
         order_weights(self.module.tuning, self.module.policy, *self.module.frozen)

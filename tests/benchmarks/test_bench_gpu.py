@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_gpu import DONE, FAILED, NO_GPU, TIME_IS_UP, choose, is_done, run, run_all
 from gpu import report
-from gpu.parts import KNOBS, MODELS, PARTS, Part
+from gpu.parts import MODELS, PARTS, Part
 from step_bench.models import REAL
 from step_bench.ours import Knobs
 
@@ -63,8 +63,7 @@ def test_benchmarks_take_what_the_table_gives_them(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = parsed(part, part.command)
     assert not options.tiny and f"{options.out}" == f"{{out}}/{part.writes[0]}"
-    kind = part.name.partition("_")[2].rpartition("_")[2]
-    if kind in KNOBS:
+    if "--knob" in part.command:
         model = REAL[options.models[0]]
         cuda = Knobs.for_device(torch.device("cuda"), model)
         changed = bench_step.variants(model, cuda, on_gpu=True, compiles=options.compile)
@@ -143,6 +142,8 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     model = {"pairs": 16, "steps": {"ours": ours, "straightforward": other}}
     knobs = {"latents encoded live": {"time": spread}, "text encoded live": {"time": None,
              "failed": "out of memory"}}  # fmt: skip
+    bases = {"base in nf4": {"time": spread, "peak_gib": 20.04}, "base in fp8": {"time": None,
+             "failed": "needs torchao"}}  # fmt: skip
     row = {"kernel": "geglu", "model": "SD1.5@512", "phase": "both",
            "speedup_over": {"eager": spread},
            "implementations": {"ours": {"ms": {"median": 0.5}, "share_of_copy": 0.6}}}  # fmt: skip
@@ -150,6 +151,7 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
         "step_sd15": {"benchmark": "step", "models": [model | {"knobs": {}}]},
         "step_sd15_live": {"benchmark": "step", "models": [model | {"knobs": knobs}]},
         "step_sd15_rounding": {"benchmark": "step", "models": [model | {"steps": {"ours": other}}]},
+        "step_flux_quantised": {"benchmark": "step", "models": [model | {"knobs": bases}]},
         "kernels_sd15_64": {
             "benchmark": "kernels",
             "summary": [
@@ -166,6 +168,8 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
         "| SD1.5@512 | 16 | 61.0 | 40% | 33.3 | 40.0 | 1.25, out of memory | – | – | – | 1.53 |\n"
         in text
     )
+    assert "| whole | 33.3 | 1.00 |\n| nf4 | 20.0 | 1.25 |\n| int8 | – | – |\n" in text
+    assert "| fp8 | – | needs torchao |\n" in text
     assert "| geglu | SD1.5@512 | 64 | 0.500 | 60% | 1.25 | – |\n" in text
     assert text.count("geglu") == 1
     assert f"| SDXL@1024 |{10 * ' – |'}\n" in text
