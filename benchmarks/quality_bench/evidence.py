@@ -31,6 +31,19 @@ VARIANTS: dict[str, Changes] = {
     "loser safeguard": {"objective.loser_safeguard": 0.9},
 }
 """Curriculum-DPO with another loss."""
+VALIDATED: Changes = {
+    "prompts.validation": str(PROMPTS / "validation.txt"),
+    "evaluate.prompts": 120,
+    "evaluate.images": 2,
+    "evaluate.sampler": {"steps": 15, "guidance": 2.0},
+}
+TOO_FAR: Changes = {
+    "objective.beta": 20,
+    "evaluate.every": 25,
+    "evaluate.stop": 2,
+    "export.of": "best",
+}
+"""A run that is ended before it has fallen for good, and exports its best step."""
 
 SCALES = {
     "sd": Scale(steps=300, steps_per_tier=40, candidates=8, images_per_prompt=2),
@@ -121,11 +134,8 @@ def of_rounds(arm: Arm, changes: Mapping[str, object]) -> Changes:
     """
     return {
         **changes,
+        **VALIDATED,
         "rounds.count": arm.rounds,
-        "prompts.validation": str(PROMPTS / "validation.txt"),
-        "evaluate.prompts": 120,
-        "evaluate.images": 2,
-        "evaluate.sampler": {"steps": 15, "guidance": 2.0},
         "compare.images_per_prompt": 1,
         "compare.sampler.steps": 1,
         "compare.divergence_draws": 0,
@@ -144,6 +154,7 @@ ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
         (Arm("Curriculum-DPO++", GROWTH, _SD), (0,)),
         (Arm("reward-free ++", GROWTH, _SD, preparing=MASKED), (0,)),
         *((Arm(name, changes, _SD), (0,)) for name, changes in VARIANTS.items()),
+        (Arm("best at beta 20", RANDOM | VALIDATED | TOO_FAR, (300,)), (0,)),
     ),
     "lcm": (
         (Arm("published target", PUBLISHED, _LCM), None),

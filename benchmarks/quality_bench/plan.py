@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     "sd": ROOT / "recipes" / "emoji_cdpo.yaml",
     "lcm": ROOT / "recipes" / "emoji_lcm_cdpo.yaml",
+    "flow": ROOT / "recipes" / "emoji_flow_cdpo.yaml",
 }
 REWARDS: dict[str, Mapping[str, Any] | None] = {
     "clip": None,  # that of the recipe: text alignment
@@ -144,12 +145,15 @@ def ablation_groups(seeds: list[int], scale: Scale) -> Iterator[Group]:
 
 def recipe_of(group: Group, scale: Scale, changes: Changes) -> dict[str, Any]:
     """A whole recipe as plain data: the shipped one with what is asked for here."""
-    recipe: dict[str, Any] = load_recipe(RECIPES[group.model]).model_dump(mode="json")
-    reward = REWARDS[group.reward]
-    if reward is not None:
-        recipe["reward"] = dict(reward)
     wanted = {"seed": group.seed} | scale.changes() | group.preparing | changes
-    for key, value in wanted.items():
+    reward = REWARDS[group.reward]
+    return shipped(group.model, wanted if reward is None else {"reward": dict(reward)} | wanted)
+
+
+def shipped(model: str, changes: Changes) -> dict[str, Any]:
+    """The recipe of a model as it ships, as plain data, but for these changes."""
+    recipe: dict[str, Any] = load_recipe(RECIPES[model]).model_dump(mode="json")
+    for key, value in changes.items():
         *sections, name = key.split(".")
         section = recipe
         for part in sections:
