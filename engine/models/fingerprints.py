@@ -36,6 +36,8 @@ PARTS = {
     "reward": "reward",
 }
 """The parts by the names that products record, and what messages call them."""
+# What a pipeline says of how it draws: FLUX.2 klein of guidance, Qwen-Image 2.1 of noise levels.
+DRAWN_KEYS = ("is_distilled", "sample_sigmas")
 # What configs say of files and versions, and what the recipe decides.
 _NO_SETTINGS = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 _OURS = __name__.partition(".models")[0]
@@ -83,6 +85,7 @@ def fingerprints_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     if scheduler.config.get("use_flow_sigmas"):
         noise = SOLVER_KEYS
     sampler = {k: v for k, v in settings_of(scheduler).items() if k not in noise}
+    sampler |= {key: pipeline.config[key] for key in DRAWN_KEYS if pipeline.config.get(key)}
     return {
         "model": fingerprint(denoiser),
         "model_config": fingerprint(settings_of(denoiser)),

@@ -173,3 +173,17 @@ def test_a_chats_template_counts_where_it_decides_embeddings(
     assert torch.equal(one, other) is not decides
     changed = changed_parts(before.fingerprints(), now.fingerprints())
     assert changed == (["text"] if decides else [])
+
+
+def test_how_a_pipeline_itself_says_that_it_draws_is_noticed(
+    recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    model = recipe_of("qwen_image21").model
+    own = Path(shutil.copytree(model.path, tmp_path / "own"))
+    index = own / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sample_sigmas": [1.0, 0.7, 0.2]}))
+    before, now = (
+        load_backbone(model.model_copy(update={"path": str(place)}), CPU).fingerprints()
+        for place in (model.path, own)
+    )
+    assert changed_parts(before, now) == ["sampler"]
