@@ -20,9 +20,11 @@ wait
 flow="assets/emoji/train_denoiser.py sd3 --favour 1"
 OMP_NUM_THREADS=1 "$python" $flow --lr 2e-3 --stop 400
 OMP_NUM_THREADS=1 "$python" $flow --lr 3e-3 --stop 2200
+OMP_NUM_THREADS=1 "$python" assets/emoji/train_turbo.py
 "$python" assets/emoji/show.py reconstructions
 "$python" assets/emoji/show.py samples
 "$python" assets/emoji/show.py flow_samples --steps 10
 "$python" assets/emoji/show.py lcm_samples
+"$python" assets/emoji/show.py turbo_samples --steps 10
 "$python" assets/emoji/score_clip.py
 "$python" assets/emoji/score_lcm.py

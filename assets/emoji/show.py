@@ -1,8 +1,10 @@
-"""Pictures for the README: samples of both bases, the LCM beside its teacher, reconstructions.
+"""Pictures for the README: samples of both bases, what was distilled beside what it was distilled
+from, reconstructions.
 
     python assets/emoji/show.py samples --guidance 2 --steps 15
     python assets/emoji/show.py flow_samples --steps 10
     python assets/emoji/show.py lcm_samples
+    python assets/emoji/show.py turbo_samples
     python assets/emoji/show.py reconstructions
 
 Each writes a PNG of at most 255 colours next to this file.
@@ -23,6 +25,7 @@ from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -31,8 +34,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 ZOOM = 3  # shown size of a pixel
-LCM_STEPS = (1, 2, 4, 8)
-PICTURES = ("samples", "flow_samples", "lcm_samples", "reconstructions")
+PICTURES = ("samples", "flow_samples", "lcm_samples", "turbo_samples", "reconstructions")
 
 
 def load_pipeline() -> StableDiffusionPipeline:
@@ -51,6 +53,15 @@ def load_flow_pipeline() -> StableDiffusion3Pipeline:
         HERE / "sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_turbo_pipeline() -> StableDiffusion3Pipeline:
+    """The distilled transformer in the pipeline of the flow model, in float32."""
+    pipeline = load_flow_pipeline()
+    pipeline.transformer = SD3Transformer2DModel.from_pretrained(
+        HERE / "sd3_turbo", torch_dtype=torch.float32
+    )
     return pipeline
 
 
@@ -126,19 +137,37 @@ def reconstructions() -> Image.Image:
     return sheet(images[order], [labels[i] for i in order], 12)
 
 
-def teacher_and_lcm(seed: int, steps: int, guidance: float) -> Image.Image:
-    """12 prompts, each drawn by the teacher and by the LCM in 1, 2, 4 and 8 steps."""
+def side_by_side(
+    columns: list[tuple[str, DiffusionPipeline, int, float]], seed: int
+) -> Image.Image:
+    """12 prompts, drawn by each of (label, pipeline, steps, guidance); two prompts a row."""
     prompts = random.Random(0).sample(read_prompts("train"), 12)
-    columns = [sample(load_pipeline(), prompts, seed, steps, guidance)]
+    drawn = [sample(pipeline, prompts, seed, steps, by) for _, pipeline, steps, by in columns]
+    labels = [label or prompt for prompt in prompts for label, *_ in columns]
+    return sheet(torch.stack(drawn, dim=1).flatten(0, 1), labels, 2 * len(columns))
+
+
+def lcm_samples(seed: int, steps: int, guidance: float) -> Image.Image:
+    """By the teacher and by the LCM in 1, 2, 4 and 8 steps."""
     lcm = load_lcm_pipeline()
-    columns += [sample(lcm, prompts, seed, few, guidance) for few in LCM_STEPS]
-    few_labels = [f"LCM, {few} step{'s' * (few > 1)}" for few in LCM_STEPS]
-    labels = [label for prompt in prompts for label in (prompt, *few_labels)]
-    return sheet(torch.stack(columns, dim=1).flatten(0, 1), labels, 10)
+    few = [(f"LCM, {n} step{'s' * (n > 1)}", lcm, n, guidance) for n in (1, 2, 4, 8)]
+    return side_by_side([("", load_pipeline(), steps, guidance), *few], seed)
+
+
+def turbo_samples(seed: int, steps: int, guidance: float) -> Image.Image:
+    """By the flow model, and by it and the one that was distilled from it in 1 and 2 steps: the
+    stock pipeline's `num_inference_steps` are one more, the last of which changes nothing.
+    """
+    flow, turbo = load_flow_pipeline(), load_turbo_pipeline()
+    columns: list[tuple[str, DiffusionPipeline, int, float]] = [("", flow, steps, guidance)]
+    for few, label in ((1, "1 step"), (2, "2 steps")):
+        columns.append((f"same, {label}", flow, few + 1, guidance))
+        columns.append((f"distilled, {label}", turbo, few + 1, 1.0))
+    return side_by_side(columns, seed)
 
 
 def main() -> None:
-    """Write one of the four pictures."""
+    """Write one of the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=PICTURES)
     parser.add_argument("--steps", type=int, default=15)
@@ -150,8 +179,9 @@ def main() -> None:
     out = args.out or HERE / f"{args.what}.png"
     if args.what == "reconstructions":
         paper = reconstructions()
-    elif args.what == "lcm_samples":
-        paper = teacher_and_lcm(args.seed, args.steps, args.guidance)
+    elif args.what in ("lcm_samples", "turbo_samples"):
+        draw = lcm_samples if args.what == "lcm_samples" else turbo_samples
+        paper = draw(args.seed, args.steps, args.guidance)
     else:
         prompts = (
             args.prompts.read_text().splitlines()
