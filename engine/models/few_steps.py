@@ -1,4 +1,10 @@
-"""Models that were distilled to few steps: guidance is nothing they take, and training undoes them.
+"""Models that were distilled to few steps: they take no guidance, and some losses undo them.
+
+A denoising loss pulls a prediction to the mean of all images of its caption, where a distilled
+model predicts one of them. A preference over shared noise has that pull for winner and loser alike:
+to first order it cancels, and what is left is the difference of their images. A loss on winners
+alone, or one that holds the loser back, keeps it (measured: docs/results.md, "a flow model of few
+steps").
 
 A family some of whose models take no guidance says which, in a function ``takes_guidance`` of the
 configs of the denoiser and the pipeline.
@@ -18,6 +24,8 @@ from .pipelines import denoiser_and_index
 # and Lightning, Hyper-SD, FLUX.2 klein.
 NAMES = re.compile(r"schnell|turbo|lightning|sprint|hyper-?sd|klein(?!-base)", re.IGNORECASE)
 
+MOST_STEPS = 10  # Z-Image-Turbo is drawn in nine
+
 
 def check_guidance(recipe: Recipe) -> None:
     """RecipeError, under the key in the recipe, for guidance of a model that takes none; of its
@@ -30,7 +38,8 @@ def check_guidance(recipe: Recipe) -> None:
 def refuse_guidance(recipe: Recipe, denoiser: Config, pipeline: Config) -> None:
     """The same, of configs that are there."""
     spec, name = recipe.model, unet_name(recipe.model)
-    for key, guidance in recipe.guidances.items():
+    for section, sampler in recipe.samplers.items():
+        key, guidance = f"{section}.sampler.guidance", sampler.guidance
         if guidance != 1 and not _takes_guidance(spec, denoiser, pipeline):
             raise RecipeError(
                 f"{key}={guidance:g}, but {name}, which was distilled to few steps, takes no "
@@ -48,17 +57,35 @@ def refuse_guidance(recipe: Recipe, denoiser: Config, pipeline: Config) -> None:
         )
 
 
-def describe_few_steps(spec: Model, denoiser: Config, pipeline: Config) -> list[tuple[str, str]]:
-    """A warning for the head of a run that would undo a distillation; LCMs have their own loss."""
+def describe_few_steps(recipe: Recipe, denoiser: Config, pipeline: Config) -> list[tuple[str, str]]:
+    """Warnings, for the head of a run, of what would undo a distillation; LCMs have their own loss.
+
+    ``denoiser`` and ``pipeline`` are the configs of the model.
+    """
+    spec, objective = recipe.model, recipe.objective
     by_name = NAMES.search((spec.unet or spec.path).rstrip("/").rpartition("/")[2])
     if spec.backbone == "lcm" or not (by_name or not _takes_guidance(spec, denoiser, pipeline)):
         return []
-    told = (
-        f"{unet_name(spec)} was distilled to few steps, which a denoising loss undoes: its images "
-        "blur. Better align the model it was distilled from; else few training steps on candidates "
-        "of its own, drawn in as few steps (prepare.sampler.steps)"
-    )
-    return [("warning", told)]
+    undoing = {
+        f"objective.type={objective.type}": objective.type == "sft",
+        f"objective.loser_gradient={objective.loser_gradient:g}": objective.loser_gradient < 1,
+        f"objective.loser_safeguard={objective.loser_safeguard}": objective.loser_safeguard
+        is not None,
+    }
+    name = unet_name(spec)
+    told = [
+        f"{name} was distilled to few steps, which {knob} undoes: images of a prompt become alike. "
+        "Use type=diffusion_dpo with the whole gradient of the loser"
+        for knob, given in undoing.items()
+        if given
+    ]
+    told += [
+        f"{section}.sampler.steps={sampler.steps} draws as nobody does with {name}, which was "
+        "distilled to few steps: give as many as its makers do, 1 to 9"
+        for section, sampler in recipe.samplers.items()
+        if sampler.steps > MOST_STEPS
+    ]
+    return [("warning", text) for text in told]
 
 
 def _takes_guidance(spec: Model, denoiser: Config, pipeline: Config) -> bool:

@@ -21,7 +21,7 @@ from .prepare import Prepare, check_source
 from .prompts import Prompts
 from .reward import Reward, check_reward
 from .rounds import Rounds
-from .section import Section
+from .section import Sampler, Section
 from .train import Checkpoint, Cluster, Monitor, Objective, Speed, Train
 
 
@@ -81,14 +81,14 @@ class Recipe(Section):
         return self.data.path or str(Path(self.run_dir) / "shards")
 
     @property
-    def guidances(self) -> dict[str, float]:
-        """What images are drawn with, by key: candidates, if any are, evaluations, comparisons."""
+    def samplers(self) -> dict[str, Sampler]:
+        """How images are drawn, by section: candidates, if any are, evaluations, comparisons."""
         samplers = {"compare": self.compare.sampler}
         if self.prepare.source.type in ("generate", "masked"):
             samplers = {"prepare": self.prepare.sampler, **samplers}
         if self.evaluate.sampler is not None:
             samplers["evaluate"] = self.evaluate.sampler
-        return {f"{name}.sampler.guidance": one.guidance for name, one in samplers.items()}
+        return samplers
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:

@@ -250,7 +250,7 @@ class Trainer:
             *self._describe_rounding(),
             *self.evaluation.describe(),
             *describe_few_steps(
-                recipe.model, self.backbone.denoiser.config, self.backbone.pipeline.config
+                recipe, self.backbone.denoiser.config, self.backbone.pipeline.config
             ),
         ]
         if self.shards is not None:

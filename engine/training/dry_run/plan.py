@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, world_size: int, device: torch.device) -> Plan:
         latent_shape=model.latent_shape(resolution),
         shipped=model.shipped,
         quantized=quantized,
-        few_steps=describe_few_steps(spec, model.denoiser.config, model.index),
+        few_steps=describe_few_steps(recipe, model.denoiser.config, model.index),
         embeds_guidance=bool(model.denoiser.config.get("guidance_embeds")),
     )
 

@@ -14,7 +14,7 @@ from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
 from cdpo.engine.models.flow_matching import shift_exponent
 from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacked
-from cdpo.engine.recipe import Model, Recipe
+from cdpo.engine.recipe import Recipe
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flow_models import assert_fresh_and_learns, load_tiny
 from pictures import noise, pixels
@@ -125,21 +125,38 @@ def test_guidance_for_a_model_that_takes_none_is_refused_where_it_is_written(
     check_guidance(tiny_recipe("model.backbone=flux", f"model.path={made}", *NO_GUIDANCE))
 
 
-def test_what_was_distilled_to_few_steps_is_warned_of():
-    """By its config, or by its name where that is the one of what it was distilled from."""
-    told = {
-        ("flux", "some/model", False): 1,
-        ("flux", "some/FLUX.1-dev", True): 0,
-        ("sd3", "stabilityai/stable-diffusion-3.5-large-turbo", True): 1,
-        ("sdxl", "stabilityai/sdxl-turbo/", True): 1,
-        ("sdxl", "turbo/sdxl", True): 0,
-        ("lcm", "some/sdxl-turbo", True): 0,  # it has losses of its own
-    }
-    for (backbone, path, guided), count in told.items():
-        found = describe_few_steps(
-            Model(backbone=backbone, path=path), {"guidance_embeds": guided}, {}
-        )
-        assert [name for name, _ in found] == ["warning"] * count
+SFT = ("objective.type=sft",)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "path", "embeds", "knobs", "count"),
+    [
+        ("flux", "some/model", False, SFT, 1),
+        ("flux", "some/FLUX.1-dev", True, SFT, 0),
+        ("sd3", "stabilityai/stable-diffusion-3.5-large-turbo", True, SFT, 1),
+        ("sdxl", "stabilityai/sdxl-turbo/", True, SFT, 1),
+        ("sdxl", "turbo/sdxl", True, SFT, 0),
+        ("flux", "some/model", False, (), 0),
+        ("flux", "some/model", False, ("objective.loser_gradient=0.5",), 1),
+        ("flux", "some/model", False, ("objective.loser_safeguard=0.5",), 1),
+        ("flux", "some/model", False, ("prepare.sampler.steps=28",), 1),
+        ("flux", "some/model", False, ("compare.sampler.steps=28", *SFT), 2),
+        ("flux", "some/FLUX.1-dev", True, ("compare.sampler.steps=28",), 0),
+    ],
+)
+def test_what_undoes_a_distillation_to_few_steps_is_warned_of(
+    tiny_recipe, backbone, path, embeds, knobs, count
+):
+    """It is known by its config, or by its name where that is one of what it was distilled from."""
+    recipe = tiny_recipe(f"model.backbone={backbone}", f"model.path={path}", *knobs)
+    found = describe_few_steps(recipe, {"guidance_embeds": embeds}, {})
+    assert [name for name, _ in found] == ["warning"] * count
+
+
+def test_a_consistency_model_has_losses_of_its_own(tiny_recipe):
+    lcm = ("model.backbone=lcm", "model.path=some/sdxl-turbo", "model.teacher=some/sdxl")
+    knobs = ("objective.type=consistency_dpo", "objective.loser_safeguard=0.5")
+    assert not describe_few_steps(tiny_recipe(*lcm, *knobs), {}, {})
 
 
 @pytest.mark.parametrize(

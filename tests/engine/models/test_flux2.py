@@ -202,9 +202,9 @@ def test_guidance_is_for_dev_and_klein_base_and_a_distilled_klein_is_warned_of(f
     for name, knobs in (("dev", ("model.embedded_guidance=2",)), ("klein-base", ())):
         check_guidance(tiny_recipe("model.backbone=flux2", f"model.path={folder / name}", *knobs))
     for name, warned in (("dev", 0), ("klein-base", 0), ("klein", 1)):
-        spec = Model(backbone="flux2", path="some/model")
+        recipe = tiny_recipe("model.backbone=flux2", "model.path=some/model", "objective.type=sft")
         network = {"guidance_embeds": name == "dev"}
-        found = describe_few_steps(spec, network, {"is_distilled": name == "klein"})
+        found = describe_few_steps(recipe, network, {"is_distilled": name == "klein"})
         assert len(found) == warned
 
 
