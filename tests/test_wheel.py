@@ -109,4 +109,4 @@ def test_what_is_not_needed_to_run_stays_at_home(installed: Path) -> None:
         data = [name for name in file.namelist() if name.startswith("cdpo/assets/")]
     suffixes = {Path(name).suffix for name in data}
     assert suffixes == {".json", ".md", ".safetensors", ".txt"}
-    assert wheel.stat().st_size < 35 << 20
+    assert wheel.stat().st_size < 42 << 20  # four models, two scorers, in half precision

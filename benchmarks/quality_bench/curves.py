@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-PLAIN = {"sd": "DPO", "lcm": "mixed target"}
+PLAIN = {"sd": "DPO", "lcm": "mixed target", "turbo": "own images"}
 """What every other arm of a model is held against at equal distance."""
 SETS = ("held-out", "training")
-TITLES = {"sd": "diffusion", "lcm": "LCM, two steps"}
+TITLES = {"sd": "diffusion", "lcm": "LCM, two steps", "turbo": "flow, two steps"}
 _PAIRS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
 COLORS = (*_PAIRS[::2], *_PAIRS[1::2])  # strong ones first
 LINEAR = 0.03  # a gain beyond takes a logarithmic scale there: an arm that collapsed leaves room

@@ -48,6 +48,7 @@ TOO_FAR: Changes = {
 SCALES = {
     "sd": Scale(steps=300, steps_per_tier=40, candidates=8, images_per_prompt=2),
     "lcm": Scale(steps=100, steps_per_tier=20, candidates=16, images_per_prompt=4),
+    "turbo": Scale(steps=100, steps_per_tier=20, candidates=16, images_per_prompt=4),
 }
 
 
@@ -143,7 +144,8 @@ def of_rounds(arm: Arm, changes: Mapping[str, object]) -> Changes:
 
 
 _SD = (150, 300)
-_LCM = (50, 100)
+_LCM = _TURBO = (50, 100)
+_SLOW: Changes = {"model.unet": None, "prepare.sampler": {"steps": 10, "guidance": 2.0}}
 ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
     "sd": (
         (Arm("SFT", RANDOM | {"objective.type": "sft", "train.optimizer.lr": 1e-4}, _SD), None),
@@ -161,6 +163,12 @@ ARMS: dict[str, tuple[tuple[Arm, tuple[int, ...] | None], ...]] = {
         (Arm("mixed target", {}, (*_LCM, 200, 400)), None),
         (Arm("mixed target SFT", RANDOM | FINE_TUNING["lcm"], _LCM), (0,)),
         (Arm("mixed target no order", RANDOM, _LCM), (0,)),
+    ),
+    "turbo": (
+        (Arm("own images", {}, (*_TURBO, 200)), None),
+        (Arm("slow model images", {}, _TURBO, preparing=_SLOW), None),
+        (Arm("loser safeguard", {"objective.loser_safeguard": 0.5}, _TURBO), None),
+        (Arm("SFT", {"objective.type": "sft"}, _TURBO), None),
     ),
 }
 """By model: each arm, and the seeds it is run on, None for all."""

@@ -19,6 +19,7 @@ RECIPES = {
     "sd": ROOT / "recipes" / "emoji_cdpo.yaml",
     "lcm": ROOT / "recipes" / "emoji_lcm_cdpo.yaml",
     "flow": ROOT / "recipes" / "emoji_flow_cdpo.yaml",
+    "turbo": ROOT / "recipes" / "emoji_turbo_cdpo.yaml",
 }
 REWARDS: dict[str, Mapping[str, Any] | None] = {
     "clip": None,  # that of the recipe: text alignment
