@@ -107,6 +107,7 @@ def build_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> 
     denoiser, full = backbone.denoiser, recipe.adapter.type == "full"
     offloaded = full and recipe.train.reference == "offload"
     if full:
+        _lay_out_inputs(denoiser)
         reference = _copied_to(torch.device("cpu") if offloaded else backbone.device, denoiser)
         policy = denoiser.requires_grad_(True)
     else:
@@ -185,6 +186,19 @@ def _copied_to(device: torch.device, network: ModelMixin) -> ModelMixin:
     copied = copy.deepcopy(network.to(device))
     network.to(home)
     return copied
+
+
+def _lay_out_inputs(network: nn.Module) -> None:
+    """Let linear layers have contiguous inputs: PyTorch multiplies others as rows where the weight
+    trains, and as a batch where it does not, which may round otherwise.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
 
 
 def _bring_by_layer(network: nn.Module, device: torch.device) -> None:

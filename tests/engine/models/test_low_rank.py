@@ -69,6 +69,24 @@ def test_it_is_as_exact_as_peft(dtype, scale, bias, dropout) -> None:
         assert (found.double() - truth).norm() <= 2 * lost + 1e-7 * truth.norm()
 
 
+@pytest.mark.parametrize("layout", ["whole", "channels", "slice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fresh_it_is_the_layer_beneath_to_the_bit(dtype: torch.dtype, layout: str) -> None:
+    """However the input lies: PyTorch adds the bias to rows in the product, and else afterwards."""
+    network = in_one_product(peft_layer(0.3).to(dtype))
+    network[0].lora_B["default"].weight.data.zero_()
+    torch.manual_seed(1)
+    x = {
+        "whole": torch.randn(8, 16, 24, dtype=dtype),
+        "channels": torch.randn(8, 24, 16, dtype=dtype).transpose(1, 2),  # as in SDXL's UNet
+        "slice": torch.randn(8, 19, 24, dtype=dtype)[:, 3:],  # of text and image in one attention
+    }[layout]
+    assert x.is_contiguous() == (layout == "whole")
+    with torch.no_grad():
+        reference = network[0].base_layer(x)
+    assert torch.equal(network(x.requires_grad_()), reference)
+
+
 def test_dropout_draws_what_peft_draws() -> None:
     peft = peft_layer(0.3, dropout=0.5)
     for found, other in zip(

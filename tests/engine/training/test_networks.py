@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from batches import of_noise
-from cdpo.engine.models import sd
+from batches import corrupted, of_noise
+from cdpo.engine.models import Framing, load_backbone, sd
 from cdpo.engine.objectives import build_objective
 from cdpo.engine.training.networks import PolicyAndReference, build_networks
 from diffusers.hooks.group_offloading import ModuleGroup
@@ -34,6 +35,39 @@ def test_all_of_the_policy_trains_and_nothing_of_the_reference(tiny_recipe) -> N
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     loss.backward()
     assert all(parameter.grad is not None for (_, parameter), _ in pairs)
+
+
+LORA = ("adapter.targets=all-linear",)
+LONG = ("sd", "flux", "flux2", "sana", "qwen_image", "qwen_image21", "z_image")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "family", ["sdxl", "sd3", *(pytest.param(f, marks=pytest.mark.long) for f in LONG)]
+)
+def test_a_fresh_policy_is_its_reference_to_the_bit(
+    recipe_of, family: str, adapter: tuple[str, ...], precision: str
+) -> None:
+    """As each family lays out what its layers are given: PyTorch rounds by that."""
+    recipe = recipe_of(family, *adapter)
+    backbone = load_backbone(recipe.model, CPU, precision)
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
+    prompts, none = ["red apple", "a rocket"], torch.zeros(4, 2, dtype=torch.int64)
+    told = backbone.encode_prompts([*prompts, *prompts], Framing(none + 16, none, (16, 16)))
+    loss = networks(replace(corrupted(backbone, prompts), conditioning=told))
+    assert loss.logits.abs().max() == 0
+
+
+def test_layers_that_train_are_those_that_do_not_however_their_inputs_lie(recipe_of) -> None:
+    recipe = recipe_of("sdxl", *FULL)
+    backbone = load_backbone(recipe.model, CPU, "fp16")
+    networks = build_networks(recipe, backbone, build_objective(recipe.objective))
+    torch.manual_seed(0)
+    for ours, theirs in zip(networks.policy.modules(), networks.reference.modules(), strict=True):
+        if isinstance(ours, torch.nn.Linear):
+            x = torch.randn(8, ours.in_features, 24, dtype=torch.float16).transpose(1, 2)
+            assert torch.equal(ours(x), theirs(x))
 
 
 def test_an_offloaded_reference_is_streamed_layer_by_layer_and_equal(
