@@ -197,11 +197,12 @@ def executed(call):
     return count
 
 
-# A tenth above what they take. It was 2,600, 3,000, 3,000 and 1,100, 1,300, 1,500 when layers went
+# A little above what they take. It was 2,600, 3,000, 3,000 and 1,100, 1,300, 1,500 when layers went
 # through the dispatcher and Triton's launcher, in twice the time.
 BUDGET = {"group norm": (1570, 1740, 1900), "geglu": (600, 700, 990)}
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counted in 3.11's instructions")
 @pytest.mark.parametrize("layer", BUDGET)
 def test_host_budget(runs, layer):
     """Without gradients, with them, and backward: of the smallest layer, for size costs no host."""
