@@ -373,6 +373,8 @@ class Trainer:
             self._evaluate_if_due()
         if self.ranks.asked_to_stop():
             self._stop()
+        if self.cursor == self.came_from and self.cursor.step:
+            self._save()  # the save of the last step may have been cut short when it was committed
         self._close_cache()
         self.starts.reached("the exports")
         self._export()

@@ -106,27 +106,37 @@ class CheckpointStore:
         """Commit ``cursor``; ``write(folder)`` is called on every rank to put its files there.
 
         ``after_skips`` says that batches have been skipped since the last step: such a checkpoint
-        never replaces the newest one for which it does not hold.
+        never replaces the newest one for which it does not hold. A checkpoint that is there already
+        is not written again; what its own save may have left undone is done.
 
         Raises CheckpointError on every rank if any rank fails, NumericsError if what any rank wrote
         is not finite; the previous checkpoint survives.
         """
         final = self.folder_of(cursor.step)
         temporary = final.with_suffix(".tmp")
-        if self._holds(final, cursor):
-            return final
+        if not self._holds(final, cursor):
+            self._write(temporary, final, cursor, write, after_skips)
+        self.ranks.on_first(lambda: self._replace_older(final, cursor.step))
+        return final
+
+    def _write(
+        self,
+        temporary: Path,
+        final: Path,
+        cursor: Cursor,
+        write: Callable[[Path], None],
+        after_skips: bool,
+    ) -> None:
         try:
             self.ranks.on_first(lambda: _fresh_folder(temporary))
             self.ranks.barrier()
             files = self._write_own(temporary, cursor.step, write)
             self.ranks.on_first(lambda: self._commit(temporary, final, cursor, files, after_skips))
             self._read_back(final)
-            self.ranks.on_first(lambda: self._replace_older(final, cursor.step))
         except CdpoError:
             if self.ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return final
 
     def _write_own(
         self, temporary: Path, step: int, write: Callable[[Path], None]

@@ -223,6 +223,22 @@ def test_killed_inside_a_save(recipe) -> None:
     assert folders(recipe) == ["latest", "step-00000005", "step-00000006"]
 
 
+def test_what_a_save_left_undone_is_done_by_the_same_save_again(recipe) -> None:
+    for step in (1, 2):
+        save(recipe, step)
+    for step, place in ((3, "checkpoint.after_rename"), (4, "checkpoint.before_prune")):
+        child = os.fork()
+        if not child:
+            os.environ["CDPO_FAILPOINT"] = f"{place}:kill"
+            save(recipe, step)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert len(folders(recipe)) == 4
+        save(recipe, step)
+        assert folders(recipe) == ["latest", f"step-{step - 1:08d}", f"step-{step:08d}"]
+        assert (Path(recipe.run_dir) / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
+
+
 def test_a_full_disk_on_one_rank_is_agreed_on(recipe) -> None:
     save(recipe, 2)
 
