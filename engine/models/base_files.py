@@ -16,7 +16,6 @@ from diffusers.schedulers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from ..recipe import Model
-from .pipelines import TEXT_ENCODERS
 from .pretrained import denoiser_in, reading
 
 INDEX = "model_index.json"
@@ -32,7 +31,8 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
 
     The recipe's own VAE and denoiser stand in place of the pipeline's. Weights of a variant get the
     names without one, since who loads the folder need not know. A part of which the disk has no
-    weights is left out: of a hub's models, safety checkers are never fetched.
+    weights is left out: of a hub's models, safety checkers are never fetched, and text encoders may
+    not be there with stored prompts.
 
     Args:
         spec: the base, which has been loaded before.
@@ -45,26 +45,14 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
         OutsideError: if the base is gone.
         OSError: if a file cannot be read or written.
     """
-    root = _folder_of(spec.path, spec.revision, "model.path")
-    text = (root / INDEX).read_text(encoding="utf-8")
-    index: dict[str, Any] = json.loads(text)
-    parts = {name: root / name for name in index if _is_part(index[name])}
-    denoiser = denoiser_in(parts)
-    if spec.vae is not None:
-        parts["vae"] = _folder_of(spec.vae, None, "model.vae")
-    if spec.unet is not None:
-        own = _folder_of(spec.unet, None, "model.unet")
-        parts[denoiser] = own / denoiser if (own / INDEX).exists() else own
+    index, parts, denoiser = _parts_of(spec)
     changed: dict[str, Any] = {}
     if type(scheduler).__name__ == "LCMScheduler" != index["scheduler"][1]:
         del parts["scheduler"]
         scheduler.save_pretrained(folder / "scheduler")
         changed["scheduler"] = ["diffusers", "LCMScheduler"]
     for name, source in parts.items():
-        files = _plain_files(source)
-        if name != denoiser and "config.json" in files:
-            weights = weights_files(source, spec.variant)
-            files = files | weights if weights else {}
+        files = _plain_files(source) if name == denoiser else _files_of(source, spec.variant)
         if not files:
             changed[name] = [None, None]
             continue
@@ -75,15 +63,34 @@ def copy_base(spec: Model, folder: Path, scheduler: SchedulerMixin) -> None:
         changed["requires_safety_checker"] = False
     if changed:
         text = json.dumps(index | changed, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+        (folder / INDEX).write_text(text, encoding="utf-8")
+    else:
+        shutil.copyfile(_root_of(spec) / INDEX, folder / INDEX)
 
 
-def holds_text(spec: Model) -> bool:
-    """Whether weights of all text encoders are among the files that :func:`copy_base` finds."""
-    root = _folder_of(spec.path, spec.revision, "model.path")
+def left_out(spec: Model) -> list[str]:
+    """The parts of a base that :func:`copy_base` leaves out. OutsideError if the base is gone."""
+    _, parts, denoiser = _parts_of(spec)
+    others = ((name, source) for name, source in parts.items() if name != denoiser)
+    return [name for name, source in others if not _files_of(source, spec.variant)]
+
+
+def _root_of(spec: Model) -> Path:
+    return _folder_of(spec.path, spec.revision, "model.path")
+
+
+def _parts_of(spec: Model) -> tuple[dict[str, Any], dict[str, Path], str]:
+    """A base's model_index.json, where its parts lie, and which of them is the denoiser."""
+    root = _root_of(spec)
     index: dict[str, Any] = json.loads((root / INDEX).read_text(encoding="utf-8"))
-    text = [name for name in TEXT_ENCODERS if _is_part(index.get(name))]
-    return all(weights_files(root / name, spec.variant) for name in text)
+    parts = {name: root / name for name in index if _is_part(index[name])}
+    denoiser = denoiser_in(parts)
+    if spec.vae is not None:
+        parts["vae"] = _folder_of(spec.vae, None, "model.vae")
+    if spec.unet is not None:
+        own = _folder_of(spec.unet, None, "model.unet")
+        parts[denoiser] = own / denoiser if (own / INDEX).exists() else own
+    return index, parts, denoiser
 
 
 def _folder_of(path: str, revision: str | None, key: str) -> Path:
@@ -107,6 +114,15 @@ def _plain_files(folder: Path) -> dict[str, Path]:
     }
 
 
+def _files_of(folder: Path, variant: str | None) -> dict[str, Path]:
+    """All files of a part; none of a network without weights."""
+    files = _plain_files(folder)
+    if "config.json" not in files:
+        return files
+    weights = weights_files(folder, variant)
+    return files | weights if weights else {}
+
+
 def weights_files(folder: Path, variant: str | None) -> dict[str, Path]:
     """The files that hold a part's weights, by the names under which they are found without a
     variant; empty if there are none.
@@ -119,5 +135,6 @@ def weights_files(folder: Path, variant: str | None) -> dict[str, Path]:
         if index.exists():
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             found = {shard: folder / shard for shard in sorted(shards)}
-            return {f"{stem}{suffix}.index.json": index, **found}
+            if all(path.exists() for path in found.values()):
+                return {f"{stem}{suffix}.index.json": index, **found}
     return {}

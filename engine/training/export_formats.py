@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from ..basics.files import sync_path
 from ..models import Backbone, family_of
-from ..models.base_files import copy_base, holds_text
+from ..models.base_files import copy_base
 from ..models.lcm import lcm_lora_layers
 from ..models.pretrained import denoiser_in
 from ..recipe import Model, Recipe
@@ -153,10 +153,9 @@ def save_merged(model: Model, lora: Path, folder: Path, shard_bytes: int) -> Non
     """A copy of the base, into whose denoiser the adapter in ``lora`` is merged, in float32: the
     weights are those of its files, whatever the adapter was trained on.
 
-    Text encoders are copied without being read, unless some are not on this machine.
+    Text encoders are copied without being read.
     """
-    reads_text = not holds_text(model)
-    backbone = family_of(model).load(model.whole, CPU, torch.float32, reads_text=reads_text)
+    backbone = family_of(model).load(model.whole, CPU, torch.float32, reads_text=False)
     backbone.load_adapter(lora)
     backbone.pipeline.fuse_lora()
     backbone.pipeline.unload_lora_weights()

@@ -27,7 +27,7 @@ from ..basics.errors import NumericsError, told_by
 from ..basics.failpoints import failpoint
 from ..basics.files import naming, replacing
 from ..models import Backbone
-from ..models.base_files import copy_base
+from ..models.base_files import copy_base, left_out
 from ..ranks import Ranks
 from ..recipe import Recipe
 from .checkpoint.files import MANIFEST, read_manifest
@@ -106,6 +106,15 @@ class Exports:
         if self.run_dir / WITH_LCM in self.folders:
             text += f"; or load {self.run_dir / WITH_LCM} alone, which is both in one"
         return text
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What a merged pipeline will lack, for the head of the terminal."""
+        model = self.recipe.model
+        absent = ", ".join(left_out(model)) if "merged" in self.formats else ""
+        told = (
+            f"without {absent}, whose weights are not in model.path={model.path}: to be given to "
+        )
+        return [("merged", f"{told}from_pretrained by those who load it")] if absent else []
 
     def write_adapters(self, folder: Path) -> None:
         """Put the adapters of this moment into a checkpoint: diffusers' always, kohya's if asked.

@@ -249,6 +249,7 @@ class Trainer:
             *self._describe_capture(),
             *self._describe_rounding(),
             *self.evaluation.describe(),
+            *self.exports.describe(),
             *describe_few_steps(
                 recipe, self.backbone.denoiser.config, self.backbone.pipeline.config
             ),

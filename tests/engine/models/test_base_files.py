@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cdpo.engine.models.base_files import copy_base
+from cdpo.engine.models.base_files import copy_base, left_out
 from cdpo.engine.recipe import Model
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, PNDMScheduler
 from huggingface_hub import constants
@@ -74,6 +74,11 @@ def test_weights_in_several_files(base: Path, tmp_path: Path) -> None:
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "copy", text_encoder=None)
     for name, value in pipeline.vae.state_dict().items():
         assert torch.equal(loaded.vae.state_dict()[name], value)
+    next((folder / "vae").glob("*-00002-of-*")).unlink()
+    model = Model(path=str(folder), variant="fp16")
+    assert left_out(model) == ["vae"]
+    copied(folder, tmp_path / "less", variant="fp16")
+    assert json.loads((tmp_path / "less" / "model_index.json").read_text())["vae"] == [None, None]
 
 
 def test_a_hubs_cache_of_links_without_a_safety_checker(

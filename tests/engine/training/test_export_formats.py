@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import load_backbone, pipelines, sd, sdxl
 from cdpo.engine.models.adapters import add_lora
 from cdpo.engine.models.latent_diffusion import LatentDiffusion
@@ -33,7 +32,6 @@ from diffusers import (
 from flow_models import as_users_load
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stock import levels_apart, picture, stock_pipeline
@@ -138,19 +136,6 @@ def test_merging_reads_no_text_encoder_and_copies_it(
     stock = [stock_pipeline(base, tmp_path, form) for form in ("lora", "merged")]
     on_base, merged = map(picture, stock)
     assert levels_apart(on_base, merged) <= 1 < levels_apart(on_base, untuned)
-
-
-def test_merging_without_the_weights_of_a_text_encoder_is_refused(
-    tiny_backbone: LatentDiffusion, tiny_recipe, tiny_world: Path, tmp_path: Path
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_world / "sd", base)
-    (base / "text_encoder" / "model.safetensors").unlink()
-    exported(tiny_backbone, SPECS["attention"], tmp_path)
-    model = tiny_recipe(f"model.path={base}").model
-    with refused(OutsideError, "unreadable", "model.path"):
-        save_merged(model, tmp_path / "lora", tmp_path / "merged", 10**9)
-    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("targets", ["lcm", "all-linear"])

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from cdpo.engine.shards.manifest import PromptFile, load_manifest, save_manifest
+from diffusers import StableDiffusionPipeline
 from launching import ForkServer, World, losses, make_world, metrics
 from part_changes import CHANGES
 from safetensors.torch import load_file, save
 from shard_server import serving
+from transformers import CLIPTextModel
 
 STORED = "data.text=stored"
 # Half of the captions are dropped, a guided picture is drawn, and validation prompts are scored.
@@ -72,6 +74,29 @@ def test_losses_are_those_of_a_live_run_and_no_encoder_is_read(
     assert [row.partition('"seconds"')[0] for row in rows[0]] == [
         row.partition('"seconds"')[0] for row in rows[1]
     ]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_merged_pipeline_lacks_encoders_that_are_not_there_and_the_run_says_so(
+    world_of: Callable[[str], World], tmp_path: Path, kind: str
+) -> None:
+    world, path = world_of("sd"), tmp_path / "model"
+    model = f"model.path={without_encoders(world, 'sd', path)}"
+    knobs = (
+        STORED,
+        *ASKED[2:3],
+        "train.steps=1",
+        f"adapter.type={kind}",
+        "export.formats=[merged]",
+    )
+    outcome = world.train(tmp_path / "run", *knobs, model).succeeded()
+    [told] = [line for line in outcome.text.splitlines() if line.startswith("  merged ")]
+    assert "without text_encoder" in told and str(path) in told
+    own = CLIPTextModel.from_pretrained(world.folder / "sd" / "text_encoder")
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "merged", text_encoder=own)
+    assert merged.encode_prompt("a rocket", "cpu", 1, False)[0].isfinite().all()
+    whole = world.train(tmp_path / "whole", *knobs).succeeded()
+    assert not any(line.startswith("  merged ") for line in whole.text.splitlines())
 
 
 @pytest.mark.long
