@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.schedulers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..basics.errors import told_by
 from ..recipe import Model
 from ..recipe.family import family_that_reads
 from .checks import Config, check_flow_schedule, check_schedule
@@ -134,6 +135,7 @@ def load_pipeline(
             **options,
         )
         pipeline.register_modules(**tokenizers)
+        _refuse_without_readers(pipeline.components, spec)
         for name, part in ((_told(own), getattr(pipeline, own)), ("VAE", pipeline.vae)):
             refuse_missing_weights(part, name)
     if not spec.is_flow:
@@ -162,6 +164,13 @@ def sampling_with(scheduler_class: type[SchedulerMixin], own: SchedulerMixin) ->
 def pipeline_index(place: str, spec: Model) -> dict[str, Any]:
     """What model_index.json says: the class of the pipeline (`_class_name`), and of its parts."""
     index: dict[str, Any] = DiffusionPipeline.load_config(place, revision=spec.revision)
+    for name, entry in index.items():
+        is_entry = isinstance(entry, list) and len(entry) == 2
+        if name.startswith((*TEXT_PARTS, "scheduler")) and not is_entry:
+            raise ValueError(
+                f"its model_index.json says {entry!r} of {name}, where a library and a class are "
+                'wanted, as ["transformers", "CLIPTokenizer"]'
+            )
     return index
 
 
@@ -188,10 +197,38 @@ def _tokenizers_of_processors(
     the same, and it needs no library for pictures.
     """
     return {
-        name: PreTrainedTokenizerFast.from_pretrained(place, subfolder=name, revision=spec.revision)
+        name: _reader(PreTrainedTokenizerFast, place, name, spec)
         for name, entry in index.items()
         if name.startswith("tokenizer") and str(entry[1]).endswith("Processor")
     }
+
+
+def _reader(kind: Any, place: str, name: str, spec: Model) -> Any:
+    """A tokenizer or processor; ValueError, which names the part, if its files are no such."""
+    try:
+        return kind.from_pretrained(place, subfolder=name, revision=spec.revision)
+    except OSError:
+        raise
+    except Exception as error:  # which may be anything
+        raise ValueError(
+            f"files in its {name}/ are damaged or missing: {told_by(error)}"
+        ) from error
+
+
+def _refuse_without_readers(parts: Mapping[str, Any], spec: Model) -> None:
+    """ValueError for a text encoder that has nothing to read prompts with, or a chat without its
+    template.
+    """
+    for encoder in (name for name in TEXT_ENCODERS if parts.get(name) is not None):
+        own = encoder.replace("text_encoder", "tokenizer")
+        name = "processor" if "processor" in parts else own
+        if parts.get(name) is None:
+            raise ValueError(f"its model_index.json has a {encoder}, but no {name} for it")
+        if spec.family.chats and not parts[name].chat_template:
+            raise ValueError(
+                f"its {name} has no chat template, in which prompts are given to the {encoder}: "
+                f"{name}/chat_template.jinja is missing"
+            )
 
 
 def _refuse_absent_libraries(index: dict[str, Any]) -> None:
@@ -287,9 +324,7 @@ def text_parts_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]
         entries = {name: of for name, of in index.items() if name not in readers}
         _refuse_absent_libraries(entries)
         readers |= {
-            name: getattr(transformers, of[1]).from_pretrained(
-                place, subfolder=name, revision=spec.revision
-            )
+            name: _reader(getattr(transformers, of[1]), place, name, spec)
             for name, of in entries.items()
             if name.startswith(("tokenizer", "processor")) and of[0] is not None
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -201,3 +202,46 @@ def test_text_encoders_are_read_as_the_stock_pipeline_reads_them(
     half = load_backbone(spec, CPU, "bf16").pipeline
     assert half.text_encoder.dtype == half.text_encoder_2.dtype == torch.bfloat16
     assert not half.text_encoder.training
+
+
+def _says(entry: object) -> Callable[[Path], None]:
+    """Another entry of its tokenizer in a model's model_index.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": entry}))
+
+    return change
+
+
+def _without(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).unlink()
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "told"),
+    [
+        (
+            "flux2",
+            lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{"),
+            "tokenizer/",
+        ),
+        ("flux2", _without("tokenizer/tokenizer.json"), "tokenizer/"),
+        ("flux2", _without("tokenizer/chat_template.jinja"), "tokenizer/chat_template.jinja"),
+        ("z_image", _without("tokenizer/chat_template.jinja"), "tokenizer/chat_template.jinja"),
+        ("qwen_image21", _without("processor/chat_template.jinja"), "chat template"),
+        ("sd", _says([None, None]), "no tokenizer"),
+        ("sd", _says(None), "model_index.json says None of tokenizer"),
+        ("sd", _says("CLIPTokenizer"), "model_index.json says 'CLIPTokenizer' of tokenizer"),
+    ],
+)
+def test_what_reads_prompts_is_named_where_it_is_none(
+    recipe_of, tmp_path: Path, family: str, change: Callable[[Path], None], told: str
+) -> None:
+    model = recipe_of(family).model
+    shutil.copytree(model.path, tmp_path / "model")
+    change(tmp_path / "model")
+    broken = model.model_copy(update={"path": str(tmp_path / "model")})
+    with refused(OutsideError, "unreadable", "model.path") as refusal:
+        load_backbone(broken, CPU)
+    assert told in str(refusal.value)
