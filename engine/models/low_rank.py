@@ -42,11 +42,10 @@ class _AdaptedLinear(Linear):
         # In rows, as the layers would lay it out themselves: their outputs are then no views, into
         # which nothing can be added without a copy of the gradient.
         rows = x.flatten(0, -2)
-        # The reference's layer is given x as it lies. PyTorch adds the bias to rows in the product;
-        # to what is not laid out in rows, and DeepSpeed under ZeRO-3 to any batch of rows, on its
-        # own, rounding once more: asked otherwise than that, the first step would not be log 2.
-        apart = not x.is_contiguous() or hasattr(self.base_layer.weight, "ds_id")
-        onto = self.base_layer(x).flatten(0, -2) if apart else self.base_layer(rows)
+        # The reference's layer is given x as it lies. PyTorch adds the bias to rows in the product,
+        # and on its own to what is not laid out in rows, rounding once more: asked otherwise than
+        # that, the first step would not be log 2.
+        onto = self.base_layer(rows if x.is_contiguous() else x).flatten(0, -2)
         hidden = self.lora_A[name](self.lora_dropout[name](rows))
         # As a call of the layer B, whose hooks gather its weight under ZeRO-3.
         added = self.lora_B[name](hidden, onto, self.scaling[name])

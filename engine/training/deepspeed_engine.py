@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Size, Tensor, nn
+from torch.nn import functional
 
 from ..basics.errors import OutsideError, RecipeError, told_by
 from ..recipe import Optimizer
@@ -116,6 +117,7 @@ def start_engine(
         _suit_cpus()
     _check_disk(config)
     _fit_bucket(config, sum(p.numel() for p in trainable))
+    plain = functional.linear
     try:
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -128,8 +130,31 @@ def start_engine(
             "monitor",
             "unsupported",
         ) from error
+    if functional.linear is not plain:
+        functional.linear = partial(linear, plain, functional.linear)
     shorten_step(engine)
     return engine
+
+
+def linear(
+    plain: Callable[..., Tensor],
+    of_parts: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What a linear layer makes of x (…, in) by a weight (out, in): (…, out).
+
+    Under ZeRO-3 DeepSpeed puts a function ``of_parts`` in place of PyTorch's ``plain`` one, in the
+    whole process and for good, so that no gathered weight is kept. Here it gets its own weights
+    alone: encoders and rewards round as in a process that has not trained. And it gets rows where
+    PyTorch makes them: it adds the bias to others on its own, which rounds once more.
+    """
+    if not hasattr(weight, "ds_id"):
+        return plain(x, weight, bias)
+    if x.ndim > 2 and x.is_contiguous():
+        return of_parts(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return of_parts(x, weight, bias)
 
 
 def keep_settings(engine: deepspeed.DeepSpeedEngine, spec: Optimizer, gradient_clip: float) -> None:

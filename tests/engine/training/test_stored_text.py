@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from cdpo.engine.shards.manifest import PromptFile, load_manifest, save_manifest
 from diffusers import StableDiffusionPipeline
@@ -97,6 +98,24 @@ def test_a_merged_pipeline_lacks_encoders_that_are_not_there_and_the_run_says_so
     assert merged.encode_prompt("a rocket", "cpu", 1, False)[0].isfinite().all()
     whole = world.train(tmp_path / "whole", *knobs).succeeded()
     assert not any(line.startswith("  merged ") for line in whole.text.splitlines())
+
+
+@pytest.mark.long
+def test_encoders_under_zero_3_are_those_of_prepare(tmp_path: Path, server: ForkServer) -> None:
+    """With biases as they are when trained, which DeepSpeed's linear layers round on their own."""
+    recipe = tiny.build(tmp_path)
+    encoder = CLIPTextModel.from_pretrained(tmp_path / "sd" / "text_encoder")
+    for name, weight in encoder.named_parameters():
+        if name.endswith("bias"):
+            weight.data.uniform_(-0.5, 0.5)
+    encoder.save_pretrained(tmp_path / "sd" / "text_encoder")
+    world = World(tmp_path, tiny.write_recipe(tmp_path / "recipe.yaml", recipe), server)
+    bf16 = ("train.precision=bf16", "train.steps=2")
+    server.run("prepare", world.recipe, [STORED, *bf16]).succeeded()
+    ways = {"live": (), "stored": (STORED,)}
+    for run, how in ways.items():
+        world.train(tmp_path / run, *bf16, *how, zero=3).succeeded()
+    assert losses(tmp_path / "live") == losses(tmp_path / "stored")
 
 
 @pytest.mark.long
