@@ -17,10 +17,12 @@ MOST_OPERATIONS = 100  # of the optimiser, whatever the number of tensors
 
 
 def watch(world: World, folder: Path, zero: int, ranks: int, *knobs: str) -> dict[str, Any]:
-    """What rank 0 saw of one step, after two that make what later ones find."""
+    """What rank 0 saw of one step, after those that make what later ones find: prompts among that,
+    of which each rank meets its own when they come.
+    """
     shipped = f"deepspeed=zero{zero}"  # with what overlaps
-    knobs = ("train.steps=3", "train.log_every=9", "checkpoint.every=9", shipped, *knobs)
-    env = {"WATCH_FOLDER": str(folder)}
+    knobs = ("train.steps=8", "train.log_every=9", "checkpoint.every=9", shipped, *knobs)
+    env = {"WATCH_FOLDER": str(folder), "WATCH_FROM": "7"}
     world.train(folder, *knobs, ranks=ranks, script=WATCHED, env=env).succeeded()
     seen: dict[str, Any] = json.loads((folder / "device-0.json").read_text())
     return seen
