@@ -48,6 +48,16 @@ def guided(
     return pixels(backbone.vae.decode(latents))
 
 
+def assert_corrupted_to_velocities(backbone: LatentDiffusion, prompts: list[str]) -> None:
+    """Against float64: x = x0 + sigma (eps - x0)."""
+    batch = corrupted(backbone, prompts)
+    sigma = (batch.draw.timesteps.double() / 1000).repeat(2)[:, None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2 * len(prompts), 4, 8, 8, generator=generator).double()
+    expected = latents + sigma * batch.target.double()
+    torch.testing.assert_close(batch.noisy.double(), expected, rtol=0, atol=1e-6)
+
+
 def assert_fresh_and_learns(
     recipe: Recipe, backbone: LatentDiffusion, prompts: list[str], adapted: int
 ) -> None:

@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from consistency import GUIDANCE_DIM, STRIDE, corrupt, estimate, pseudo_huber, solver_step
@@ -37,6 +39,7 @@ LCM = Path(__file__).resolve().parent / "lcm"
 MAX_W = 4.0
 POINTS = 12  # of a stored path, both ends included
 LAST = 999
+Kind = TypeVar("Kind")  # of paths, as named fields
 
 
 class Example(NamedTuple):
@@ -108,18 +111,24 @@ def solve_paths(
 
 
 def stored_paths(
-    teacher: UNet2DConditionModel, world: World, count: int, seed: int, file: Path
-) -> Paths:
-    """At least `count` paths; what the file lacks is solved and added to it."""
-    parts = [Paths(*torch.load(file))] if file.exists() else []
+    kind: type[Kind],
+    solve: Callable[[int, torch.Generator], Kind],
+    count: int,
+    at_once: int,
+    seed: int,
+    file: Path,
+) -> Kind:
+    """At least `count` paths, in fields that have a row a path and `picked` among them; what the
+    file lacks is solved, `at_once` together, and added to it.
+    """
+    parts = [kind(*torch.load(file))] if file.exists() else []
     started = time.time()
-    while (done := sum(len(part.w) for part in parts)) < count:
-        generator = torch.Generator().manual_seed(seed * 10**7 + done)
-        parts.append(solve_paths(teacher, world, 64, generator))
-        if len(parts) == 9 or done + 64 >= count:
-            parts = [Paths(*(torch.cat(fields) for fields in zip(*parts, strict=True)))]
+    while (done := sum(len(part.picked) for part in parts)) < count:
+        parts.append(solve(at_once, torch.Generator().manual_seed(seed * 10**7 + done)))
+        if len(parts) == 9 or done + at_once >= count:
+            parts = [kind(*(torch.cat(fields) for fields in zip(*parts, strict=True)))]
             torch.save(tuple(parts[0]), file)
-            print(f"{len(parts[0].w)} paths, {time.time() - started:.0f}s", flush=True)
+            print(f"{len(parts[0].picked)} paths, {time.time() - started:.0f}s", flush=True)
     return parts[0]
 
 
@@ -197,7 +206,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0.0, fused=True)
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     file = args.checkpoint.with_name(f"{args.checkpoint.stem}_paths.pt")
-    paths = stored_paths(teacher, world, args.paths, args.seed + 1, file)
+    solve = partial(solve_paths, teacher, world)
+    paths = stored_paths(Paths, solve, args.paths, 64, args.seed + 1, file)
     first, seconds = 0, 0.0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_denoiser import SD, SD3, Flow, update_average
+from train_lcm import stored_paths
 from transformers import CLIPTokenizer
 
 TURBO = SD3.with_name("sd3_turbo")
@@ -86,22 +88,6 @@ def solve_paths(
     return Paths(torch.stack(points, dim=1), picked)
 
 
-def stored_paths(
-    teacher: nn.Module, captions: Captions, count: int, seed: int, file: Path
-) -> Paths:
-    """At least `count` paths; what the file lacks is solved and added to it."""
-    parts = [Paths(*torch.load(file))] if file.exists() else []
-    started = time.time()
-    while (done := sum(len(part.picked) for part in parts)) < count:
-        generator = torch.Generator().manual_seed(seed * 10**7 + done)
-        parts.append(solve_paths(teacher, captions, 128, generator))
-        if len(parts) == 9 or done + 128 >= count:
-            parts = [Paths(*(torch.cat(fields) for fields in zip(*parts, strict=True)))]
-            torch.save(tuple(parts[0]), file)
-            print(f"{len(parts[0].picked)} paths, {time.time() - started:.0f}s", flush=True)
-    return parts[0]
-
-
 def export(average: nn.Module) -> None:
     """Write the averaged student in half precision."""
     copy.deepcopy(average).half().save_pretrained(TURBO)
@@ -131,7 +117,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0.0, fused=True)
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     file = args.checkpoint.with_name(f"{args.checkpoint.stem}_paths.pt")
-    paths = stored_paths(teacher, captions, args.paths, args.seed + 1, file)
+    solve = partial(solve_paths, teacher, captions)
+    paths = stored_paths(Paths, solve, args.paths, 128, args.seed + 1, file)
     first, seconds = 0, 0.0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError, RecipeError
 from cdpo.engine.models import family_of
 from cdpo.engine.models.few_steps import check_guidance, describe_few_steps
@@ -20,7 +19,12 @@ from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from flow_models import as_users_load, assert_fresh_and_learns, load_tiny
+from flow_models import (
+    as_users_load,
+    assert_corrupted_to_velocities,
+    assert_fresh_and_learns,
+    load_tiny,
+)
 from pictures import noise, pixels
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -114,13 +118,7 @@ def test_latents_are_patches_normalised_by_the_statistics_of_the_vae(dev):
 
 
 def test_corrupted_latents_and_targets(dev):
-    """Against float64: x = x0 + sigma (eps - x0)."""
-    batch = corrupted(dev, [PROMPT, "house"])
-    sigma = (batch.draw.timesteps.double() / 1000).repeat(2)[:, None, None, None]
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 4, 8, 8, generator=generator).double()
-    expected = latents + sigma * batch.target.double()
-    torch.testing.assert_close(batch.noisy.double(), expected, rtol=0, atol=1e-6)
+    assert_corrupted_to_velocities(dev, [PROMPT, "house"])
 
 
 def test_training_tells_dev_its_guidance(folder, dev):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import Conditioning, family_of
 from cdpo.engine.models.flow_matching import shift_exponent
@@ -18,7 +17,12 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion, packed, unpacke
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from flow_models import as_users_load, assert_fresh_and_learns, load_tiny
+from flow_models import (
+    as_users_load,
+    assert_corrupted_to_velocities,
+    assert_fresh_and_learns,
+    load_tiny,
+)
 from pictures import noise, pixels
 from refusals import refused
 from torch import Tensor
@@ -150,13 +154,7 @@ def test_what_the_encoder_does_not_see_is_counted(shared):
 
 
 def test_corrupted_latents_and_targets(shared):
-    """Against float64: x = x0 + sigma (eps - x0)."""
-    batch = corrupted(shared, PROMPTS)
-    sigma = (batch.draw.timesteps.double() / 1000).repeat(2)[:, None, None, None]
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 4, 8, 8, generator=generator).double()
-    expected = latents + sigma * batch.target.double()
-    torch.testing.assert_close(batch.noisy.double(), expected, rtol=0, atol=1e-6)
+    assert_corrupted_to_velocities(shared, PROMPTS)
 
 
 def test_latents_are_normalised_a_channel_at_a_time(name, shared, stock):

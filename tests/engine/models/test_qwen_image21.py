@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from batches import corrupted
 from cdpo.engine.basics.errors import OutsideError
 from cdpo.engine.models import family_of
 from cdpo.engine.models.flow_matching import shift_exponent
@@ -20,7 +19,12 @@ from cdpo.engine.models.latent_diffusion import LatentDiffusion
 from cdpo.engine.models.text import told_of_long
 from cdpo.engine.recipe import Model, Recipe
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from flow_models import as_users_load, assert_fresh_and_learns, load_tiny
+from flow_models import (
+    as_users_load,
+    assert_corrupted_to_velocities,
+    assert_fresh_and_learns,
+    load_tiny,
+)
 from pictures import noise, pixels
 from refusals import refused
 from stock import levels_apart
@@ -151,13 +155,7 @@ def test_an_image_is_told_of_nothing_beside_it(shared):
 
 
 def test_corrupted_latents_and_targets(shared):
-    """Against float64: x = x0 + sigma (eps - x0)."""
-    batch = corrupted(shared, PROMPTS)
-    sigma = (batch.draw.timesteps.double() / 1000).repeat(2)[:, None, None, None]
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 4, 8, 8, generator=generator).double()
-    expected = latents + sigma * batch.target.double()
-    torch.testing.assert_close(batch.noisy.double(), expected, rtol=0, atol=1e-6)
+    assert_corrupted_to_velocities(shared, PROMPTS)
 
 
 def test_latents_are_those_of_opaque_images_normalised_a_channel_at_a_time(shared, stock):
