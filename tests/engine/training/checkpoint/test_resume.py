@@ -107,6 +107,22 @@ def test_a_full_disk_spares_the_previous_checkpoint(
     assert losses(run) == uninterrupted
 
 
+def test_the_last_save_is_finished_by_the_next_start(
+    world: World, uninterrupted: list[float], tmp_path: Path
+) -> None:
+    """Killed when it was committed: nothing is left to train, the older ones are still there."""
+    run = tmp_path / "run"
+    assert train(world, run, failpoint="checkpoint.latest@3:kill").code == KILLED
+    assert len([*run.glob("checkpoints/step-*")]) == 3
+    train(world, run).succeeded()
+    assert {path.name for path in run.glob("checkpoints/step-*")} == {
+        "step-00000004",
+        "step-00000006",
+    }
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert losses(run) == uninterrupted
+
+
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(world: World, run: Path) -> None:
     for folder in (run / "checkpoints").glob("step-*"):
         (folder / "MANIFEST.json").unlink()
