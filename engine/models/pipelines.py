@@ -28,8 +28,9 @@ from .pretrained import (
 )
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-# What names of parts begin with that make embeddings.
-TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
+# What names of parts begin with that read prompts, and that make embeddings.
+READERS = ("tokenizer", "processor")
+TEXT_PARTS = ("text_encoder", *READERS)
 # What a scheduler's config says of the model's noise; the rest of it says how to sample.
 NOISE_KEYS = (
     "num_train_timesteps",
@@ -235,7 +236,7 @@ def _refuse_absent_libraries(index: dict[str, Any]) -> None:
     """ValueError for a tokenizer or processor that needs a library which is not there: diffusers
     would tell of its own search alone.
     """
-    for name in (name for name in index if name.startswith(("tokenizer", "processor"))):
+    for name in (name for name in index if name.startswith(READERS)):
         library, class_name = index[name]
         part: Any = getattr(transformers, class_name, None) if library == "transformers" else None
         if _reads_videos(part):
@@ -326,7 +327,7 @@ def text_parts_here(spec: Model, dtype: torch.dtype) -> Iterator[tuple[str, Any]
         readers |= {
             name: _reader(getattr(transformers, of[1]), place, name, spec)
             for name, of in entries.items()
-            if name.startswith(("tokenizer", "processor")) and of[0] is not None
+            if name.startswith(READERS) and of[0] is not None
         }
     yield from readers.items()
     for name, encoder in _text_classes(index).items():
